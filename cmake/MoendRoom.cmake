@@ -1,0 +1,28 @@
+# Warnings and sanitizers that hold for our own code only.
+add_library(moend_flags INTERFACE)
+target_compile_options(moend_flags INTERFACE -Wall -Wextra -Wconversion -Wno-sign-conversion -Werror -fno-math-errno)
+if(MOEND_SANITIZE)
+  target_compile_options(moend_flags INTERFACE -fsanitize=${MOEND_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+  target_link_options(moend_flags INTERFACE -fsanitize=${MOEND_SANITIZE})
+endif()
+if(MOEND_NATIVE)
+  target_compile_options(moend_flags INTERFACE -march=native)
+endif()
+
+# moend_room(<name> LIBS <libraries>): the folder src/moend/<name> as the library moend_<name>.
+function(moend_room name)
+  cmake_parse_arguments(ROOM "" "" "LIBS" ${ARGN})
+  file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/src/moend/${name}/*.cpp)
+  if(sources)
+    add_library(moend_${name} STATIC ${sources})
+    set(scope PUBLIC)
+    target_link_libraries(moend_${name} PRIVATE $<BUILD_INTERFACE:moend_flags>)
+  else()
+    add_library(moend_${name} INTERFACE)
+    set(scope INTERFACE)
+  endif()
+  target_include_directories(moend_${name} ${scope} $<BUILD_INTERFACE:${CMAKE_SOURCE_DIR}/src>
+                                                    $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+  target_link_libraries(moend_${name} ${scope} ${ROOM_LIBS})
+  set(MOEND_ROOMS ${MOEND_ROOMS} moend_${name} PARENT_SCOPE)
+endfunction()

@@ -1,0 +1,51 @@
+// Plain parameter structs of the attention kernels. Policy (which tokens, which layer, who owns the memory)
+// is made elsewhere; a kernel knows only what stands here. All pointers are borrowed. f16 values are IEEE
+// half bits (uint16_t).
+#pragma once
+
+#include <cstdint>
+
+#include "moend/plan/layout.h"
+
+namespace moend {
+
+// What one KV head of one layer remembers: packed pages, then raw (unquantized) tokens. Token order is
+// ascending by original position within each part, but raw tokens include the sinks, so it is not ascending
+// over both.
+struct StreamView {
+  PageLayout layout;
+  const uint8_t* const* pages = nullptr;  // [n_pages]
+  const uint64_t* live = nullptr;         // [n_pages] bit t: slot t holds a token (evicted slots are 0)
+  int64_t n_pages = 0;
+  const uint16_t* raw_k = nullptr;  // f16 [ceil(n_raw / 16)][head_size][16]
+  const uint16_t* raw_v = nullptr;  // f16 [n_raw][head_size]
+  int64_t n_raw = 0;
+};
+
+// Uncompressed K/V of one KV head: the prefill scratch. K pages as in a 16-bit page, so that positions are
+// block * 64 + t.
+struct DenseView {
+  int64_t head_size = 0;
+  const uint16_t* k =
+      nullptr;  // f16 [ceil(n_tokens / 64)][head_size][64]; unused columns of the last block are finite
+  const uint16_t* v = nullptr;  // f16 [n_tokens][head_size]
+  int64_t n_tokens = 0;
+};
+
+// Running softmax state of `rows` query rows: out = sum of exp(s - max) * V, sum = sum of exp(s - max).
+// "Nothing seen" is max = -inf, sum = 0, out = 0. Finish() divides; a row that saw nothing becomes zeros.
+struct SoftmaxState {
+  float* out = nullptr;  // [rows][head_size]
+  float* max = nullptr;  // [rows]
+  float* sum = nullptr;  // [rows]
+};
+
+// Query rows that share a KV head: row r = token * group + g; queries are already multiplied by the softmax
+// scale.
+struct QueryRows {
+  const float* q = nullptr;  // [rows][head_size]
+  int64_t rows = 0;
+  int64_t group = 1;  // query heads per KV head (GQA); rows is a multiple of it
+};
+
+}  // namespace moend

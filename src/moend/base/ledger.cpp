@@ -1,0 +1,31 @@
+#include "moend/base/ledger.h"
+
+namespace moend {
+
+void Ledger::Add(int64_t bytes) {
+  allocations_.fetch_add(1, std::memory_order_relaxed);
+  const int64_t now = live_.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+  int64_t peak = peak_.load(std::memory_order_relaxed);
+  while (now > peak && !peak_.compare_exchange_weak(peak, now, std::memory_order_relaxed)) {
+  }
+}
+
+void Ledger::Remove(int64_t bytes) {
+  allocations_.fetch_sub(1, std::memory_order_relaxed);
+  live_.fetch_sub(bytes, std::memory_order_relaxed);
+}
+
+void* Ledger::Allocate(int64_t bytes) {
+  const int64_t rounded = RoundUp(bytes, kCacheLine);
+  void* p = ::operator new (static_cast<std::size_t>(rounded), std::align_val_t{kCacheLine}, std::nothrow);
+  if (p) Add(rounded);
+  return p;
+}
+
+void Ledger::Free(void* p, int64_t bytes) {
+  if (!p) return;
+  ::operator delete (p, std::align_val_t{kCacheLine});
+  Remove(RoundUp(bytes, kCacheLine));
+}
+
+}  // namespace moend

@@ -1,0 +1,76 @@
+// The compressed K/V cache of one layer. Each KV head keeps its own tokens:
+//
+//     sinks (raw) | packed pages of 64, ascending positions, some slots evicted | newest tokens (raw)
+//
+// Raw tokens are unquantized half floats. When sinks + window + 64 raw tokens are there, the oldest 64 behind
+// the sinks are packed into a page. Eviction marks slots of pages dead and then compacts: runs of
+// neighbouring pages whose dead slots add up to a page are re-packed into fewer pages. Original positions are
+// a bitmap over the tokens seen. All memory, the tables included, comes from one Ledger; bytes() is what was
+// allocated.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "moend/attention/params.h"
+#include "moend/base/error.h"
+#include "moend/base/ledger.h"
+#include "moend/plan/layout.h"
+
+namespace moend {
+
+class LayerCache {
+ public:
+  // `keep_scores`: each paged slot carries a float that eviction can use (accumulated attention for H2O).
+  static Expected<LayerCache> Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
+                                     const Expert& expert, const Protected& guard, bool keep_scores);
+  LayerCache(LayerCache&&) noexcept;
+  LayerCache& operator=(LayerCache&&) noexcept;
+  ~LayerCache();
+
+  // Fills an empty cache from a prefill's scratch. heads[h] is KV head h; kept[h] the ascending positions
+  // that head h keeps, all kept[h] of one size that KeptTokens() returned, with the sinks and the newest
+  // `window` tokens among them. An empty kept[h] keeps every token. scores[h], if not null, has one float per
+  // scratch position.
+  Expected<void> Fill(std::span<const DenseView> heads, std::span<const std::vector<uint32_t>> kept,
+                      std::span<const float* const> scores);
+
+  // Appends tokens at positions tokens_seen()...; k and v are f32 [n][n_kv_heads][head_size]. Packs pages as
+  // they fill. A packed slot's score starts at 0.
+  Expected<void> Append(const float* k, const float* v, int64_t n);
+
+  // Evicts the `count` live paged tokens of KV head `head` with the lowest score (scores[page * 64 + slot];
+  // dead slots ignored; ties: the older token goes), then compacts. Evicts fewer when fewer are paged.
+  Expected<void> Evict(int64_t head, std::span<const float> scores, int64_t count);
+
+  // How many paged tokens Evict must take from each head now so that at most KeptTokens(keep, guard,
+  // tokens_seen()) stay.
+  int64_t Excess(int64_t head) const;
+
+  // A second cache with the same content; pages are shared until one side re-packs them (copy on write).
+  Expected<LayerCache> Fork() const;
+
+  // The whole cache re-packed for another expert (fewer bits; a lower keep takes effect at the next Evict).
+  Expected<LayerCache> Repack(const Expert& expert) const;
+
+  StreamView view(int64_t head) const;  // valid until the next non-const call
+  std::vector<uint32_t> positions(
+      int64_t head) const;      // live tokens in slot order: pages, then raw (sinks, newest)
+  float* scores(int64_t head);  // [n_pages * 64], null without keep_scores
+
+  const KvShape& shape() const;
+  const Expert& expert() const;
+  const Protected& guard() const;
+  int64_t tokens_seen() const;
+  int64_t tokens(int64_t head) const;  // live ones
+  int64_t bytes() const;               // allocated by this cache; a shared page counts in each sharer
+
+ private:
+  LayerCache();
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace moend

@@ -1,0 +1,49 @@
+// Builds the parts of a transformer as ggml graph nodes, everything but attention itself, which enters as
+// custom operations that call an AttentionHook. One file per architecture difference; the engine composes the
+// parts.
+#pragma once
+
+#include <ggml.h>
+
+#include <cstdint>
+
+#include "moend/base/error.h"
+#include "moend/model/model.h"
+
+namespace moend {
+
+// Called by ggml's threads while a graph runs, for each layer in this order, each step after all threads
+// finished the one before: Store on one thread; Attend on every thread; Combine on every thread. q: f32
+// [n][n_heads][head_size] and k, v: f32 [n][n_kv_heads][head_size], post bias, norm and RoPE; q is not yet
+// scaled. out: f32 [n][n_heads][head_size]; complete after Combine.
+class AttentionHook {
+ public:
+  virtual ~AttentionHook() = default;
+  virtual void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) = 0;
+  virtual void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) = 0;
+  virtual void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) = 0;
+};
+
+// User data of the three custom operations of a layer; the caller keeps one per (graph, layer) alive while
+// the graph is.
+struct HookSlot {
+  AttentionHook* hook = nullptr;
+  int64_t layer = 0;
+};
+
+// tokens: i32 [n]. Returns f32 [n_embd, n].
+ggml_tensor* BuildEmbedding(ggml_context* ctx, const Model& model, ggml_tensor* tokens);
+
+// x: f32 [n_embd, n]; positions: i32 [n]. Returns the layer's output, f32 [n_embd, n]. If attn_out is not
+// null it receives the attention output before the output projection, f32 [head_size * n_heads, n].
+ggml_tensor* BuildLayer(ggml_context* ctx, ggml_cgraph* graph, const Model& model, int64_t layer,
+                        ggml_tensor* x, ggml_tensor* positions, HookSlot* slot,
+                        ggml_tensor** attn_out = nullptr);
+
+// Final norm and output projection: f32 [n_vocab, n].
+ggml_tensor* BuildHead(ggml_context* ctx, const Model& model, ggml_tensor* x);
+
+// Upper bound of graph nodes that one layer adds, for sizing ggml contexts.
+inline constexpr int64_t kNodesPerLayer = 48;
+
+}  // namespace moend

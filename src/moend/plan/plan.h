@@ -1,0 +1,81 @@
+// The two files in which offline and run time meet: the Profile (what each expert costs each layer) and the
+// Plan (which expert each layer gets). Both are JSON with a schema version and the fingerprint of the model
+// they were made for.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "moend/base/error.h"
+#include "moend/plan/expert.h"
+#include "moend/plan/layout.h"
+
+namespace moend {
+
+// Tells models apart: a Plan or Profile is refused by any other model.
+struct Fingerprint {
+  std::string architecture;  // "llama", "qwen2", "qwen3"
+  std::string name;          // general.name, for people
+  int64_t n_layers = 0;
+  KvShape shape;
+  std::string
+      hash;  // 16 hex digits over the hyper-parameters, tensor names, types, shapes and samples of their data
+  bool operator==(const Fingerprint&) const = default;
+};
+
+struct ProfileCell {
+  double l2 = 0;  // relative L2 error of the layer's attention output, when this layer alone has the expert
+  double kl = 0;  // KL(full || compressed) of the logits in nats a token, likewise
+};
+
+struct Profile {
+  static constexpr int kSchema = 1;
+  Fingerprint model;
+  std::string scorer = "snapkv";
+  Protected guard;
+  int64_t length = 0;     // tokens of a calibration chunk
+  int64_t evaluated = 0;  // of which the last ones, after compression, were measured
+  int64_t chunks = 0;     // finished chunks; the cells are means over them
+  int64_t chunks_wanted = 0;
+  std::vector<Expert> experts;                  // ascending; the same list for every layer
+  std::vector<std::vector<ProfileCell>> cells;  // [layer][expert]
+};
+
+struct Plan {
+  static constexpr int kSchema = 1;
+  Fingerprint model;
+  std::string variant = "2d_hetero";  // full, 1d, 2d_uniform, 2d, 2d_hetero
+  std::string scorer = "snapkv";
+  std::string solver;  // greedy, hull, exact; empty when nothing was solved
+  std::string metric;  // kl or l2
+  Protected guard;
+  int64_t context_length = 0;  // the budget holds up to this many tokens
+  int64_t budget_bytes = 0;    // asked for
+  int64_t bytes = 0;           // LayerBytes() of all layers at context_length
+  std::vector<Expert> layers;
+  std::vector<double> predicted;  // loss of each layer by the profile; may be empty
+};
+
+// Unknown fields are kept out, missing or ill-typed ones are an error that names `source` (a path) and the
+// field.
+Expected<Profile> ParseProfile(const std::string& json, const std::string& source);
+Expected<Plan> ParsePlan(const std::string& json, const std::string& source);
+std::string ToJson(const Profile& profile);
+std::string ToJson(const Plan& plan);
+
+Expected<Profile> LoadProfile(const std::string& path);
+Expected<Plan> LoadPlan(const std::string& path);
+
+// kMismatch, naming both models, unless they are one and the same.
+Expected<void> CheckSameModel(const Fingerprint& made_for, const Fingerprint& running,
+                              const std::string& source);
+
+// A plan that compresses nothing.
+Plan FullPlan(const Fingerprint& model, int64_t context_length);
+
+// Sum of LayerBytes over the layers / of FullLayerBytes.
+Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_bytes);
+int64_t FullBytes(const Fingerprint& model, int64_t n_tokens);
+
+}  // namespace moend

@@ -1,0 +1,63 @@
+// Importance of cached tokens: which ones a KV head can do without. A scorer gives every token a float,
+// higher is more important; sinks and the newest tokens are protected by the selection, not by the scorer.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "moend/attention/params.h"
+#include "moend/base/error.h"
+#include "moend/cache/layer_cache.h"
+
+namespace moend {
+
+// What a scorer wants to be handed, so that the engine gathers nothing in vain.
+struct ScorerNeeds {
+  int64_t observed_queries = 0;  // newest query tokens to hand over (SnapKV, TOVA: their observation window)
+  bool accumulated = false;      // attention each token received from all queries so far (H2O)
+};
+
+// One KV head at the end of a prefill of n tokens (kv.n_tokens).
+struct PrefillScoreInput {
+  DenseView kv;
+  // Post-RoPE queries of the newest tokens, times the softmax scale; row order as in QueryRows. rows / group
+  // tokens.
+  QueryRows observed;
+  const float* accumulated = nullptr;  // [n_tokens], if needed
+  float* workspace = nullptr;          // WorkspaceFloats(head_size, observed.rows) floats
+};
+
+// One KV head while generating; only paged tokens are scored.
+struct CachedScoreInput {
+  StreamView kv;
+  std::vector<uint32_t> positions;     // as LayerCache::positions()
+  QueryRows observed;                  // newest queries
+  const float* accumulated = nullptr;  // [n_pages * 64]
+  int64_t tokens_seen = 0;
+  float* workspace = nullptr;
+};
+
+class Scorer {
+ public:
+  virtual ~Scorer() = default;
+  virtual std::string_view name() const = 0;
+  virtual ScorerNeeds needs() const = 0;
+  // scores: [n_tokens]
+  virtual void ScorePrefill(const PrefillScoreInput& in, std::span<float> scores) const = 0;
+  // scores: [n_pages * 64]; what dead slots get does not matter
+  virtual void ScoreCached(const CachedScoreInput& in, std::span<float> scores) const = 0;
+};
+
+// "streaming", "snapkv", "h2o", "keydiff", "tova", "random", ...; kNotFound lists the names.
+Expected<std::unique_ptr<Scorer>> MakeScorer(std::string_view name);
+std::vector<std::string> ScorerNames();
+
+// Positions that a head keeps: sinks, the newest `window`, and the best of the rest up to `count` in all;
+// ascending. Ties: the newer token stays. count >= sinks + window, or everything when count >= scores.size().
+std::vector<uint32_t> SelectKept(std::span<const float> scores, const Protected& guard, int64_t count);
+
+}  // namespace moend
