@@ -1,0 +1,34 @@
+// Picks the next token from logits, with llama.cpp's parameters and order: top-k, top-p, min-p, temperature.
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <span>
+#include <vector>
+
+namespace moend {
+
+struct SamplerOptions {
+  float temperature = 0.8f;  // <= 0: greedy
+  int64_t top_k = 40;        // <= 0: all
+  float top_p = 0.95f;       // >= 1: off
+  float min_p = 0.05f;       // <= 0: off
+  uint64_t seed = 0;
+};
+
+class Sampler {
+ public:
+  explicit Sampler(const SamplerOptions& options);
+  int32_t Sample(std::span<const float> logits);
+
+ private:
+  SamplerOptions options_;
+  std::mt19937_64 random_;
+  struct Candidate {
+    int32_t token;
+    float logit;
+  };
+  std::vector<Candidate> candidates_;
+};
+
+}  // namespace moend
