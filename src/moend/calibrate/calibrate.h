@@ -1,0 +1,54 @@
+// Fills a Profile: for every layer and expert, what the model loses when this layer alone has the expert.
+//
+// A chunk is `length` tokens that end where a text ends (texts are separated by the model's BOS token, if the
+// file spells it out). The first tokens are read and their K/V kept; the layer's K/V are compressed with the
+// scorer and codecs that will run; the last `evaluated` tokens are then read over the compressed layer and
+// compared with the full cache:
+//   l2 = ||attention(full) - attention(compressed)|| / ||attention(full)||   over the evaluated tokens of
+//   that layer kl = mean over the evaluated tokens of KL(softmax(logits full) || softmax(logits compressed))
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "moend/engine/engine.h"
+#include "moend/plan/plan.h"
+
+namespace moend {
+
+struct CalibrateOptions {
+  std::string scorer = "snapkv";
+  Protected guard;
+  int64_t length = 8192;        // tokens of a chunk; fewer when the text is shorter
+  int64_t evaluated = 256;      // of which the last ones are measured
+  int64_t chunks = 2;           // how many; 0: as many as the texts give
+  std::vector<Expert> experts;  // empty: DefaultExperts()
+};
+
+// keep x (K bits, V bits), ascending. K never gets fewer bits than V: the opposite loses more for the same
+// bytes.
+std::vector<Expert> DefaultExperts();
+
+// Cuts tokens into chunks as described above, longest texts first in file order. kInvalidArgument when all
+// are too short.
+Expected<std::vector<std::vector<int32_t>>> MakeChunks(std::span<const std::vector<int32_t>> texts,
+                                                       int32_t bos, const CalibrateOptions& options);
+
+struct CalibrateProgress {
+  int64_t chunk = 0, chunks = 0;
+  double done = 0;  // 0 to 1, over all the work
+};
+
+// Continues `profile` (from an interrupted run with the same options; otherwise kMismatch says what differs),
+// or starts when it is empty (no cells). After each finished chunk `save` is called with the profile so far.
+// Returning false from `progress` stops with kCancelled; the finished chunks are in the last saved profile.
+Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std::vector<int32_t>> chunks,
+                            const CalibrateOptions& options, Profile profile,
+                            const std::function<bool(const CalibrateProgress&)>& progress,
+                            const std::function<Expected<void>(const Profile&)>& save);
+
+}  // namespace moend
