@@ -1,0 +1,120 @@
+#include "moend/engine/decode_hook.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace moend {
+namespace {
+
+// Below this many pages a head is not worth splitting: merging costs about as much as attending a few pages.
+constexpr int64_t kMinPagesPerShare = 8;
+
+}  // namespace
+
+DecodeHook::DecodeHook(const HyperParams& hp)
+    : shape_{hp.n_kv_heads, hp.head_size},
+      n_heads_(hp.n_heads),
+      group_(hp.n_heads / hp.n_kv_heads),
+      n_layers_(hp.n_layers),
+      scale_(hp.softmax_scale) {}
+
+Expected<std::unique_ptr<DecodeHook>> DecodeHook::Create(const HyperParams& hp, int n_threads) {
+  std::unique_ptr<DecodeHook> hook(new DecodeHook(hp));
+  hook->n_threads_ = n_threads;
+  for (int i = 0; i < n_threads; ++i) {
+    MOEND_ASSIGN(auto ws, Buffer<float>::Create(nullptr, WorkspaceFloats(hp.head_size, hook->group_)));
+    hook->workspaces_.push_back(std::move(ws));
+  }
+  return hook;
+}
+
+Expected<void> DecodeHook::TakeStatus() {
+  return std::exchange(status_, Expected<void>());
+}
+
+void DecodeHook::Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) {
+  const int64_t d = shape_.head_size, kv_row = shape_.n_kv_heads * d, q_row = n_heads_ * d;
+  queries_.resize(static_cast<std::size_t>(n * q_row));
+  for (int64_t i = 0; i < n * q_row; ++i) queries_[static_cast<std::size_t>(i)] = q[i] * scale_;
+  for (int64_t b = 0; b < n; ++b) {
+    const DecodeContext& context = contexts_[static_cast<std::size_t>(b)];
+    auto appended = context.layers[static_cast<std::size_t>(layer)].Append(k + b * kv_row, v + b * kv_row, 1);
+    if (!appended && status_) status_ = Forward(appended);
+    if (QueryRing* ring = context.ring) {
+      const int64_t slot = ring->filled % ring->window;
+      for (int64_t h = 0; h < shape_.n_kv_heads; ++h)
+        std::memcpy(
+            ring->queries.data() + (((layer * shape_.n_kv_heads + h) * ring->window) + slot) * group_ * d,
+            queries_.data() + b * q_row + h * group_ * d,
+            static_cast<std::size_t>(group_ * d) * sizeof(float));
+      if (layer == n_layers_ - 1) ++ring->filled;
+    }
+  }
+  PlanItems(layer);
+  next_.store(0, std::memory_order_relaxed);
+}
+
+void DecodeHook::PlanItems(int64_t layer) {
+  items_.clear();
+  first_item_.clear();
+  const auto streams = static_cast<int64_t>(contexts_.size()) * shape_.n_kv_heads;
+  // Whole heads suffice when there are many; few heads are cut so that each thread gets about four items.
+  const int64_t wanted = std::max<int64_t>(1, (4 * n_threads_ + streams - 1) / streams);
+  for (std::size_t b = 0; b < contexts_.size(); ++b) {
+    for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
+      first_item_.push_back(static_cast<int64_t>(items_.size()));
+      const int64_t pages = contexts_[b].layers[static_cast<std::size_t>(layer)].view(h).n_pages;
+      const int64_t shares = n_threads_ == 1 ? 1 : std::clamp<int64_t>(pages / kMinPagesPerShare, 1, wanted);
+      for (int64_t s = 0; s < shares; ++s)
+        items_.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), static_cast<int32_t>(s),
+                          pages * s / shares, pages * (s + 1) / shares});
+    }
+  }
+  first_item_.push_back(static_cast<int64_t>(items_.size()));
+  const auto floats = static_cast<std::size_t>(group_ * (shape_.head_size + 2)) * items_.size();
+  if (states_.size() < floats) states_.resize(floats);
+}
+
+SoftmaxState DecodeHook::State(int64_t item) {
+  float* base = states_.data() + item * group_ * (shape_.head_size + 2);
+  return {base + 2 * group_, base, base + group_};
+}
+
+void DecodeHook::Attend(int64_t layer, const float*, int64_t, int thread, int) {
+  const int64_t d = shape_.head_size;
+  float* workspace = workspaces_[static_cast<std::size_t>(thread)].data();
+  for (int64_t i;
+       (i = next_.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(items_.size());) {
+    const Item& item = items_[static_cast<std::size_t>(i)];
+    const LayerCache& cache =
+        contexts_[static_cast<std::size_t>(item.context)].layers[static_cast<std::size_t>(layer)];
+    const QueryRows rows{queries_.data() + (item.context * n_heads_ + item.head * group_) * d, group_,
+                         group_};
+    const SoftmaxState state = State(i);
+    ResetState(state, group_, d);
+    simd::AttendStream(cache.view(item.head), item.page_begin, item.page_end, item.share == 0, rows, state,
+                       workspace);
+  }
+}
+
+void DecodeHook::Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) {
+  const int64_t d = shape_.head_size, streams = n * shape_.n_kv_heads;
+  for (int64_t s = streams * thread / n_threads; s < streams * (thread + 1) / n_threads; ++s) {
+    const int64_t first = first_item_[static_cast<std::size_t>(s)],
+                  last = first_item_[static_cast<std::size_t>(s + 1)];
+    const SoftmaxState state = State(first);
+    for (int64_t i = first + 1; i < last; ++i) simd::MergeStates(state, State(i), group_, d);
+    const int64_t b = s / shape_.n_kv_heads, h = s % shape_.n_kv_heads;
+    LayerCache& cache = contexts_[static_cast<std::size_t>(b)].layers[static_cast<std::size_t>(layer)];
+    if (float* scores = cache.scores(h)) {
+      const QueryRows rows{queries_.data() + (b * n_heads_ + h * group_) * d, group_, group_};
+      simd::ColumnSumsStream(cache.view(h), rows, state.max, state.sum, scores,
+                             workspaces_[static_cast<std::size_t>(thread)].data());
+    }
+    simd::Finish(state, group_, d);
+    std::memcpy(out + (b * n_heads_ + h * group_) * d, state.out,
+                static_cast<std::size_t>(group_ * d) * sizeof(float));
+  }
+}
+
+}  // namespace moend

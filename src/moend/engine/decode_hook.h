@@ -1,0 +1,65 @@
+// Attention of a decode step: one token each of several contexts.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "moend/attention/attention.h"
+#include "moend/base/error.h"
+#include "moend/cache/layer_cache.h"
+#include "moend/model/graph.h"
+
+namespace moend {
+
+// The newest queries of a context, kept over the last decode steps before an eviction for scorers that
+// observe queries.
+struct QueryRing {
+  int64_t window = 0;     // tokens; 0: the scorer does not observe
+  int64_t filled = 0;     // tokens stored so far, at most `window`
+  Buffer<float> queries;  // [layer][KV head][window * group][head_size], scaled
+};
+
+struct DecodeContext {
+  std::span<LayerCache> layers;
+  QueryRing* ring = nullptr;  // null: this step is not observed
+};
+
+class DecodeHook : public AttentionHook {
+ public:
+  static Expected<std::unique_ptr<DecodeHook>> Create(const HyperParams& hp, int n_threads);
+
+  void Begin(std::span<const DecodeContext> contexts) { contexts_ = contexts; }
+  // The first error of the step's Store calls, if any.
+  Expected<void> TakeStatus();
+
+  void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override;
+  void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
+  void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) override;
+
+ private:
+  // A share of one KV head's pages of one context; share 0 takes the raw tokens too.
+  struct Item {
+    int32_t context, head, share;
+    int64_t page_begin, page_end;
+  };
+  void PlanItems(int64_t layer);
+  SoftmaxState State(int64_t item);
+
+  explicit DecodeHook(const HyperParams& hp);
+  KvShape shape_;
+  int64_t n_heads_, group_, n_layers_;
+  float scale_;
+  int n_threads_ = 1;
+  std::span<const DecodeContext> contexts_;
+  std::vector<Item> items_;
+  std::vector<int64_t> first_item_;  // of (context, head); ends with items_.size()
+  std::vector<float> queries_;       // [contexts][n_heads][head_size], scaled
+  std::vector<float> states_;        // [items][group * (head_size + 2)]
+  std::vector<Buffer<float>> workspaces_;
+  std::atomic<int64_t> next_{0};
+  Expected<void> status_;
+};
+
+}  // namespace moend

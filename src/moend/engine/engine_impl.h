@@ -1,0 +1,54 @@
+// What the engine's files share behind the public headers.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "moend/engine/compute.h"
+#include "moend/engine/decode_hook.h"
+#include "moend/engine/engine.h"
+#include "moend/engine/prefill_hook.h"
+
+namespace moend {
+
+struct Engine::Impl {
+  std::shared_ptr<const Model> model;
+  std::unique_ptr<Compute> compute;
+  std::unique_ptr<PrefillHook> prefill;
+  std::unique_ptr<DecodeHook> decode;
+  std::mutex busy;  // one computation at a time
+
+  // All of `tokens`, which start at position `first`, through one layer after the other. Per layer: Begin's
+  // arguments come from `begin`, and `end` gets the layer's scratch when all tokens went through. Logits of
+  // the last token at the end.
+  struct LayerHooks {
+    std::function<Expected<void>(int64_t layer, const LayerCache** past, LayerScratch** scratch)> begin;
+    std::function<Expected<void>(int64_t layer, LayerScratch& scratch)> end;
+  };
+  Expected<void> ReadLayerByLayer(std::span<const int32_t> tokens, int64_t first, const LayerHooks& hooks,
+                                  std::vector<float>& logits, const Progress& progress);
+};
+
+struct Session::Impl {
+  std::shared_ptr<Engine> engine;
+  std::shared_ptr<Ledger> ledger;
+  std::shared_ptr<const Scorer> scorer;
+  Plan plan;
+  int64_t n_ctx = 0;
+  std::vector<int32_t> tokens;
+  std::vector<LayerCache> layers;
+  std::vector<float> logits;
+  QueryRing ring;              // memory only while an eviction is near
+  int64_t since_eviction = 0;  // tokens generated (or read in a further turn) since the last eviction
+
+  Engine::Impl& machine() { return engine->impl(); }
+  // Tokens of queries that a scorer sees when it evicts while generating.
+  int64_t observed_window() const;
+  Expected<void> PrepareStep(DecodeContext* context);
+  Expected<void> FinishStep();
+  Expected<void> EvictAll();
+};
+
+}  // namespace moend

@@ -1,0 +1,52 @@
+// The uncompressed K/V of one layer while its prompt is read, and what the scorer wants to know besides. At
+// most one exists during a prefill; calibration and evaluation keep one per layer (engine/capture.h).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "moend/attention/params.h"
+#include "moend/base/error.h"
+#include "moend/base/ledger.h"
+#include "moend/plan/expert.h"
+#include "moend/score/scorer.h"
+
+namespace moend {
+
+class LayerScratch {
+ public:
+  // Room for `capacity` tokens, of which the first `score_tokens` will be scored; `n_heads` are query heads.
+  static Expected<LayerScratch> Create(std::shared_ptr<Ledger> ledger, const KvShape& shape, int64_t n_heads,
+                                       int64_t capacity, int64_t score_tokens, const ScorerNeeds& needs);
+
+  // Forgets all tokens, keeps the memory.
+  void Clear();
+  // Forgets the tokens from n on.
+  void Truncate(int64_t n) { n_tokens_ = n < n_tokens_ ? n : n_tokens_; }
+
+  // k, v: f32 [n][n_kv_heads][head_size]; q: f32 [n][n_heads][head_size], unscaled, kept only as far as the
+  // scorer needs it.
+  void Append(const float* q, const float* k, const float* v, int64_t n, float softmax_scale);
+
+  int64_t n_tokens() const { return n_tokens_; }
+  int64_t score_tokens() const { return score_tokens_; }
+  const KvShape& shape() const { return shape_; }
+  // The first `n` tokens of KV head `head`.
+  DenseView view(int64_t head, int64_t n) const;
+  // Scaled queries of the newest observed tokens among the first score_tokens, rows as in QueryRows.
+  QueryRows observed(int64_t head) const;
+  // f32 [score_tokens] per head; null when the scorer does not accumulate. Written by the prefill's
+  // attention.
+  float* accumulated(int64_t head);
+  const float* accumulated(int64_t head) const { return const_cast<LayerScratch*>(this)->accumulated(head); }
+
+ private:
+  KvShape shape_;
+  int64_t n_heads_ = 0, capacity_ = 0, score_tokens_ = 0, n_tokens_ = 0, n_observed_ = 0;
+  Buffer<uint16_t> k_, v_;     // [n_kv_heads][pages * head_size * 64], [n_kv_heads][pages * 64][head_size]
+  Buffer<float> observed_;     // [n_kv_heads][n_observed * group][head_size]
+  Buffer<float> accumulated_;  // [n_kv_heads][score_tokens]
+};
+
+}  // namespace moend

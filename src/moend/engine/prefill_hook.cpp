@@ -1,0 +1,106 @@
+#include "moend/engine/prefill_hook.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace moend {
+namespace {
+
+// Tokens of one work item: enough rows to amortize the unpacking of a K/V page, few enough to balance
+// threads.
+constexpr int64_t kItemTokens = 32;
+
+}  // namespace
+
+PrefillHook::PrefillHook(const HyperParams& hp, int n_threads, int64_t block_tokens)
+    : shape_{hp.n_kv_heads, hp.head_size},
+      n_heads_(hp.n_heads),
+      group_(hp.n_heads / hp.n_kv_heads),
+      scale_(hp.softmax_scale),
+      out_(static_cast<std::size_t>(block_tokens * hp.n_heads * hp.head_size)),
+      workers_(static_cast<std::size_t>(n_threads)) {
+  const int64_t rows = kItemTokens * group_;
+  for (Worker& w : workers_) {
+    w.q.resize(static_cast<std::size_t>(rows * shape_.head_size));
+    w.state.resize(static_cast<std::size_t>(rows * (shape_.head_size + 2)));
+    // A refused allocation shows as an empty workspace; Begin's caller cannot go on without memory anyway.
+    auto ws = Buffer<float>::Create(nullptr, WorkspaceFloats(shape_.head_size, rows));
+    if (ws) w.workspace = std::move(*ws);
+  }
+}
+
+void PrefillHook::Begin(const LayerCache* past, LayerScratch* scratch) {
+  past_ = past && past->tokens_seen() > 0 ? past : nullptr;
+  scratch_ = scratch;
+  const bool accumulate = scratch->accumulated(0) != nullptr;
+  for (Worker& w : workers_)
+    w.accumulated.assign(
+        accumulate ? static_cast<std::size_t>(shape_.n_kv_heads * scratch->score_tokens()) : 0, 0.0f);
+}
+
+void PrefillHook::EndAccumulation() {
+  for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
+    float* sums = scratch_->accumulated(h);
+    if (!sums) return;
+    const int64_t n = scratch_->score_tokens();
+    for (const Worker& w : workers_)
+      for (int64_t t = 0; t < n; ++t) sums[t] += w.accumulated[static_cast<std::size_t>(h * n + t)];
+  }
+}
+
+void PrefillHook::Store(int64_t, const float* q, const float* k, const float* v, int64_t n) {
+  first_ = scratch_->n_tokens();
+  scratch_->Append(q, k, v, n, scale_);
+  next_.store(0, std::memory_order_relaxed);
+}
+
+void PrefillHook::Attend(int64_t, const float* q, int64_t n, int thread, int) {
+  const int64_t d = shape_.head_size;
+  const int64_t chunks = (n + kItemTokens - 1) / kItemTokens;
+  Worker& w = workers_[static_cast<std::size_t>(thread)];
+  for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < chunks * shape_.n_kv_heads;) {
+    // The last chunks see most tokens: they go first so that no thread starts a long item at the end.
+    const int64_t head = item % shape_.n_kv_heads;
+    const int64_t begin = (chunks - 1 - item / shape_.n_kv_heads) * kItemTokens;
+    const int64_t tokens = std::min(kItemTokens, n - begin), rows = tokens * group_;
+    for (int64_t i = 0; i < tokens; ++i) {
+      const float* from = q + ((begin + i) * n_heads_ + head * group_) * d;
+      float* to = w.q.data() + i * group_ * d;
+      for (int64_t c = 0; c < group_ * d; ++c) to[c] = from[c] * scale_;
+    }
+    const QueryRows query{w.q.data(), rows, group_};
+    const SoftmaxState state{w.state.data() + 2 * rows, w.state.data(), w.state.data() + rows};
+    ResetState(state, rows, d);
+    if (past_) {
+      const StreamView past = past_->view(head);
+      simd::AttendStream(past, 0, past.n_pages, true, query, state, w.workspace.data());
+    }
+    const int64_t first = first_ + begin;
+    const DenseView kv = scratch_->view(head, first + tokens);
+    simd::AttendCausal(kv, first, query, state, w.workspace.data());
+    if (!w.accumulated.empty()) Accumulate(w, head, first, query, state.max, state.sum);
+    simd::Finish(state, rows, d);
+    for (int64_t i = 0; i < tokens; ++i)
+      std::memcpy(out_.data() + ((begin + i) * n_heads_ + head * group_) * d, state.out + i * group_ * d,
+                  static_cast<std::size_t>(group_ * d) * sizeof(float));
+  }
+}
+
+void PrefillHook::Accumulate(Worker& w, int64_t head, int64_t first, const QueryRows& q, const float* max,
+                             const float* sum) {
+  const int64_t scored = scratch_->score_tokens();
+  if (first >= scored) return;
+  const int64_t tokens = std::min(q.rows / q.group, scored - first);
+  const QueryRows counted{q.q, tokens * q.group, q.group};
+  simd::ColumnSumsCausal(scratch_->view(head, first + tokens), first, 0, first + tokens, counted, max, sum,
+                         w.accumulated.data() + head * scored, w.workspace.data());
+}
+
+void PrefillHook::Combine(int64_t, float* out, int64_t n, int thread, int n_threads) {
+  const int64_t row = n_heads_ * shape_.head_size;
+  const int64_t begin = n * thread / n_threads, end = n * (thread + 1) / n_threads;
+  std::memcpy(out + begin * row, out_.data() + begin * row,
+              static_cast<std::size_t>((end - begin) * row) * sizeof(float));
+}
+
+}  // namespace moend

@@ -1,0 +1,49 @@
+// Attention of a prefill: a block of new tokens sees what the layer already remembers (packed, from earlier
+// turns) and the new tokens before it (the scratch).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "moend/attention/attention.h"
+#include "moend/cache/layer_cache.h"
+#include "moend/engine/layer_scratch.h"
+#include "moend/model/graph.h"
+
+namespace moend {
+
+class PrefillHook : public AttentionHook {
+ public:
+  PrefillHook(const HyperParams& hp, int n_threads, int64_t block_tokens);
+
+  // The layer whose blocks come next. `past` may be null or empty; both must outlive the blocks.
+  void Begin(const LayerCache* past, LayerScratch* scratch);
+  // Adds the attention that tokens received in the layer's blocks to scratch->accumulated().
+  void EndAccumulation();
+
+  void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override;
+  void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
+  void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) override;
+
+ private:
+  struct Worker {
+    std::vector<float> q, state;  // [rows][head_size], [rows] x 2
+    Buffer<float> workspace;
+    std::vector<float> accumulated;  // [n_kv_heads][score_tokens]
+  };
+  void Accumulate(Worker& w, int64_t head, int64_t first, const QueryRows& q, const float* max,
+                  const float* sum);
+
+  KvShape shape_;
+  int64_t n_heads_, group_;
+  float scale_;
+  const LayerCache* past_ = nullptr;
+  LayerScratch* scratch_ = nullptr;
+  int64_t first_ = 0;  // tokens of the scratch before this block
+  std::atomic<int64_t> next_{0};
+  std::vector<float> out_;  // [block tokens][n_heads][head_size]
+  std::vector<Worker> workers_;
+};
+
+}  // namespace moend

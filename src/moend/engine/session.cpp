@@ -1,0 +1,296 @@
+#include <algorithm>
+
+#include "moend/engine/capture.h"
+#include "moend/engine/compress.h"
+#include "moend/engine/engine.h"
+#include "moend/engine/engine_impl.h"
+
+namespace moend {
+namespace {
+
+// While generating, scorers that observe queries look at this many of the newest tokens: their queries must
+// be kept for every layer, so a long window would cost more memory than the tokens it judges.
+constexpr int64_t kDecodeObserved = 16;
+
+Expected<void> CheckPlan(const Plan& plan, const Engine& engine) {
+  const Fingerprint model = engine.fingerprint();
+  MOEND_TRY(CheckSameModel(plan.model, model, "the plan"));
+  if (static_cast<int64_t>(plan.layers.size()) != model.n_layers)
+    return Fail(ErrorCode::kMismatch, "the plan has {} layers, the model {}", plan.layers.size(),
+                model.n_layers);
+  return {};
+}
+
+}  // namespace
+
+Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+Session::~Session() = default;
+
+Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& plan,
+                                  const SessionOptions& options) {
+  MOEND_TRY(CheckPlan(plan, *engine));
+  auto impl = std::make_unique<Impl>();
+  const HyperParams& hp = engine->model().hparams();
+  if (options.n_ctx < 0 || options.n_ctx > hp.n_ctx_train)
+    return Fail(ErrorCode::kInvalidArgument,
+                "a context of {} tokens is not possible; the model was trained for {}", options.n_ctx,
+                hp.n_ctx_train);
+  impl->n_ctx = options.n_ctx ? options.n_ctx : hp.n_ctx_train;
+  MOEND_ASSIGN(impl->scorer, MakeScorer(options.scorer.empty() ? plan.scorer : options.scorer));
+  impl->ledger = options.ledger ? options.ledger : std::make_shared<Ledger>();
+  impl->plan = plan;
+  impl->engine = std::move(engine);
+  const KvShape shape{hp.n_kv_heads, hp.head_size};
+  for (const Expert& expert : plan.layers) {
+    const bool keep_scores = impl->scorer->needs().accumulated && expert.keep < 1;
+    MOEND_ASSIGN(auto cache, LayerCache::Create(impl->ledger, shape, expert, plan.guard, keep_scores));
+    impl->layers.push_back(std::move(cache));
+  }
+  return Session(std::move(impl));
+}
+
+Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress& progress) {
+  Impl& s = *impl_;
+  const auto n = static_cast<int64_t>(tokens.size()), first = static_cast<int64_t>(s.tokens.size());
+  if (n == 0) return Fail(ErrorCode::kInvalidArgument, "there are no tokens to read");
+  if (first + n > s.n_ctx)
+    return Fail(ErrorCode::kTooLong, "{} tokens do not fit in a context of {} tokens{}", n, s.n_ctx,
+                first ? fmt::format(" of which {} are taken", first) : "");
+  Engine::Impl& machine = s.machine();
+  const std::lock_guard lock(machine.busy);
+  const HyperParams& hp = machine.model->hparams();
+  // A first prompt is scored by the scratch; a further turn is appended and evicted like generated tokens.
+  const bool fresh = first == 0;
+  const ScorerNeeds needs = fresh ? s.scorer->needs() : ScorerNeeds{s.observed_window(), false};
+  MOEND_ASSIGN(auto scratch,
+               LayerScratch::Create(s.ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
+  const bool evict = !fresh && s.since_eviction + n >= kEvictInterval;
+  Engine::Impl::LayerHooks hooks;
+  hooks.begin = [&](int64_t l, const LayerCache** past, LayerScratch** out) -> Expected<void> {
+    scratch.Clear();
+    *past = &s.layers[static_cast<std::size_t>(l)];
+    *out = &scratch;
+    return {};
+  };
+  hooks.end = [&](int64_t l, LayerScratch& done) -> Expected<void> {
+    LayerCache& cache = s.layers[static_cast<std::size_t>(l)];
+    if (!fresh) {
+      MOEND_TRY(AppendScratch(cache, done));
+      if (evict) return EvictExcess(cache, *s.scorer, [&](int64_t h) { return done.observed(h); });
+      return {};
+    }
+    const Expert expert = cache.expert();
+    std::vector<std::vector<float>> scores;
+    const bool choose = KeptTokens(expert.keep, s.plan.guard, n) < n;
+    if (choose) {
+      MOEND_ASSIGN(scores, ScoreScratch(*machine.compute, done, n, *s.scorer));
+    }
+    MOEND_ASSIGN(cache, CompressScratch(s.ledger, done, n, expert, s.plan.guard, *s.scorer,
+                                        choose ? &scores : nullptr));
+    return {};
+  };
+  MOEND_TRY(machine.ReadLayerByLayer(tokens, first, hooks, s.logits, progress));
+  s.tokens.insert(s.tokens.end(), tokens.begin(), tokens.end());
+  if (!fresh) s.since_eviction = evict ? 0 : s.since_eviction + n;
+  return {};
+}
+
+int64_t Session::Impl::observed_window() const {
+  const bool evicts =
+      std::any_of(plan.layers.begin(), plan.layers.end(), [](const Expert& e) { return e.keep < 1; });
+  return evicts ? std::min(kDecodeObserved, scorer->needs().observed_queries) : 0;
+}
+
+Expected<void> Session::Impl::PrepareStep(DecodeContext* context) {
+  context->layers = layers;
+  context->ring = nullptr;
+  const int64_t window = observed_window();
+  if (window == 0 || since_eviction < kEvictInterval - window) return {};
+  if (ring.queries.size() == 0) {
+    const HyperParams& hp = engine->model().hparams();
+    MOEND_ASSIGN(ring.queries,
+                 Buffer<float>::Create(ledger, hp.n_layers * window * hp.n_heads * hp.head_size));
+    ring.window = window;
+    ring.filled = 0;
+  }
+  context->ring = &ring;
+  return {};
+}
+
+Expected<void> Session::Impl::FinishStep() {
+  if (++since_eviction < kEvictInterval) return {};
+  since_eviction = 0;
+  return EvictAll();
+}
+
+Expected<void> Session::Impl::EvictAll() {
+  const HyperParams& hp = engine->model().hparams();
+  const int64_t group = hp.n_heads / hp.n_kv_heads;
+  std::vector<Expected<void>> results(layers.size());
+  MOEND_TRY(machine().compute->ParallelFor(static_cast<int64_t>(layers.size()), [&](int64_t l, int) {
+    const auto observed = [&](int64_t h) -> QueryRows {
+      // A ring that was filled for fewer than `window` tokens (a turn's prefill counted too) is dense from
+      // its start.
+      const int64_t rows = std::min(ring.filled, ring.window) * group;
+      if (rows == 0) return {nullptr, 0, group};
+      return {ring.queries.data() + (l * hp.n_kv_heads + h) * ring.window * group * hp.head_size, rows,
+              group};
+    };
+    results[static_cast<std::size_t>(l)] =
+        EvictExcess(layers[static_cast<std::size_t>(l)], *scorer, observed);
+  }));
+  ring = {};
+  for (auto& r : results)
+    if (!r) return Forward(r);
+  return {};
+}
+
+Expected<void> Session::Decode(int32_t token) {
+  Session* self = this;
+  return DecodeBatch({&self, 1}, {&token, 1});
+}
+
+Expected<void> Session::DecodeBatch(std::span<Session* const> sessions, std::span<const int32_t> tokens) {
+  if (sessions.empty() || sessions.size() != tokens.size())
+    return Fail(ErrorCode::kInvalidArgument, "{} tokens for {} sessions", tokens.size(), sessions.size());
+  Engine::Impl& machine = sessions[0]->impl_->machine();
+  const std::lock_guard lock(machine.busy);
+  std::vector<DecodeContext> contexts(sessions.size());
+  std::vector<int32_t> positions(sessions.size());
+  for (std::size_t b = 0; b < sessions.size(); ++b) {
+    Impl& s = *sessions[b]->impl_;
+    if (&s.machine() != &machine)
+      return Fail(ErrorCode::kInvalidArgument, "sessions of different engines in one step");
+    if (s.tokens.empty())
+      return Fail(ErrorCode::kInvalidArgument, "a session must read a prompt before it decodes");
+    if (static_cast<int64_t>(s.tokens.size()) >= s.n_ctx)
+      return Fail(ErrorCode::kTooLong, "the context of {} tokens is full", s.n_ctx);
+    MOEND_TRY(s.PrepareStep(&contexts[b]));
+    positions[b] = static_cast<int32_t>(s.tokens.size());
+  }
+  machine.decode->Begin(contexts);
+  MOEND_ASSIGN(const float* logits, machine.compute->Step(tokens, positions, *machine.decode));
+  MOEND_TRY(machine.decode->TakeStatus());
+  const auto n_vocab = machine.model->hparams().n_vocab;
+  for (std::size_t b = 0; b < sessions.size(); ++b) {
+    Impl& s = *sessions[b]->impl_;
+    s.logits.assign(logits + static_cast<int64_t>(b) * n_vocab,
+                    logits + static_cast<int64_t>(b + 1) * n_vocab);
+    s.tokens.push_back(tokens[b]);
+    MOEND_TRY(s.FinishStep());
+  }
+  return {};
+}
+
+std::span<const float> Session::logits() const {
+  return impl_->logits;
+}
+const std::vector<int32_t>& Session::tokens() const {
+  return impl_->tokens;
+}
+int64_t Session::n_ctx() const {
+  return impl_->n_ctx;
+}
+const Plan& Session::plan() const {
+  return impl_->plan;
+}
+
+Expected<Session> Session::Fork() const {
+  auto copy = std::make_unique<Impl>();
+  copy->engine = impl_->engine;
+  copy->ledger = impl_->ledger;
+  copy->scorer = impl_->scorer;
+  copy->plan = impl_->plan;
+  copy->n_ctx = impl_->n_ctx;
+  copy->tokens = impl_->tokens;
+  copy->logits = impl_->logits;
+  copy->since_eviction = impl_->since_eviction;
+  for (const LayerCache& cache : impl_->layers) {
+    MOEND_ASSIGN(auto forked, cache.Fork());
+    copy->layers.push_back(std::move(forked));
+  }
+  if (impl_->ring.queries.size()) {
+    MOEND_ASSIGN(copy->ring.queries, Buffer<float>::Create(copy->ledger, impl_->ring.queries.size()));
+    std::copy_n(impl_->ring.queries.data(), impl_->ring.queries.size(), copy->ring.queries.data());
+    copy->ring.window = impl_->ring.window;
+    copy->ring.filled = impl_->ring.filled;
+  }
+  return Session(std::move(copy));
+}
+
+KvStats Session::stats() const {
+  const Impl& s = *impl_;
+  KvStats stats;
+  const auto n = static_cast<int64_t>(s.tokens.size());
+  stats.bytes_full = FullBytes(s.plan.model, n);
+  stats.peak_bytes = s.ledger->peak();
+  stats.bytes = s.ring.queries.size() ? RoundUp(s.ring.queries.size() * 4, kCacheLine) : 0;
+  for (const LayerCache& cache : s.layers) {
+    int64_t tokens = 0;
+    for (int64_t h = 0; h < cache.shape().n_kv_heads; ++h) tokens += cache.tokens(h);
+    stats.layers.push_back({cache.expert(), tokens / cache.shape().n_kv_heads, cache.bytes()});
+    stats.bytes += cache.bytes();
+  }
+  return stats;
+}
+
+void Session::ResetPeak() {
+  impl_->ledger->ResetPeak();
+}
+
+Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<const int32_t> tokens,
+                                      std::span<const std::string> scorers, const Progress& progress) {
+  if (tokens.empty()) return Fail(ErrorCode::kInvalidArgument, "there are no tokens to read");
+  ScorerNeeds needs;
+  for (const std::string& name : scorers) {
+    MOEND_ASSIGN(auto scorer, MakeScorer(name));
+    needs.observed_queries = std::max(needs.observed_queries, scorer->needs().observed_queries);
+    needs.accumulated = needs.accumulated || scorer->needs().accumulated;
+  }
+  Engine::Impl& machine = engine->impl();
+  const std::lock_guard lock(machine.busy);
+  const HyperParams& hp = machine.model->hparams();
+  KvCapture capture;
+  capture.ledger_ = std::make_shared<Ledger>();
+  capture.tokens_.assign(tokens.begin(), tokens.end());
+  const auto n = static_cast<int64_t>(tokens.size());
+  Engine::Impl::LayerHooks hooks;
+  hooks.begin = [&](int64_t, const LayerCache**, LayerScratch** out) -> Expected<void> {
+    MOEND_ASSIGN(auto scratch, LayerScratch::Create(capture.ledger_, {hp.n_kv_heads, hp.head_size},
+                                                    hp.n_heads, n, n, needs));
+    capture.layers_.push_back(std::move(scratch));
+    *out = &capture.layers_.back();
+    return {};
+  };
+  hooks.end = [](int64_t, LayerScratch&) -> Expected<void> { return {}; };
+  MOEND_TRY(machine.ReadLayerByLayer(tokens, 0, hooks, capture.logits_, progress));
+  return capture;
+}
+
+Expected<Session> SessionFromCapture(std::shared_ptr<Engine> engine, const Plan& plan,
+                                     const KvCapture& capture, const SessionOptions& options) {
+  MOEND_ASSIGN(auto session, Session::Create(engine, plan, options));
+  Session::Impl& s = session.impl();
+  const auto n = static_cast<int64_t>(capture.tokens().size());
+  if (n > s.n_ctx)
+    return Fail(ErrorCode::kTooLong, "{} tokens do not fit in a context of {} tokens", n, s.n_ctx);
+  const std::lock_guard lock(s.machine().busy);
+  for (std::size_t l = 0; l < s.layers.size(); ++l) {
+    const LayerScratch& scratch = capture.layer(static_cast<int64_t>(l));
+    const Expert expert = plan.layers[l];
+    std::vector<std::vector<float>> scores;
+    const bool choose = KeptTokens(expert.keep, plan.guard, n) < n;
+    if (choose) {
+      MOEND_ASSIGN(scores, ScoreScratch(*s.machine().compute, scratch, n, *s.scorer));
+    }
+    MOEND_ASSIGN(s.layers[l], CompressScratch(s.ledger, scratch, n, expert, plan.guard, *s.scorer,
+                                              choose ? &scores : nullptr));
+  }
+  s.tokens = capture.tokens();
+  s.logits = capture.logits();
+  return session;
+}
+
+}  // namespace moend
