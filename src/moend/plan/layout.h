@@ -55,17 +55,30 @@ struct PageLayout {
 // kInvalidArgument for a head size or bit width outside the lists of expert.h.
 Expected<PageLayout> MakePageLayout(int64_t head_size, int k_bits, int v_bits);
 
-// Tokens each KV head holds after `n_tokens` were seen and eviction has run: sinks + window + whole pages
-// (+ the rest below one page when nothing is evicted, keep = 1). Never more than n_tokens.
+// kInvalidArgument, naming the value, for a shape, an expert or a guard that no cache can have.
+Expected<void> CheckCacheConfig(const KvShape& shape, const Expert& expert, const Protected& guard);
+
+// Most tokens that each KV head holds after `n_tokens` were seen and eviction has run: floor(keep *
+// n_tokens), but never fewer than the protected ones and never more than n_tokens. Of these, sinks + window
+// are raw, KeptPages() * 64 are paged, and the rest, less than a page, stays raw as well.
 int64_t KeptTokens(double keep, const Protected& guard, int64_t n_tokens);
+
+// Full pages among KeptTokens(): floor((KeptTokens - sinks - window) / 64), at least 0.
+int64_t KeptPages(double keep, const Protected& guard, int64_t n_tokens);
 
 // Most raw tokens a KV head holds at once: sinks + window + one page that is about to be packed, in whole
 // blocks.
 int64_t RawCapacity(const Protected& guard);
 
+// The tables of a KV head grow and shrink in whole cache lines: entries of the page table (a pointer, a live
+// mask and, with scores, 64 floats each) for `pages` pages, and bytes of the bitmap of `n_tokens` positions.
+int64_t TableEntries(int64_t pages);
+int64_t TableEntryBytes(int64_t score_bytes);
+int64_t BitmapBytes(int64_t n_tokens);
+
 // Most bytes that one layer's cache allocates at `n_tokens` tokens seen, right after eviction, with the raw
 // part full: pages, raw blocks, page table, position bitmap, per-slot scorer state (`score_bytes` a slot: 0
-// or 4).
+// or 4). Between two evictions the tokens seen since then come on top, in whole pages.
 Expected<int64_t> LayerBytes(const KvShape& shape, const Expert& expert, const Protected& guard,
                              int64_t n_tokens, int64_t score_bytes);
 

@@ -1,0 +1,18 @@
+// 2-bit codes: four rows in one.
+#pragma once
+
+#include "moend/cache/rows.h"
+
+namespace moend {
+
+struct Rows2 {
+  static constexpr int kMaxCode = 3;
+  static void Pack(const uint8_t* rows, int64_t n_rows, uint8_t* packed) {
+    JoinRows<2>(rows, n_rows, packed);
+  }
+  static void Unpack(const uint8_t* packed, int64_t n_rows, uint8_t* rows) {
+    SplitRows<2>(packed, n_rows, rows);
+  }
+};
+
+}  // namespace moend

@@ -1,0 +1,18 @@
+// 4-bit codes: two rows in one.
+#pragma once
+
+#include "moend/cache/rows.h"
+
+namespace moend {
+
+struct Rows4 {
+  static constexpr int kMaxCode = 15;
+  static void Pack(const uint8_t* rows, int64_t n_rows, uint8_t* packed) {
+    JoinRows<4>(rows, n_rows, packed);
+  }
+  static void Unpack(const uint8_t* packed, int64_t n_rows, uint8_t* rows) {
+    SplitRows<4>(packed, n_rows, rows);
+  }
+};
+
+}  // namespace moend

@@ -1,0 +1,139 @@
+#include "moend/plan/layout.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "moend/base/ledger.h"
+
+namespace moend {
+namespace {
+
+constexpr int64_t kMaxHeadSize = 256;
+constexpr int64_t kMaxKvHeads = int64_t{1} << 16;
+constexpr int64_t kMaxProtected = int64_t{1} << 24;
+constexpr int64_t kMaxTokens = int64_t{1} << 31;  // positions are uint32_t
+constexpr int64_t kHalfBytes = 2;
+
+// Four page table entries without scores are one cache line.
+constexpr int64_t kTableStep = 4;
+
+// Bytes of the codes of 64 tokens of K or of V.
+int64_t CodeBytes(int64_t head_size, int bits) {
+  return head_size * kPageTokens * bits / 8;
+}
+
+Expected<void> CheckHeadSize(int64_t head_size) {
+  if (head_size < 16 || head_size > kMaxHeadSize || head_size % 16 != 0)
+    return Fail(ErrorCode::kInvalidArgument,
+                "head size {} is not supported; it must be a multiple of 16 from 16 to {}", head_size,
+                kMaxHeadSize);
+  return {};
+}
+
+Expected<void> CheckBits(const char* what, int bits) {
+  if (!IsBitWidth(bits))
+    return Fail(ErrorCode::kInvalidArgument, "{} with {} bits is not supported; 16, 8, 4, 3 and 2 are", what,
+                bits);
+  return {};
+}
+
+}  // namespace
+
+Expected<PageLayout> MakePageLayout(int64_t head_size, int k_bits, int v_bits) {
+  MOEND_TRY(CheckHeadSize(head_size));
+  MOEND_TRY(CheckBits("K", k_bits));
+  MOEND_TRY(CheckBits("V", v_bits));
+  PageLayout layout;
+  layout.head_size = head_size;
+  layout.k_bits = k_bits;
+  layout.v_bits = v_bits;
+  layout.v_groups = VGroups(head_size);
+  int64_t end = 0;
+  const auto place = [&end](int64_t bytes) {
+    const int64_t begin = end;
+    end = RoundUp(end + bytes, kCacheLine);
+    return begin;
+  };
+  if (k_bits != 16) {
+    layout.k_scale = place(head_size * kHalfBytes);
+    layout.k_min = place(head_size * kHalfBytes);
+  }
+  if (v_bits != 16) {
+    layout.v_scale = place(layout.v_groups * kPageTokens * kHalfBytes);
+    layout.v_min = place(layout.v_groups * kPageTokens * kHalfBytes);
+  }
+  layout.k_codes = place(CodeBytes(head_size, k_bits));
+  layout.v_codes = place(CodeBytes(head_size, v_bits));
+  layout.refs = place(static_cast<int64_t>(sizeof(uint32_t)));
+  layout.bytes = end;
+  return layout;
+}
+
+Expected<void> CheckCacheConfig(const KvShape& shape, const Expert& expert, const Protected& guard) {
+  MOEND_TRY(CheckHeadSize(shape.head_size));
+  MOEND_TRY(CheckBits("K", expert.k_bits));
+  MOEND_TRY(CheckBits("V", expert.v_bits));
+  if (shape.n_kv_heads < 1 || shape.n_kv_heads > kMaxKvHeads)
+    return Fail(ErrorCode::kInvalidArgument, "{} KV heads are not supported; 1 to {} are", shape.n_kv_heads,
+                kMaxKvHeads);
+  if (!(expert.keep > 0.0 && expert.keep <= 1.0))
+    return Fail(ErrorCode::kInvalidArgument, "a keep ratio of {} is not above 0 and at most 1", expert.keep);
+  if (guard.sinks < 0 || guard.sinks > kMaxProtected)
+    return Fail(ErrorCode::kInvalidArgument, "{} sinks are not possible; 0 to {} are", guard.sinks,
+                kMaxProtected);
+  if (guard.window < 0 || guard.window > kMaxProtected)
+    return Fail(ErrorCode::kInvalidArgument, "a window of {} tokens is not possible; 0 to {} are",
+                guard.window, kMaxProtected);
+  return {};
+}
+
+int64_t KeptTokens(double keep, const Protected& guard, int64_t n_tokens) {
+  if (keep >= 1.0) return n_tokens;
+  // The factor forgives the binary rounding of ratios: 0.29 of 100 tokens are 29.
+  const double share = std::floor(keep * static_cast<double>(n_tokens) * (1.0 + 1e-12));
+  const int64_t least = std::min(n_tokens, guard.sinks + guard.window);
+  return std::clamp(static_cast<int64_t>(share), least, n_tokens);
+}
+
+int64_t KeptPages(double keep, const Protected& guard, int64_t n_tokens) {
+  const int64_t unprotected = KeptTokens(keep, guard, n_tokens) - guard.sinks - guard.window;
+  return std::max<int64_t>(unprotected, 0) / kPageTokens;
+}
+
+int64_t RawCapacity(const Protected& guard) {
+  return RoundUp(guard.sinks + guard.window + kPageTokens, kRawBlockTokens);
+}
+
+int64_t TableEntries(int64_t pages) {
+  return RoundUp(pages, kTableStep);
+}
+
+int64_t TableEntryBytes(int64_t score_bytes) {
+  return static_cast<int64_t>(sizeof(uint8_t*) + sizeof(uint64_t)) + kPageTokens * score_bytes;
+}
+
+int64_t BitmapBytes(int64_t n_tokens) {
+  return RoundUp(n_tokens, kCacheLine * 8) / 8;
+}
+
+Expected<int64_t> LayerBytes(const KvShape& shape, const Expert& expert, const Protected& guard,
+                             int64_t n_tokens, int64_t score_bytes) {
+  MOEND_TRY(CheckCacheConfig(shape, expert, guard));
+  if (n_tokens < 0 || n_tokens > kMaxTokens)
+    return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; 0 to {} are", n_tokens,
+                kMaxTokens);
+  if (score_bytes != 0 && score_bytes != static_cast<int64_t>(sizeof(float)))
+    return Fail(ErrorCode::kInvalidArgument, "{} bytes of score a slot; 0 or 4 are possible", score_bytes);
+  MOEND_ASSIGN(const PageLayout layout, MakePageLayout(shape.head_size, expert.k_bits, expert.v_bits));
+  const int64_t pages = KeptPages(expert.keep, guard, n_tokens);
+  const int64_t raw = std::min(RawCapacity(guard), RoundUp(n_tokens, kRawBlockTokens));
+  const int64_t head = pages * layout.bytes + TableEntries(pages) * TableEntryBytes(score_bytes) +
+                       BitmapBytes(n_tokens) + raw * shape.head_size * 2 * kHalfBytes;
+  return shape.n_kv_heads * head;
+}
+
+int64_t FullLayerBytes(const KvShape& shape, int64_t n_tokens) {
+  return n_tokens * shape.n_kv_heads * shape.head_size * 2 * kHalfBytes;
+}
+
+}  // namespace moend
