@@ -1,0 +1,302 @@
+#include "moend/calibrate/calibrate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <numeric>
+
+#include "moend/engine/compress.h"
+#include "moend/engine/engine_impl.h"
+
+namespace moend {
+namespace {
+
+// Everything of one chunk that the experts are compared with.
+struct Chunk {
+  int64_t context = 0, evaluated = 0;
+  std::vector<LayerScratch> layers;           // all tokens, nothing compressed
+  std::vector<std::vector<float>> inputs;     // [layer] f32 [evaluated][n_embd]
+  std::vector<std::vector<float>> attention;  // [layer] f32 [evaluated][n_heads * head_size]
+  std::vector<float> logits;                  // [evaluated][n_vocab], of the full cache
+};
+
+double SquaredNorm(const std::vector<float>& x) {
+  return std::transform_reduce(x.begin(), x.end(), 0.0, std::plus<>(), [](float v) { return double{v} * v; });
+}
+
+// KL(softmax(p) || softmax(q)) in nats.
+double KlDivergence(const float* p, const float* q, int64_t n) {
+  const float p_max = *std::max_element(p, p + n), q_max = *std::max_element(q, q + n);
+  double p_sum = 0, q_sum = 0, cross = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double e = std::exp(double{p[i]} - p_max);
+    p_sum += e;
+    q_sum += std::exp(double{q[i]} - q_max);
+    cross += e * (double{p[i]} - q[i]);
+  }
+  const double kl = cross / p_sum - (p_max + std::log(p_sum)) + (q_max + std::log(q_sum));
+  return std::max(0.0, kl);
+}
+
+class Calibrator {
+ public:
+  Calibrator(Engine::Impl& machine, const CalibrateOptions& options, const Scorer& scorer)
+      : machine_(machine), hp_(machine.model->hparams()), options_(options), scorer_(scorer) {}
+
+  // Measures one chunk; adds to `cells`. `tick` gets the share of the chunk done and may stop.
+  Expected<void> Measure(std::span<const int32_t> tokens, std::vector<std::vector<ProfileCell>>& cells,
+                         const std::function<bool(double)>& tick) {
+    MOEND_TRY(Read(tokens, tick));
+    const auto n_experts = static_cast<double>(options_.experts.size());
+    double work = 0, done = 0;
+    for (int64_t l = 0; l < hp_.n_layers; ++l) work += LayerWork(l) * n_experts;
+    for (int64_t l = 0; l < hp_.n_layers; ++l) {
+      MOEND_ASSIGN(const auto scores,
+                   ScoreScratch(*machine_.compute, chunk_.layers[static_cast<std::size_t>(l)], chunk_.context,
+                                scorer_));
+      for (std::size_t e = 0; e < options_.experts.size(); ++e) {
+        MOEND_ASSIGN(const ProfileCell cell, MeasureExpert(l, options_.experts[e], scores));
+        cells[static_cast<std::size_t>(l)][e].l2 += cell.l2;
+        cells[static_cast<std::size_t>(l)][e].kl += cell.kl;
+        done += LayerWork(l);
+        if (tick && !tick(kReadShare + (1 - kReadShare) * done / work))
+          return Fail(ErrorCode::kCancelled, "the calibration was stopped");
+      }
+    }
+    return {};
+  }
+
+ private:
+  static constexpr double kReadShare = 0.1;  // of a chunk's time, for the progress bar only
+
+  double LayerWork(int64_t layer) const { return static_cast<double>(hp_.n_layers - layer) + 1; }
+
+  // Reads the chunk with nothing compressed: the context through each layer, then the evaluated tokens.
+  Expected<void> Read(std::span<const int32_t> tokens, const std::function<bool(double)>& tick) {
+    chunk_ = {};
+    const auto n = static_cast<int64_t>(tokens.size());
+    chunk_.evaluated = std::min(options_.evaluated, n / 2);
+    chunk_.context = n - chunk_.evaluated;
+    const KvShape shape{hp_.n_kv_heads, hp_.head_size};
+    Compute& compute = *machine_.compute;
+    MOEND_ASSIGN(auto hidden, Buffer<float>::Create(nullptr, n * hp_.n_embd));
+    MOEND_TRY(compute.Embed(tokens, hidden.data()));
+    float* tail = hidden.data() + chunk_.context * hp_.n_embd;
+    for (int64_t l = 0; l < hp_.n_layers; ++l) {
+      MOEND_ASSIGN(auto scratch,
+                   LayerScratch::Create(nullptr, shape, hp_.n_heads, n, chunk_.context, scorer_.needs()));
+      chunk_.layers.push_back(std::move(scratch));
+      machine_.prefill->Begin(nullptr, &chunk_.layers.back());
+      for (int64_t at = 0; at < chunk_.context; at += compute.block_tokens()) {
+        const int64_t m = std::min(compute.block_tokens(), chunk_.context - at);
+        MOEND_TRY(compute.Layer(l, hidden.data() + at * hp_.n_embd, m, at, *machine_.prefill));
+      }
+      chunk_.inputs.emplace_back(tail, tail + chunk_.evaluated * hp_.n_embd);
+      MOEND_ASSIGN(auto attention, RunTail(l, tail, true));
+      chunk_.attention.push_back(std::move(attention));
+      machine_.prefill->EndAccumulation();
+      if (tick && !tick(kReadShare * static_cast<double>(l + 1) / static_cast<double>(hp_.n_layers)))
+        return Fail(ErrorCode::kCancelled, "the calibration was stopped");
+    }
+    chunk_.logits.resize(static_cast<std::size_t>(chunk_.evaluated * hp_.n_vocab));
+    return compute.Head(tail, chunk_.evaluated, chunk_.logits.data());
+  }
+
+  // The evaluated tokens through one layer, in place; the hook has begun. Returns the attention output if
+  // wanted.
+  Expected<std::vector<float>> RunTail(int64_t layer, float* hidden, bool want_attention) {
+    const int64_t width = hp_.n_heads * hp_.head_size;
+    std::vector<float> attention(want_attention ? static_cast<std::size_t>(chunk_.evaluated * width) : 0);
+    const int64_t block = machine_.compute->block_tokens();
+    for (int64_t at = 0; at < chunk_.evaluated; at += block) {
+      const int64_t m = std::min(block, chunk_.evaluated - at);
+      MOEND_TRY(machine_.compute->Layer(layer, hidden + at * hp_.n_embd, m, chunk_.context + at,
+                                        *machine_.prefill,
+                                        want_attention ? attention.data() + at * width : nullptr));
+    }
+    return attention;
+  }
+
+  Expected<ProfileCell> MeasureExpert(int64_t layer, const Expert& expert,
+                                      const std::vector<std::vector<float>>& scores) {
+    const auto li = static_cast<std::size_t>(layer);
+    ProfileCell cell;
+    // 16 bit and every token: the full cache itself.
+    if (expert.keep >= 1 && expert.k_bits == 16 && expert.v_bits == 16) return cell;
+    MOEND_ASSIGN(auto cache, CompressScratch(std::make_shared<Ledger>(), chunk_.layers[li], chunk_.context,
+                                             expert, options_.guard, scorer_, &scores));
+    std::vector<float> hidden = chunk_.inputs[li];
+    if (!tail_) {
+      MOEND_ASSIGN(auto scratch,
+                   LayerScratch::Create(nullptr, cache.shape(), hp_.n_heads, chunk_.evaluated, 0, {}));
+      tail_ = std::make_unique<LayerScratch>(std::move(scratch));
+    }
+    tail_->Clear();
+    machine_.prefill->Begin(&cache, tail_.get());
+    MOEND_ASSIGN(const auto attention, RunTail(layer, hidden.data(), true));
+    double error = 0;
+    for (std::size_t i = 0; i < attention.size(); ++i) {
+      const double d = double{attention[i]} - chunk_.attention[li][i];
+      error += d * d;
+    }
+    const double norm = SquaredNorm(chunk_.attention[li]);
+    cell.l2 = norm > 0 ? std::sqrt(error / norm) : 0;
+    for (int64_t l = layer + 1; l < hp_.n_layers; ++l) {
+      LayerScratch& scratch = chunk_.layers[static_cast<std::size_t>(l)];
+      scratch.Truncate(chunk_.context);
+      machine_.prefill->Begin(nullptr, &scratch);
+      MOEND_TRY(RunTail(l, hidden.data(), false));
+    }
+    logits_.resize(chunk_.logits.size());
+    MOEND_TRY(machine_.compute->Head(hidden.data(), chunk_.evaluated, logits_.data()));
+    std::vector<double> kl(static_cast<std::size_t>(chunk_.evaluated));
+    MOEND_TRY(machine_.compute->ParallelFor(chunk_.evaluated, [&](int64_t i, int) {
+      const int64_t at = i * hp_.n_vocab;
+      kl[static_cast<std::size_t>(i)] =
+          KlDivergence(chunk_.logits.data() + at, logits_.data() + at, hp_.n_vocab);
+    }));
+    cell.kl = std::accumulate(kl.begin(), kl.end(), 0.0) / static_cast<double>(chunk_.evaluated);
+    return cell;
+  }
+
+  Engine::Impl& machine_;
+  const HyperParams& hp_;
+  const CalibrateOptions& options_;
+  const Scorer& scorer_;
+  Chunk chunk_;
+  std::unique_ptr<LayerScratch> tail_;
+  std::vector<float> logits_;
+};
+
+Expected<void> CheckResumable(const Profile& have, const Profile& want) {
+  MOEND_TRY(CheckSameModel(have.model, want.model, "the unfinished profile"));
+  const auto differs = [](const char* what) {
+    return Fail(
+        ErrorCode::kMismatch,
+        "the profile was started with another {}; calibrate into another file, or with the same options",
+        what);
+  };
+  if (have.scorer != want.scorer) return differs("scorer");
+  if (have.guard != want.guard) return differs("sinks or window");
+  if (have.length != want.length) return differs("chunk length");
+  if (have.evaluated != want.evaluated) return differs("number of evaluated tokens");
+  if (have.experts != want.experts) return differs("list of experts");
+  if (have.cells.size() != static_cast<std::size_t>(want.model.n_layers)) return differs("number of layers");
+  return {};
+}
+
+}  // namespace
+
+std::vector<Expert> DefaultExperts() {
+  static constexpr double kKeeps[] = {0.02, 0.05, 0.1, 0.25, 0.5, 1.0};
+  static constexpr std::pair<int, int> kBits[] = {{2, 2}, {3, 2}, {3, 3}, {4, 2},  {4, 3},
+                                                  {4, 4}, {8, 4}, {8, 8}, {16, 16}};
+  std::vector<Expert> experts;
+  for (const double keep : kKeeps)
+    for (const auto& [k, v] : kBits) experts.push_back({keep, k, v});
+  std::sort(experts.begin(), experts.end());
+  return experts;
+}
+
+Expected<std::vector<std::vector<int32_t>>> MakeChunks(std::span<const std::vector<int32_t>> texts,
+                                                       int32_t bos, const CalibrateOptions& options) {
+  // Pieces between BOS tokens; each is cut from its end so that a chunk ends where its text ends.
+  std::vector<std::vector<int32_t>> chunks, shorter;
+  std::size_t longest = 0;
+  const auto length = static_cast<std::size_t>(options.length);
+  const auto take = [&](std::span<const int32_t> piece) {
+    longest = std::max(longest, piece.size());
+    const std::size_t room = length - (bos >= 0 ? 1 : 0);
+    // A piece a little short of the length still is a chunk; one below a quarter measures another thing.
+    for (std::size_t end = piece.size(); end > 0;) {
+      const std::size_t n = std::min(end, room);
+      if (n < length / 4 ||
+          static_cast<int64_t>(n) < 2 * (options.guard.sinks + options.guard.window + kPageTokens))
+        break;
+      std::vector<int32_t> chunk;
+      if (bos >= 0) chunk.push_back(bos);
+      chunk.insert(chunk.end(), piece.begin() + static_cast<std::ptrdiff_t>(end - n),
+                   piece.begin() + static_cast<std::ptrdiff_t>(end));
+      (n < room * 3 / 4 ? shorter : chunks).push_back(std::move(chunk));
+      end -= n;
+    }
+  };
+  for (const auto& text : texts) {
+    std::size_t begin = 0;
+    for (std::size_t i = 0; i <= text.size(); ++i) {
+      if (i < text.size() && !(bos >= 0 && text[i] == bos)) continue;
+      take(std::span(text).subspan(begin, i - begin));
+      begin = i + 1;
+    }
+  }
+  std::stable_sort(shorter.begin(), shorter.end(),
+                   [](const auto& a, const auto& b) { return a.size() > b.size(); });
+  chunks.insert(chunks.end(), std::make_move_iterator(shorter.begin()),
+                std::make_move_iterator(shorter.end()));
+  if (chunks.empty())
+    return Fail(
+        ErrorCode::kInvalidArgument,
+        "the calibration text is too short: its longest part has {} tokens, a chunk of {} needs at least {}",
+        longest, options.length, length / 4);
+  if (options.chunks > 0 && chunks.size() > static_cast<std::size_t>(options.chunks)) {
+    // Spread over the text: neighbouring chunks resemble each other.
+    std::vector<std::vector<int32_t>> chosen;
+    const auto wanted = static_cast<std::size_t>(options.chunks);
+    for (std::size_t i = 0; i < wanted; ++i) chosen.push_back(std::move(chunks[i * chunks.size() / wanted]));
+    chunks = std::move(chosen);
+  }
+  return chunks;
+}
+
+Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std::vector<int32_t>> chunks,
+                            const CalibrateOptions& given, Profile profile,
+                            const std::function<bool(const CalibrateProgress&)>& progress,
+                            const std::function<Expected<void>(const Profile&)>& save) {
+  CalibrateOptions options = given;
+  if (options.experts.empty()) options.experts = DefaultExperts();
+  std::sort(options.experts.begin(), options.experts.end());
+  MOEND_ASSIGN(const auto scorer, MakeScorer(options.scorer));
+  Profile wanted;
+  wanted.model = engine->fingerprint();
+  wanted.scorer = options.scorer;
+  wanted.guard = options.guard;
+  wanted.length = options.length;
+  wanted.evaluated = options.evaluated;
+  wanted.experts = options.experts;
+  wanted.chunks_wanted = static_cast<int64_t>(chunks.size());
+  wanted.cells.assign(static_cast<std::size_t>(wanted.model.n_layers),
+                      std::vector<ProfileCell>(options.experts.size()));
+  if (profile.cells.empty()) {
+    profile = wanted;
+  } else {
+    MOEND_TRY(CheckResumable(profile, wanted));
+    profile.chunks_wanted = std::max(profile.chunks, wanted.chunks_wanted);
+  }
+  Engine::Impl& machine = engine->impl();
+  const std::lock_guard lock(machine.busy);
+  Calibrator calibrator(machine, options, *scorer);
+  const auto n_chunks = static_cast<int64_t>(chunks.size());
+  for (int64_t c = profile.chunks; c < n_chunks; ++c) {
+    std::vector<std::vector<ProfileCell>> sums = wanted.cells;
+    const auto tick = [&](double part) {
+      if (!progress) return true;
+      const double share = (static_cast<double>(c) + part) / static_cast<double>(n_chunks);
+      return progress({c, n_chunks, share});
+    };
+    MOEND_TRY(calibrator.Measure(chunks[static_cast<std::size_t>(c)], sums, tick));
+    // The cells are means over the finished chunks.
+    const auto old = static_cast<double>(profile.chunks);
+    for (std::size_t l = 0; l < sums.size(); ++l) {
+      for (std::size_t e = 0; e < sums[l].size(); ++e) {
+        ProfileCell& cell = profile.cells[l][e];
+        cell.l2 = (cell.l2 * old + sums[l][e].l2) / (old + 1);
+        cell.kl = (cell.kl * old + sums[l][e].kl) / (old + 1);
+      }
+    }
+    ++profile.chunks;
+    if (save) MOEND_TRY(save(profile));
+  }
+  return profile;
+}
+
+}  // namespace moend
