@@ -143,11 +143,13 @@ Expected<std::string> ReadFile(const std::string& path, int64_t limit) {
                 static_cast<int64_t>(info.st_size), limit);
   }
   // The size is a hint only: pipes have none, and a file may grow while it is read.
+  constexpr int64_t kPiece = 65536;
   std::string content;
   int64_t size = 0;
   for (;;) {
-    const int64_t room = std::max<int64_t>(int64_t{info.st_size} - size, 65536);
+    const int64_t room = size < info.st_size ? info.st_size - size : kPiece;
     try {
+      content.reserve(static_cast<std::size_t>(int64_t{info.st_size} + kPiece));
       content.resize(static_cast<std::size_t>(size + room));
     } catch (const std::bad_alloc&) {
       return Fail(ErrorCode::kOutOfMemory, "{} does not fit into memory", path);

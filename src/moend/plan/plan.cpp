@@ -1,0 +1,139 @@
+#include "moend/plan/plan.h"
+
+#include <algorithm>
+
+#include "moend/base/file.h"
+#include "moend/plan/json_fields.h"
+
+namespace moend {
+namespace {
+
+constexpr double kMaxLoss = 1e30;
+
+std::string Describe(const Fingerprint& model) {
+  return fmt::format("{} ({}, {} layers, {} KV heads of {}, hash {})",
+                     model.name.empty() ? "a nameless model" : Printable(model.name),
+                     Printable(model.architecture), model.n_layers, model.shape.n_kv_heads,
+                     model.shape.head_size, Printable(model.hash, 16));
+}
+
+// The layers' experts, and their predicted losses where the file has them.
+Expected<void> ReadLayers(const JsonNode& layers, Plan& plan) {
+  MOEND_ASSIGN(const int64_t n, layers.Size());
+  if (n != plan.model.n_layers)
+    return layers.Wrong("has {} layers; model.n_layers is {}", n, plan.model.n_layers);
+  for (int64_t l = 0; l < n; ++l) {
+    MOEND_ASSIGN(const JsonNode layer, layers.At(l));
+    MOEND_ASSIGN(const Expert expert, ReadExpert(layer));
+    plan.layers.push_back(expert);
+    const bool expected = l == 0 ? layer.Has("predicted") : !plan.predicted.empty();
+    if (!expected && layer.Has("predicted"))
+      return layer.Wrong("has a predicted loss; the layers before it have none");
+    if (!expected) continue;
+    MOEND_ASSIGN(const JsonNode node, layer.At("predicted"));
+    MOEND_ASSIGN(const double loss, node.Real(-kMaxLoss, kMaxLoss));
+    plan.predicted.push_back(loss);
+  }
+  return {};
+}
+
+}  // namespace
+
+Expected<Plan> ParsePlan(const std::string& json, const std::string& source) {
+  MOEND_ASSIGN(const nlohmann::json document, ParseJson(json, source));
+  const JsonNode root(document, source);
+  MOEND_TRY(CheckHeader(root, source, "plan", Plan::kSchema));
+
+  Plan plan;
+  MOEND_ASSIGN(const JsonNode model, root.At("model"));
+  MOEND_ASSIGN(plan.model, ReadFingerprint(model));
+  for (const auto& [key, member] : {std::pair{"variant", &Plan::variant},
+                                    {"scorer", &Plan::scorer},
+                                    {"solver", &Plan::solver},
+                                    {"metric", &Plan::metric}}) {
+    MOEND_ASSIGN(const JsonNode node, root.At(key));
+    MOEND_ASSIGN(plan.*member, node.Text(64));
+  }
+  MOEND_ASSIGN(const JsonNode guard, root.At("protected"));
+  MOEND_ASSIGN(plan.guard, ReadProtected(guard));
+  MOEND_ASSIGN(const JsonNode context, root.At("context_length"));
+  MOEND_ASSIGN(plan.context_length, context.Int(1, kMaxTokens));
+  MOEND_ASSIGN(const JsonNode budget, root.At("budget_bytes"));
+  MOEND_ASSIGN(plan.budget_bytes, budget.Int(0, INT64_MAX));
+  MOEND_ASSIGN(const JsonNode bytes, root.At("bytes"));
+  MOEND_ASSIGN(plan.bytes, bytes.Int(0, INT64_MAX));
+  MOEND_ASSIGN(const JsonNode layers, root.At("layers"));
+  MOEND_TRY(ReadLayers(layers, plan));
+  return plan;
+}
+
+std::string ToJson(const Plan& plan) {
+  nlohmann::ordered_json layers = nlohmann::ordered_json::array();
+  for (std::size_t l = 0; l < plan.layers.size(); ++l) {
+    nlohmann::ordered_json layer = Write(plan.layers[l]);
+    if (l < plan.predicted.size()) layer["predicted"] = plan.predicted[l];
+    layers.push_back(std::move(layer));
+  }
+  return Pretty({{"moend", "plan"},
+                 {"schema", Plan::kSchema},
+                 {"model", Write(plan.model)},
+                 {"variant", plan.variant},
+                 {"scorer", plan.scorer},
+                 {"solver", plan.solver},
+                 {"metric", plan.metric},
+                 {"protected", Write(plan.guard)},
+                 {"context_length", plan.context_length},
+                 {"budget_bytes", plan.budget_bytes},
+                 {"bytes", plan.bytes},
+                 {"layers", std::move(layers)}});
+}
+
+Expected<Plan> LoadPlan(const std::string& path) {
+  MOEND_ASSIGN(const std::string json, ReadFile(path, kMaxJsonBytes));
+  return ParsePlan(json, path);
+}
+
+Expected<void> CheckSameModel(const Fingerprint& made_for, const Fingerprint& running,
+                              const std::string& source) {
+  // The name is for people: a renamed file with the same weights is the same model.
+  Fingerprint renamed = made_for;
+  renamed.name = running.name;
+  if (renamed == running) return {};
+  return Fail(ErrorCode::kMismatch,
+              "{} was made for the model {}, but the model here is {}; calibrate again with this model",
+              source, Describe(made_for), Describe(running));
+}
+
+Plan FullPlan(const Fingerprint& model, int64_t context_length) {
+  Plan plan;
+  plan.model = model;
+  plan.variant = "full";
+  plan.context_length = context_length;
+  plan.layers.assign(static_cast<std::size_t>(std::clamp<int64_t>(model.n_layers, 0, kMaxLayers)), Expert{});
+  // Callers pass what a loaded model says, for which the arithmetic cannot fail; a plan that reports 0 bytes
+  // is still a plan.
+  plan.bytes = PlanBytes(plan, context_length, 0).value_or(0);
+  plan.budget_bytes = plan.bytes;
+  return plan;
+}
+
+Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_bytes) {
+  int64_t total = 0;
+  for (const Expert& expert : plan.layers) {
+    MOEND_ASSIGN(const int64_t bytes,
+                 LayerBytes(plan.model.shape, expert, plan.guard, n_tokens, score_bytes));
+    if (__builtin_add_overflow(total, bytes, &total))
+      return Fail(ErrorCode::kInvalidArgument,
+                  "a cache of {} tokens in {} layers has too many bytes to count", n_tokens,
+                  plan.layers.size());
+  }
+  return total;
+}
+
+int64_t FullBytes(const Fingerprint& model, int64_t n_tokens) {
+  int64_t total = 0;
+  if (__builtin_mul_overflow(FullLayerBytes(model.shape, n_tokens), model.n_layers, &total)) return INT64_MAX;
+  return total;
+}
+
+}  // namespace moend

@@ -1,0 +1,108 @@
+#include "moend/base/file.h"
+#include "moend/plan/json_fields.h"
+#include "moend/plan/plan.h"
+
+namespace moend {
+namespace {
+
+constexpr int64_t kMaxExperts = 4096;
+constexpr int64_t kMaxChunks = 1 << 30;
+constexpr double kMaxLoss = 1e30;
+
+Expected<std::vector<Expert>> ReadExperts(const JsonNode& node) {
+  MOEND_ASSIGN(const int64_t n, node.Size());
+  if (n < 1 || n > kMaxExperts) return node.Wrong("has {} experts; possible: 1 to {}", n, kMaxExperts);
+  std::vector<Expert> experts;
+  for (int64_t e = 0; e < n; ++e) {
+    MOEND_ASSIGN(const JsonNode element, node.At(e));
+    MOEND_ASSIGN(const Expert expert, ReadExpert(element));
+    if (e > 0 && !(experts.back() < expert))
+      return element.Wrong("is out of order; experts ascend by keep, k_bits, v_bits, each once");
+    experts.push_back(expert);
+  }
+  return experts;
+}
+
+// layer.kl and layer.l2: one number an expert.
+Expected<void> ReadLosses(const JsonNode& layer, std::string_view key, double ProfileCell::*member,
+                          std::vector<ProfileCell>& cells) {
+  MOEND_ASSIGN(const JsonNode node, layer.At(key));
+  MOEND_ASSIGN(const int64_t n, node.Size());
+  if (n != static_cast<int64_t>(cells.size()))
+    return node.Wrong("has {} numbers; needed: one for each of the {} experts", n, cells.size());
+  for (int64_t e = 0; e < n; ++e) {
+    MOEND_ASSIGN(const JsonNode element, node.At(e));
+    MOEND_ASSIGN(cells[static_cast<std::size_t>(e)].*member, element.Real(-kMaxLoss, kMaxLoss));
+  }
+  return {};
+}
+
+}  // namespace
+
+Expected<Profile> ParseProfile(const std::string& json, const std::string& source) {
+  MOEND_ASSIGN(const nlohmann::json document, ParseJson(json, source));
+  const JsonNode root(document, source);
+  MOEND_TRY(CheckHeader(root, source, "profile", Profile::kSchema));
+
+  Profile profile;
+  MOEND_ASSIGN(const JsonNode model, root.At("model"));
+  MOEND_ASSIGN(profile.model, ReadFingerprint(model));
+  MOEND_ASSIGN(const JsonNode scorer, root.At("scorer"));
+  MOEND_ASSIGN(profile.scorer, scorer.Text(64));
+  MOEND_ASSIGN(const JsonNode guard, root.At("protected"));
+  MOEND_ASSIGN(profile.guard, ReadProtected(guard));
+  MOEND_ASSIGN(const JsonNode length, root.At("length"));
+  MOEND_ASSIGN(profile.length, length.Int(1, kMaxTokens));
+  MOEND_ASSIGN(const JsonNode evaluated, root.At("evaluated"));
+  MOEND_ASSIGN(profile.evaluated, evaluated.Int(0, profile.length));
+  MOEND_ASSIGN(const JsonNode chunks, root.At("chunks"));
+  MOEND_ASSIGN(profile.chunks, chunks.Int(0, kMaxChunks));
+  MOEND_ASSIGN(const JsonNode wanted, root.At("chunks_wanted"));
+  MOEND_ASSIGN(profile.chunks_wanted, wanted.Int(0, kMaxChunks));
+  MOEND_ASSIGN(const JsonNode experts, root.At("experts"));
+  MOEND_ASSIGN(profile.experts, ReadExperts(experts));
+
+  MOEND_ASSIGN(const JsonNode layers, root.At("layers"));
+  MOEND_ASSIGN(const int64_t n_layers, layers.Size());
+  if (n_layers != profile.model.n_layers)
+    return layers.Wrong("has {} layers; model.n_layers is {}", n_layers, profile.model.n_layers);
+  for (int64_t l = 0; l < n_layers; ++l) {
+    MOEND_ASSIGN(const JsonNode layer, layers.At(l));
+    std::vector<ProfileCell> cells(profile.experts.size());
+    MOEND_TRY(ReadLosses(layer, "kl", &ProfileCell::kl, cells));
+    MOEND_TRY(ReadLosses(layer, "l2", &ProfileCell::l2, cells));
+    profile.cells.push_back(std::move(cells));
+  }
+  return profile;
+}
+
+std::string ToJson(const Profile& profile) {
+  nlohmann::ordered_json experts = nlohmann::ordered_json::array(), layers = experts;
+  for (const Expert& expert : profile.experts) experts.push_back(Write(expert));
+  for (const auto& cells : profile.cells) {
+    nlohmann::ordered_json kl = nlohmann::ordered_json::array(), l2 = kl;
+    for (const ProfileCell& cell : cells) {
+      kl.push_back(cell.kl);
+      l2.push_back(cell.l2);
+    }
+    layers.push_back({{"kl", std::move(kl)}, {"l2", std::move(l2)}});
+  }
+  return Pretty({{"moend", "profile"},
+                 {"schema", Profile::kSchema},
+                 {"model", Write(profile.model)},
+                 {"scorer", profile.scorer},
+                 {"protected", Write(profile.guard)},
+                 {"length", profile.length},
+                 {"evaluated", profile.evaluated},
+                 {"chunks", profile.chunks},
+                 {"chunks_wanted", profile.chunks_wanted},
+                 {"experts", std::move(experts)},
+                 {"layers", std::move(layers)}});
+}
+
+Expected<Profile> LoadProfile(const std::string& path) {
+  MOEND_ASSIGN(const std::string json, ReadFile(path, kMaxJsonBytes));
+  return ParseProfile(json, path);
+}
+
+}  // namespace moend
