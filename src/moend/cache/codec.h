@@ -1,5 +1,6 @@
 // Packs 64 tokens of one KV head into a page and unpacks them. The page format is in plan/layout.h. The
-// scalar versions in cache/codec_<bits>/ are the definition; vectorized ones must give the same bytes.
+// scalar functions of namespace `reference` are the definition; the vectorized ones give the same bytes and
+// values on every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +17,21 @@ void PackPage(const PageLayout& layout, const float* k, const float* v, uint64_t
 // Gives back all 64 slots (dead ones too, with whatever they hold), token major. Either output may be null.
 void UnpackPage(const PageLayout& layout, const uint8_t* page, float* k, float* v);
 
-// The definition: scalar, one value at a time.
+#define MOEND_DECLARE_CODEC                                                                     \
+  /* One side of a page. K is channel major here, [head_size][64], as a page's K groups are; */ \
+  /* V is token major, [64][head_size]. */                                                      \
+  void PackKeys(const PageLayout& layout, const float* k, uint64_t live, uint8_t* page);        \
+  void PackValues(const PageLayout& layout, const float* v, uint64_t live, uint8_t* page);      \
+  void UnpackKeys(const PageLayout& layout, const uint8_t* page, float* k);                     \
+  void UnpackValues(const PageLayout& layout, const uint8_t* page, float* v);                   \
+  /* Half floats to floats, and back with FloatToFiniteHalf(). */                               \
+  void HalvesToFloats(const uint16_t* halves, int64_t n, float* floats);                        \
+  void FloatsToHalves(const float* floats, int64_t n, uint16_t* halves);
+
+MOEND_DECLARE_CODEC
 namespace reference {
-void PackPage(const PageLayout& layout, const float* k, const float* v, uint64_t live, uint8_t* page);
-void UnpackPage(const PageLayout& layout, const uint8_t* page, float* k, float* v);
-}  // namespace reference
+MOEND_DECLARE_CODEC
+}
 
 // Largest possible |x - unpack(pack(x))| of a group whose values span [low, high]: half a step plus the
 // rounding of scale and min to half floats. For bits = 16: the rounding of a half float.

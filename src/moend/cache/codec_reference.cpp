@@ -49,45 +49,42 @@ const uint16_t* Halves16(const uint8_t* page, int64_t offset) {
   return reinterpret_cast<const uint16_t*>(page + offset);
 }
 
-// The scale of the live values among x(0), ..., x(n - 1); of none it is 0.
-template <class Live, class Value>
-GroupScale ScaleOf(int64_t n, int max_code, Live live, Value x) {
+bool IsLive(uint64_t live, int64_t token) {
+  return (live >> token) & 1;
+}
+
+// The scale of the live ones among the n values of x; of none it is 0.
+GroupScale ScaleOf(const float* x, int64_t n, uint64_t live, int max_code) {
   float low = INFINITY, high = -INFINITY;
   for (int64_t i = 0; i < n; ++i) {
-    if (!live(i)) continue;
-    const float value = ClampToHalfRange(x(i));
+    if (!IsLive(live, i % kPageTokens)) continue;
+    const float value = ClampToHalfRange(x[i]);
     low = std::min(low, value);
     high = std::max(high, value);
   }
   return low <= high ? ChooseScale(low, high, max_code) : GroupScale();
 }
 
-bool IsLive(uint64_t live, int64_t token) {
-  return (live >> token) & 1;
-}
-
-void PackK(const PageLayout& layout, const float* k, uint64_t live, int max_code, uint8_t* page,
-           uint8_t* rows) {
+void EncodeKeys(const PageLayout& layout, const float* k, uint64_t live, int max_code, uint8_t* page,
+                uint8_t* rows) {
   for (int64_t c = 0; c < layout.head_size; ++c) {
-    const auto at = [&](int64_t t) { return k[t * layout.head_size + c]; };
-    const GroupScale g = ScaleOf(
-        kPageTokens, max_code, [&](int64_t t) { return IsLive(live, t); }, at);
+    const float* x = k + c * kPageTokens;
+    const GroupScale g = ScaleOf(x, kPageTokens, live, max_code);
     Halves16(page, layout.k_scale)[c] = g.scale;
     Halves16(page, layout.k_min)[c] = g.min;
     const float min = HalfToFloat(g.min), inverse = InverseScale(g.scale);
     for (int64_t t = 0; t < kPageTokens; ++t)
-      rows[KIndex(t, c)] = IsLive(live, t) ? EncodeValue(at(t), min, inverse, max_code) : uint8_t{0};
+      rows[KIndex(t, c)] = IsLive(live, t) ? EncodeValue(x[t], min, inverse, max_code) : uint8_t{0};
   }
 }
 
-void PackV(const PageLayout& layout, const float* v, uint64_t live, int max_code, uint8_t* page,
-           uint8_t* rows) {
+void EncodeValues(const PageLayout& layout, const float* v, uint64_t live, int max_code, uint8_t* page,
+                  uint8_t* rows) {
   const int64_t width = layout.head_size / layout.v_groups;
   for (int64_t t = 0; t < kPageTokens; ++t) {
     for (int64_t group = 0; group < layout.v_groups; ++group) {
       const float* x = v + t * layout.head_size + group * width;
-      const GroupScale g = ScaleOf(
-          width, max_code, [&](int64_t) { return IsLive(live, t); }, [&](int64_t c) { return x[c]; });
+      const GroupScale g = IsLive(live, t) ? ScaleOf(x, width, ~uint64_t{0}, max_code) : GroupScale();
       Halves16(page, layout.v_scale)[group * kPageTokens + t] = g.scale;
       Halves16(page, layout.v_min)[group * kPageTokens + t] = g.min;
       const float min = HalfToFloat(g.min), inverse = InverseScale(g.scale);
@@ -102,60 +99,73 @@ void PackV(const PageLayout& layout, const float* v, uint64_t live, int max_code
 
 namespace reference {
 
-void PackPage(const PageLayout& layout, const float* k, const float* v, uint64_t live, uint8_t* page) {
-  CodeRows rows;
-  const int64_t hs = layout.head_size;
+void PackKeys(const PageLayout& layout, const float* k, uint64_t live, uint8_t* page) {
   if (layout.k_bits == 16) {
-    for (int64_t c = 0; c < hs; ++c)
-      for (int64_t t = 0; t < kPageTokens; ++t)
-        Halves16(page, layout.k_codes)[c * kPageTokens + t] =
-            Halves::Encode(IsLive(live, t) ? k[t * hs + c] : 0);
-  } else {
-    WithRows(layout.k_bits, [&]<class Rows>(Rows) {
-      PackK(layout, k, live, Rows::kMaxCode, page, rows.data());
-      Rows::Pack(rows.data(), hs, page + layout.k_codes);
-    });
+    for (int64_t i = 0; i < layout.head_size * kPageTokens; ++i)
+      Halves16(page, layout.k_codes)[i] = Halves::Encode(IsLive(live, i % kPageTokens) ? k[i] : 0.0f);
+    return;
   }
+  WithRows(layout.k_bits, [&]<class Rows>(Rows) {
+    CodeRows rows;
+    EncodeKeys(layout, k, live, Rows::kMaxCode, page, rows.data());
+    Rows::Pack(rows.data(), layout.head_size, page + layout.k_codes);
+  });
+}
+
+void PackValues(const PageLayout& layout, const float* v, uint64_t live, uint8_t* page) {
   if (layout.v_bits == 16) {
+    for (int64_t i = 0; i < layout.head_size * kPageTokens; ++i)
+      Halves16(page, layout.v_codes)[i] = Halves::Encode(IsLive(live, i / layout.head_size) ? v[i] : 0.0f);
+    return;
+  }
+  WithRows(layout.v_bits, [&]<class Rows>(Rows) {
+    CodeRows rows;
+    EncodeValues(layout, v, live, Rows::kMaxCode, page, rows.data());
+    Rows::Pack(rows.data(), layout.head_size, page + layout.v_codes);
+  });
+}
+
+void UnpackKeys(const PageLayout& layout, const uint8_t* page, float* k) {
+  if (layout.k_bits == 16) {
+    for (int64_t i = 0; i < layout.head_size * kPageTokens; ++i)
+      k[i] = Halves::Decode(Halves16(page, layout.k_codes)[i]);
+    return;
+  }
+  CodeRows rows;
+  WithRows(layout.k_bits,
+           [&]<class Rows>(Rows) { Rows::Unpack(page + layout.k_codes, layout.head_size, rows.data()); });
+  for (int64_t c = 0; c < layout.head_size; ++c) {
+    const float scale = HalfToFloat(Halves16(page, layout.k_scale)[c]);
+    const float min = HalfToFloat(Halves16(page, layout.k_min)[c]);
     for (int64_t t = 0; t < kPageTokens; ++t)
-      for (int64_t c = 0; c < hs; ++c)
-        Halves16(page, layout.v_codes)[t * hs + c] = Halves::Encode(IsLive(live, t) ? v[t * hs + c] : 0);
-  } else {
-    WithRows(layout.v_bits, [&]<class Rows>(Rows) {
-      PackV(layout, v, live, Rows::kMaxCode, page, rows.data());
-      Rows::Pack(rows.data(), hs, page + layout.v_codes);
-    });
+      k[c * kPageTokens + t] = DecodeValue(rows[KIndex(t, c)], min, scale);
   }
 }
 
-void UnpackPage(const PageLayout& layout, const uint8_t* page, float* k, float* v) {
-  CodeRows rows;
-  const int64_t hs = layout.head_size;
-  if (k && layout.k_bits == 16) {
-    for (int64_t c = 0; c < hs; ++c)
-      for (int64_t t = 0; t < kPageTokens; ++t)
-        k[t * hs + c] = Halves::Decode(Halves16(page, layout.k_codes)[c * kPageTokens + t]);
-  } else if (k) {
-    WithRows(layout.k_bits, [&]<class Rows>(Rows) { Rows::Unpack(page + layout.k_codes, hs, rows.data()); });
-    for (int64_t c = 0; c < hs; ++c) {
-      const float scale = HalfToFloat(Halves16(page, layout.k_scale)[c]);
-      const float min = HalfToFloat(Halves16(page, layout.k_min)[c]);
-      for (int64_t t = 0; t < kPageTokens; ++t) k[t * hs + c] = DecodeValue(rows[KIndex(t, c)], min, scale);
-    }
-  }
-  if (v && layout.v_bits == 16) {
+void UnpackValues(const PageLayout& layout, const uint8_t* page, float* v) {
+  const int64_t hs = layout.head_size, width = hs / layout.v_groups;
+  if (layout.v_bits == 16) {
     for (int64_t i = 0; i < kPageTokens * hs; ++i) v[i] = Halves::Decode(Halves16(page, layout.v_codes)[i]);
-  } else if (v) {
-    WithRows(layout.v_bits, [&]<class Rows>(Rows) { Rows::Unpack(page + layout.v_codes, hs, rows.data()); });
-    const int64_t width = hs / layout.v_groups;
-    for (int64_t t = 0; t < kPageTokens; ++t) {
-      for (int64_t c = 0; c < hs; ++c) {
-        const int64_t group = c / width * kPageTokens + t;
-        v[t * hs + c] = DecodeValue(rows[VIndex(t, c)], HalfToFloat(Halves16(page, layout.v_min)[group]),
-                                    HalfToFloat(Halves16(page, layout.v_scale)[group]));
-      }
+    return;
+  }
+  CodeRows rows;
+  WithRows(layout.v_bits, [&]<class Rows>(Rows) { Rows::Unpack(page + layout.v_codes, hs, rows.data()); });
+  for (int64_t t = 0; t < kPageTokens; ++t) {
+    for (int64_t group = 0; group < layout.v_groups; ++group) {
+      const float scale = HalfToFloat(Halves16(page, layout.v_scale)[group * kPageTokens + t]);
+      const float min = HalfToFloat(Halves16(page, layout.v_min)[group * kPageTokens + t]);
+      for (int64_t c = group * width; c < (group + 1) * width; ++c)
+        v[t * hs + c] = DecodeValue(rows[VIndex(t, c)], min, scale);
     }
   }
+}
+
+void HalvesToFloats(const uint16_t* halves, int64_t n, float* floats) {
+  for (int64_t i = 0; i < n; ++i) floats[i] = Halves::Decode(halves[i]);
+}
+
+void FloatsToHalves(const float* floats, int64_t n, uint16_t* halves) {
+  for (int64_t i = 0; i < n; ++i) halves[i] = Halves::Encode(floats[i]);
 }
 
 }  // namespace reference
