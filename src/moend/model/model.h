@@ -42,10 +42,12 @@ struct LayerWeights {
   ggml_tensor *q_norm = nullptr, *k_norm = nullptr;  // qwen3
   ggml_tensor* rope_freqs = nullptr;                 // llama-3 frequency factors
   ggml_tensor *ffn_norm = nullptr, *ffn_gate = nullptr, *ffn_up = nullptr, *ffn_down = nullptr;
+  ggml_tensor *ffn_gate_b = nullptr, *ffn_up_b = nullptr, *ffn_down_b = nullptr;  // llama
 };
 
 struct Weights {
   ggml_tensor *tok_embd = nullptr, *output_norm = nullptr, *output = nullptr;  // output = tok_embd when tied
+  ggml_tensor* output_b = nullptr;                                             // qwen2, optional
   ggml_tensor* rope_freqs = nullptr;
   std::vector<LayerWeights> layers;
 };

@@ -1,0 +1,109 @@
+// Reads GGUF files, versions 2 and 3, without trusting a byte of them. Every count, length, offset and size
+// is checked against the file before it is used, and nothing is allocated by a number that the file only
+// claims. Format: ggml's docs/gguf.md.
+//
+//     "GGUF" u32 version, u64 n_tensors, u64 n_keys | keys: name, type, value | tensors: name, dims, type,
+//     offset | padding | tensor data, each tensor aligned
+#pragma once
+
+#include <ggml.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "moend/base/error.h"
+#include "moend/model/mapped_file.h"
+
+namespace moend {
+
+enum class GgufType : uint32_t {
+  kUint8 = 0,
+  kInt8 = 1,
+  kUint16 = 2,
+  kInt16 = 3,
+  kUint32 = 4,
+  kInt32 = 5,
+  kFloat32 = 6,
+  kBool = 7,
+  kString = 8,
+  kArray = 9,
+  kUint64 = 10,
+  kInt64 = 11,
+  kFloat64 = 12,
+};
+const char* Name(GgufType type);
+
+// A checked value inside the file; `bytes` are its elements as stored (little endian, unaligned; a string is
+// u64 length + characters).
+struct GgufValue {
+  GgufType type = GgufType::kUint8;  // of an element, if an array
+  bool is_array = false;
+  int64_t count = 1;
+  std::span<const uint8_t> bytes;
+};
+
+// A tensor whose shape, type and place in the file are checked. ne[0] is the row length, a multiple of the
+// type's block size; unused dimensions are 1.
+struct GgufTensor {
+  std::string_view name;
+  ggml_type type = GGML_TYPE_F32;
+  std::array<int64_t, 4> ne = {1, 1, 1, 1};
+  int64_t offset = 0;  // from the start of the file
+  int64_t bytes = 0;
+};
+
+// Text of the file made fit for a message: printable, cut to a line.
+std::string Printable(std::string_view text);
+// Shape as people write it: "[64, 128]"; trailing ones are left out.
+std::string ShapeText(const std::array<int64_t, 4>& ne);
+
+class GgufFile {
+ public:
+  // Maps the file and checks it as a whole. kCorrupt names what contradicts what; kUnsupported for versions
+  // and byte orders that moend does not read.
+  static Expected<GgufFile> Open(const std::string& path);
+  // The same over bytes that the caller keeps alive; `path` is for messages.
+  static Expected<GgufFile> Parse(std::span<const uint8_t> file, const std::string& path);
+
+  const std::string& path() const { return path_; }
+  std::span<const uint8_t> bytes() const { return file_; }
+  std::span<const GgufTensor> tensors() const { return tensors_; }
+  const GgufTensor* FindTensor(std::string_view name) const;
+  const GgufValue* Find(std::string_view key) const;
+
+  // Values by key. A missing key is kCorrupt where no fallback is given, a wrong type or a value outside
+  // [low, high] is kCorrupt too; integers may be stored in any integer type.
+  Expected<int64_t> Integer(std::string_view key, int64_t low, int64_t high,
+                            std::optional<int64_t> fallback = {}) const;
+  // One number, or an array of `count` equal numbers (some files repeat a number for every layer).
+  Expected<int64_t> SameInteger(std::string_view key, int64_t count, int64_t low, int64_t high,
+                                std::optional<int64_t> fallback = {}) const;
+  Expected<float> Real(std::string_view key, std::optional<float> fallback = {}) const;  // finite
+  Expected<bool> Boolean(std::string_view key, bool fallback) const;
+  Expected<std::string_view> String(std::string_view key,
+                                    std::optional<std::string_view> fallback = {}) const;
+  // Array elements; a missing key is an empty list.
+  Expected<std::vector<std::string_view>> Strings(std::string_view key) const;
+
+ private:
+  friend class GgufParser;
+  std::string path_;
+  MappedFile mapping_;
+  std::span<const uint8_t> file_;
+  std::unordered_map<std::string_view, GgufValue> values_;  // names and values point into file_
+  std::vector<GgufTensor> tensors_;
+  std::unordered_map<std::string_view, int64_t> tensor_index_;
+};
+
+// Most keys and tensors a file may have; real ones have some dozen and a few thousand. The bound keeps the
+// quadratic look-ups of other readers of the same file short.
+inline constexpr int64_t kMaxGgufKeys = 1 << 12;
+inline constexpr int64_t kMaxGgufTensors = 1 << 14;
+
+}  // namespace moend

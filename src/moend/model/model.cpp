@@ -1,0 +1,57 @@
+#include "moend/model/model.h"
+
+#include <ggml-cpu.h>
+
+#include <utility>
+
+#include "moend/model/fingerprint.h"
+#include "moend/model/gguf.h"
+#include "moend/model/hparams.h"
+#include "moend/model/tokenizer.h"
+#include "moend/model/weights.h"
+
+namespace moend {
+namespace {
+
+class LoadedModel final : public Model {
+ public:
+  LoadedModel(GgufFile file, HyperParams hparams, BoundWeights bound, std::unique_ptr<Tokenizer> tokenizer,
+              std::string hash)
+      : file_(std::move(file)),
+        hparams_(std::move(hparams)),
+        bound_(std::move(bound)),
+        tokenizer_(std::move(tokenizer)),
+        hash_(std::move(hash)) {}
+
+  const std::string& path() const override { return file_.path(); }
+  const HyperParams& hparams() const override { return hparams_; }
+  const Weights& weights() const override { return bound_.weights; }
+  const Tokenizer& tokenizer() const override { return *tokenizer_; }
+  const std::string& hash() const override { return hash_; }
+  int64_t file_bytes() const override { return static_cast<int64_t>(file_.bytes().size()); }
+
+ private:
+  GgufFile file_;  // before what points into it
+  HyperParams hparams_;
+  BoundWeights bound_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  std::string hash_;
+};
+
+}  // namespace
+
+Expected<std::shared_ptr<const Model>> Model::Load(const std::string& path, const LoadOptions& options) {
+  ggml_cpu_init();  // tables of the half float conversions; safe to repeat
+  MOEND_ASSIGN(GgufFile file, GgufFile::Open(path));
+  MOEND_ASSIGN(HyperParams hparams, ReadHyperParams(file));
+  MOEND_ASSIGN(BoundWeights bound, BindWeights(file, hparams));
+  std::unique_ptr<Tokenizer> tokenizer;
+  if (options.vocabulary) {
+    MOEND_ASSIGN(tokenizer, LoadTokenizer(file, hparams.n_vocab));
+  }
+  std::string hash = ModelHash(file, hparams);
+  return std::make_shared<const LoadedModel>(std::move(file), std::move(hparams), std::move(bound),
+                                             std::move(tokenizer), std::move(hash));
+}
+
+}  // namespace moend

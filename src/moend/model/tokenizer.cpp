@@ -1,0 +1,172 @@
+#include "moend/model/tokenizer.h"
+
+#include <llama-cpp.h>
+#include <llama.h>
+
+#include <climits>
+#include <exception>
+#include <mutex>
+
+namespace moend {
+namespace {
+
+// libllama and ggml log through one callback of the process. Errors are kept for the message of the call
+// that failed on this thread; all else goes nowhere.
+thread_local std::string last_log_error;
+
+void KeepErrors(ggml_log_level level, const char* text, void* /*user*/) {
+  if (level != GGML_LOG_LEVEL_ERROR || !text) return;
+  last_log_error = text;
+  while (!last_log_error.empty() && last_log_error.back() == '\n') last_log_error.pop_back();
+}
+
+void StartLibllama() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    llama_log_set(KeepErrors, nullptr);
+    llama_backend_init();
+  });
+}
+
+// libllama's vocabulary functions are const and keep no state, so they may run on several threads at once.
+// Some of them throw, which must not cross the library's border.
+class LlamaTokenizer final : public Tokenizer {
+ public:
+  LlamaTokenizer(llama_model_ptr model, std::string path)
+      : model_(std::move(model)), vocab_(llama_model_get_vocab(model_.get())), path_(std::move(path)) {
+    if (const char* text = llama_model_chat_template(model_.get(), nullptr)) template_ = text;
+  }
+
+  Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special,
+                                          bool parse_special) const override {
+    // A token can take less than a byte of text only for the few special ones at the ends.
+    constexpr std::size_t kMaxText = INT_MAX / 2;
+    if (text.size() > kMaxText)
+      return Fail(ErrorCode::kTooLong,
+                  "a text of {} bytes is longer than the {} that can be tokenized at once", text.size(),
+                  kMaxText);
+    try {
+      const auto length = static_cast<int32_t>(text.size());
+      std::vector<int32_t> tokens(text.size() / 3 + 16);
+      int32_t n = llama_tokenize(vocab_, text.data(), length, tokens.data(),
+                                 static_cast<int32_t>(tokens.size()), add_special, parse_special);
+      if (n < 0 && n != INT_MIN) {
+        tokens.resize(static_cast<std::size_t>(-n));
+        n = llama_tokenize(vocab_, text.data(), length, tokens.data(), -n, add_special, parse_special);
+      }
+      if (n < 0)
+        return Fail(ErrorCode::kInternal, "the tokenizer of {} gave up on a text of {} bytes", path_, length);
+      tokens.resize(static_cast<std::size_t>(n));
+      return tokens;
+    } catch (const std::exception& e) {
+      return Fail(ErrorCode::kCorrupt, "the tokenizer of {} lacks a token that a text of {} bytes needs ({})",
+                  path_, text.size(), e.what());
+    }
+  }
+
+  std::string Piece(int32_t token, bool special) const override {
+    if (token < 0 || token >= llama_vocab_n_tokens(vocab_)) return {};
+    std::string piece(32, '\0');
+    int32_t n =
+        llama_token_to_piece(vocab_, token, piece.data(), static_cast<int32_t>(piece.size()), 0, special);
+    if (n < 0) {
+      piece.resize(static_cast<std::size_t>(-n));
+      n = llama_token_to_piece(vocab_, token, piece.data(), -n, 0, special);
+    }
+    piece.resize(static_cast<std::size_t>(std::max(n, 0)));
+    return piece;
+  }
+
+  std::string Detokenize(std::span<const int32_t> tokens, bool special) const override {
+    std::vector<int32_t> known;  // libllama throws on ids it has no token for
+    known.reserve(tokens.size());
+    for (int32_t t : tokens)
+      if (t >= 0 && t < llama_vocab_n_tokens(vocab_)) known.push_back(t);
+    if (known.empty() || known.size() > INT_MAX) return {};
+    const auto count = static_cast<int32_t>(known.size());
+    std::string text(known.size() * 4 + 16, '\0');
+    int32_t n = llama_detokenize(vocab_, known.data(), count, text.data(), static_cast<int32_t>(text.size()),
+                                 false, special);
+    if (n < 0) {
+      text.resize(static_cast<std::size_t>(-n));
+      n = llama_detokenize(vocab_, known.data(), count, text.data(), -n, false, special);
+    }
+    text.resize(static_cast<std::size_t>(std::max(n, 0)));
+    return text;
+  }
+
+  bool IsEndOfGeneration(int32_t token) const override {
+    return token >= 0 && token < llama_vocab_n_tokens(vocab_) && llama_vocab_is_eog(vocab_, token);
+  }
+  int32_t bos() const override { return llama_vocab_bos(vocab_); }
+  bool adds_bos() const override { return llama_vocab_get_add_bos(vocab_); }
+  bool has_chat_template() const override { return !template_.empty(); }
+
+  Expected<std::string> ApplyChatTemplate(std::span<const ChatMessage> messages,
+                                          bool add_generation_prompt) const override {
+    if (template_.empty())
+      return Fail(ErrorCode::kUnsupported, "{} has no chat template; give it plain text instead", path_);
+    std::vector<llama_chat_message> chat;
+    for (const ChatMessage& m : messages) chat.push_back({m.role.c_str(), m.content.c_str()});
+    try {
+      // The first call only measures.
+      int32_t n = llama_chat_apply_template(template_.c_str(), chat.data(), chat.size(),
+                                            add_generation_prompt, nullptr, 0);
+      if (n < 0)
+        return Fail(ErrorCode::kUnsupported, "{} has a chat template that libllama does not know", path_);
+      std::string text(static_cast<std::size_t>(n) + 1, '\0');
+      n = llama_chat_apply_template(template_.c_str(), chat.data(), chat.size(), add_generation_prompt,
+                                    text.data(), n + 1);
+      text.resize(static_cast<std::size_t>(std::max(n, 0)));
+      return text;
+    } catch (const std::exception& e) {
+      return Fail(ErrorCode::kUnsupported, "{}: its chat template cannot be applied: {}", path_, e.what());
+    }
+  }
+
+  // What libllama would stop the process for when a text is tokenized.
+  Expected<void> CheckLoaded(int64_t n_vocab) const {
+    if (llama_vocab_n_tokens(vocab_) != n_vocab)
+      return Fail(ErrorCode::kCorrupt, "{} has a tokenizer of {} tokens but an embedding of {} rows", path_,
+                  llama_vocab_n_tokens(vocab_), n_vocab);
+    if (llama_vocab_get_add_bos(vocab_) && llama_vocab_bos(vocab_) < 0)
+      return Fail(ErrorCode::kCorrupt, "{} asks for a first token before every text but does not say which",
+                  path_);
+    if (llama_vocab_get_add_eos(vocab_) && llama_vocab_eos(vocab_) < 0)
+      return Fail(ErrorCode::kCorrupt, "{} asks for a last token after every text but does not say which",
+                  path_);
+    return {};
+  }
+
+ private:
+  llama_model_ptr model_;
+  const llama_vocab* vocab_;
+  std::string path_, template_;
+};
+
+}  // namespace
+
+Expected<std::unique_ptr<Tokenizer>> LoadTokenizer(const GgufFile& file, int64_t n_vocab) {
+  MOEND_TRY(CheckVocabulary(file, n_vocab));
+  StartLibllama();
+  last_log_error.clear();
+  ggml_backend_dev_t no_devices[] = {nullptr};
+  llama_model_params params = llama_model_default_params();
+  params.vocab_only = true;
+  params.n_gpu_layers = 0;
+  params.devices = no_devices;
+  llama_model_ptr model;
+  try {
+    model.reset(llama_model_load_from_file(file.path().c_str(), params));
+  } catch (const std::exception& e) {
+    last_log_error = e.what();
+  }
+  if (!model)
+    return Fail(ErrorCode::kCorrupt, "{}: libllama cannot read its tokenizer: {}", file.path(),
+                last_log_error.empty() ? "it gives no reason" : Printable(last_log_error));
+  auto tokenizer = std::make_unique<LlamaTokenizer>(std::move(model), file.path());
+  MOEND_TRY(tokenizer->CheckLoaded(n_vocab));
+  return tokenizer;
+}
+
+}  // namespace moend

@@ -1,0 +1,220 @@
+#include "moend/model/weights.h"
+
+#include <ggml-backend.h>
+#include <ggml-cpu.h>
+
+#include <cmath>
+#include <string>
+#include <unordered_set>
+
+namespace moend {
+namespace {
+
+constexpr int64_t kMaxVocab = 1 << 24;
+
+enum class Role {
+  kMatrix,  // multiplied, or rows taken of it: any type ggml's CPU back end can multiply
+  kVector,  // norms, biases and frequency factors: float32
+};
+
+// Whether ggml's CPU back end has a dot product for rows of this type.
+bool CanMultiply(ggml_type type) {
+  return ggml_get_type_traits_cpu(type)->vec_dot != nullptr &&
+         ggml_get_type_traits(type)->to_float != nullptr;
+}
+
+std::string MultipliedTypes() {
+  std::string out;
+  for (int t = 0; t < GGML_TYPE_COUNT; ++t) {
+    const auto type = static_cast<ggml_type>(t);
+    const ggml_type_traits* traits = ggml_get_type_traits(type);
+    if (traits->blck_size <= 0 || traits->type_size == 0 || !CanMultiply(type)) continue;
+    // Q8_1 and Q8_K are formats of intermediate results, no file has them.
+    out += fmt::format("{}{}", out.empty() ? "" : ", ", traits->type_name);
+  }
+  return out;
+}
+
+class Binder {
+ public:
+  Binder(const GgufFile& file, ggml_context* context, ggml_backend_buffer_t buffer)
+      : file_(file), context_(context), buffer_(buffer) {}
+
+  // Optional() leaves null where the file has no such tensor.
+  Expected<ggml_tensor*> Optional(const std::string& name, Role role, int64_t ne0, int64_t ne1 = 1) {
+    const GgufTensor* t = file_.FindTensor(name);
+    if (!t) return nullptr;
+    const std::array<int64_t, 4> wanted = {ne0, ne1, 1, 1};
+    if (t->ne != wanted)
+      return Fail(ErrorCode::kCorrupt, "{}: tensor {} has the shape {}, but the model's keys call for {}",
+                  file_.path(), name, ShapeText(t->ne), ShapeText(wanted));
+    MOEND_TRY(CheckType(*t, role));
+    used_.insert(t->name);
+    return Place(*t, ne0, ne1, 0);
+  }
+
+  Expected<ggml_tensor*> Required(const std::string& name, Role role, int64_t ne0, int64_t ne1 = 1) {
+    MOEND_ASSIGN(ggml_tensor * tensor, Optional(name, role, ne0, ne1));
+    if (!tensor)
+      return Fail(ErrorCode::kCorrupt, "{} lacks the tensor {} of shape {}", file_.path(), name,
+                  ShapeText({ne0, ne1, 1, 1}));
+    return tensor;
+  }
+
+  // Parts of a tensor that is already checked: rows [first, first + rows) of a matrix, elements of a vector.
+  ggml_tensor* Rows(const std::string& name, int64_t first, int64_t rows) {
+    const GgufTensor& t = *file_.FindTensor(name);
+    return Place(t, t.ne[0], rows, t.bytes / t.ne[1] * first);
+  }
+  ggml_tensor* Elements(const std::string& name, int64_t first, int64_t count) {
+    return Place(*file_.FindTensor(name), count, 1, first * static_cast<int64_t>(sizeof(float)));
+  }
+
+  // A tensor that no part of the graph asked for would silently change what the model computes.
+  Expected<void> RefuseUnused() const {
+    for (const GgufTensor& t : file_.tensors())
+      if (!used_.contains(t.name))
+        return Fail(ErrorCode::kUnsupported,
+                    "{} has a tensor {} that moend's graph of this architecture has no place for",
+                    file_.path(), Printable(t.name));
+    return {};
+  }
+  void Ignore(std::string_view name) {
+    if (const GgufTensor* t = file_.FindTensor(name)) used_.insert(t->name);
+  }
+
+ private:
+  Expected<void> CheckType(const GgufTensor& t, Role role) const {
+    if (role == Role::kVector && t.type != GGML_TYPE_F32)
+      return Fail(ErrorCode::kUnsupported, "{}: tensor {} is of type {}; moend reads norms and biases as f32",
+                  file_.path(), t.name, ggml_type_name(t.type));
+    if (role == Role::kMatrix && !CanMultiply(t.type))
+      return Fail(ErrorCode::kUnsupported, "{}: tensor {} is of type {}; ggml's CPU back end multiplies {}",
+                  file_.path(), t.name, ggml_type_name(t.type), MultipliedTypes());
+    return {};
+  }
+
+  ggml_tensor* Place(const GgufTensor& t, int64_t ne0, int64_t ne1, int64_t skipped_bytes) {
+    ggml_tensor* tensor = ggml_new_tensor_2d(context_, t.type, ne0, ne1);
+    ggml_set_name(tensor, std::string(t.name).c_str());
+    // ggml's interface has no read-only tensors; nothing writes to a weight.
+    tensor->data = const_cast<uint8_t*>(file_.bytes().data()) + t.offset + skipped_bytes;
+    tensor->buffer = buffer_;
+    return tensor;
+  }
+
+  const GgufFile& file_;
+  ggml_context* context_;
+  ggml_backend_buffer_t buffer_;
+  std::unordered_set<std::string_view> used_;
+};
+
+// Q, K and V projections, apart or as one matrix of stacked rows, with optional biases.
+Expected<void> BindProjections(Binder& bind, const GgufFile& file, const HyperParams& h,
+                               const std::string& prefix, LayerWeights& w) {
+  const int64_t q_rows = h.n_heads * h.head_size, kv_rows = h.n_kv_heads * h.head_size;
+  const std::string fused = prefix + "attn_qkv.weight", fused_bias = prefix + "attn_qkv.bias";
+  if (file.FindTensor(fused)) {
+    MOEND_TRY(bind.Required(fused, Role::kMatrix, h.n_embd, q_rows + 2 * kv_rows));
+    w.wq = bind.Rows(fused, 0, q_rows);
+    w.wk = bind.Rows(fused, q_rows, kv_rows);
+    w.wv = bind.Rows(fused, q_rows + kv_rows, kv_rows);
+  } else {
+    MOEND_ASSIGN(w.wq, bind.Required(prefix + "attn_q.weight", Role::kMatrix, h.n_embd, q_rows));
+    MOEND_ASSIGN(w.wk, bind.Required(prefix + "attn_k.weight", Role::kMatrix, h.n_embd, kv_rows));
+    MOEND_ASSIGN(w.wv, bind.Required(prefix + "attn_v.weight", Role::kMatrix, h.n_embd, kv_rows));
+  }
+  if (file.FindTensor(fused) && file.FindTensor(fused_bias)) {
+    MOEND_TRY(bind.Required(fused_bias, Role::kVector, q_rows + 2 * kv_rows));
+    w.bq = bind.Elements(fused_bias, 0, q_rows);
+    w.bk = bind.Elements(fused_bias, q_rows, kv_rows);
+    w.bv = bind.Elements(fused_bias, q_rows + kv_rows, kv_rows);
+  } else {
+    MOEND_ASSIGN(w.bq, bind.Optional(prefix + "attn_q.bias", Role::kVector, q_rows));
+    MOEND_ASSIGN(w.bk, bind.Optional(prefix + "attn_k.bias", Role::kVector, kv_rows));
+    MOEND_ASSIGN(w.bv, bind.Optional(prefix + "attn_v.bias", Role::kVector, kv_rows));
+  }
+  return {};
+}
+
+Expected<void> BindLayer(Binder& bind, const GgufFile& file, const HyperParams& h, int64_t layer,
+                         LayerWeights& w) {
+  const std::string prefix = fmt::format("blk.{}.", layer);
+  const int64_t q_rows = h.n_heads * h.head_size;
+  MOEND_ASSIGN(w.attn_norm, bind.Required(prefix + "attn_norm.weight", Role::kVector, h.n_embd));
+  MOEND_TRY(BindProjections(bind, file, h, prefix, w));
+  MOEND_ASSIGN(w.wo, bind.Required(prefix + "attn_output.weight", Role::kMatrix, q_rows, h.n_embd));
+  if (h.architecture == Architecture::kQwen3) {
+    MOEND_ASSIGN(w.q_norm, bind.Required(prefix + "attn_q_norm.weight", Role::kVector, h.head_size));
+    MOEND_ASSIGN(w.k_norm, bind.Required(prefix + "attn_k_norm.weight", Role::kVector, h.head_size));
+  }
+  MOEND_ASSIGN(w.ffn_norm, bind.Required(prefix + "ffn_norm.weight", Role::kVector, h.n_embd));
+  MOEND_ASSIGN(w.ffn_gate, bind.Required(prefix + "ffn_gate.weight", Role::kMatrix, h.n_embd, h.n_ff));
+  MOEND_ASSIGN(w.ffn_up, bind.Required(prefix + "ffn_up.weight", Role::kMatrix, h.n_embd, h.n_ff));
+  MOEND_ASSIGN(w.ffn_down, bind.Required(prefix + "ffn_down.weight", Role::kMatrix, h.n_ff, h.n_embd));
+  if (h.architecture == Architecture::kLlama) {
+    MOEND_ASSIGN(w.bo, bind.Optional(prefix + "attn_output.bias", Role::kVector, h.n_embd));
+    MOEND_ASSIGN(w.ffn_gate_b, bind.Optional(prefix + "ffn_gate.bias", Role::kVector, h.n_ff));
+    MOEND_ASSIGN(w.ffn_up_b, bind.Optional(prefix + "ffn_up.bias", Role::kVector, h.n_ff));
+    MOEND_ASSIGN(w.ffn_down_b, bind.Optional(prefix + "ffn_down.bias", Role::kVector, h.n_embd));
+    // Rotation tables that old converters stored; they follow from the hyper-parameters.
+    bind.Ignore(prefix + "attn_rot_embd.weight");
+  }
+  return {};
+}
+
+// The frequency factors divide; zeros and what is no number would make every logit one that is no number.
+Expected<void> CheckFactors(const GgufFile& file, const ggml_tensor* factors) {
+  const auto* f = static_cast<const float*>(factors->data);
+  for (int64_t i = 0; i < factors->ne[0]; ++i)
+    if (!std::isfinite(f[i]) || f[i] <= 0)
+      return Fail(ErrorCode::kCorrupt, "{}: tensor rope_freqs.weight holds {} at {}; factors are above 0",
+                  file.path(), f[i], i);
+  return {};
+}
+
+}  // namespace
+
+Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h) {
+  const GgufTensor* embedding = file.FindTensor("token_embd.weight");
+  if (!embedding) return Fail(ErrorCode::kCorrupt, "{} lacks the tensor token_embd.weight", file.path());
+  h.n_vocab = embedding->ne[1];
+  if (h.n_vocab > kMaxVocab)
+    return Fail(ErrorCode::kCorrupt,
+                "{}: tensor token_embd.weight has {} rows; moend runs vocabularies up to {}", file.path(),
+                h.n_vocab, kMaxVocab);
+
+  BoundWeights out;
+  // Fused projections are described three times over.
+  const auto descriptions = file.tensors().size() * 3 + 8;
+  out.context.reset(ggml_init({ggml_tensor_overhead() * descriptions, nullptr, /*no_alloc=*/true}));
+  const std::span<const uint8_t> bytes = file.bytes();
+  if (out.context)
+    out.buffer.reset(ggml_backend_cpu_buffer_from_ptr(const_cast<uint8_t*>(bytes.data()), bytes.size()));
+  if (!out.buffer) return Fail(ErrorCode::kOutOfMemory, "{}: no memory to describe its tensors", file.path());
+  ggml_backend_buffer_set_usage(out.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+
+  Binder bind(file, out.context.get(), out.buffer.get());
+  Weights& w = out.weights;
+  MOEND_ASSIGN(w.tok_embd, bind.Required("token_embd.weight", Role::kMatrix, h.n_embd, h.n_vocab));
+  MOEND_ASSIGN(w.output_norm, bind.Required("output_norm.weight", Role::kVector, h.n_embd));
+  MOEND_ASSIGN(w.output, bind.Optional("output.weight", Role::kMatrix, h.n_embd, h.n_vocab));
+  if (!w.output) w.output = w.tok_embd;
+  if (h.architecture == Architecture::kQwen2) {
+    MOEND_ASSIGN(w.output_b, bind.Optional("output.bias", Role::kVector, h.n_vocab));
+  }
+  if (h.architecture == Architecture::kLlama) {
+    MOEND_ASSIGN(w.rope_freqs, bind.Optional("rope_freqs.weight", Role::kVector, h.head_size / 2));
+    if (w.rope_freqs) MOEND_TRY(CheckFactors(file, w.rope_freqs));
+  }
+  for (int64_t layer = 0; layer < h.n_layers; ++layer) {
+    LayerWeights weights;
+    MOEND_TRY(BindLayer(bind, file, h, layer, weights));
+    weights.rope_freqs = w.rope_freqs;
+    w.layers.push_back(weights);
+  }
+  MOEND_TRY(bind.RefuseUnused());
+  return out;
+}
+
+}  // namespace moend

@@ -1,0 +1,24 @@
+// Weights of a model: ggml tensors whose data is the mapped file.
+#pragma once
+
+#include <ggml-cpp.h>
+
+#include "moend/base/error.h"
+#include "moend/model/gguf.h"
+#include "moend/model/model.h"
+
+namespace moend {
+
+// Weights and what keeps their descriptions alive; the data belongs to the GgufFile, which must outlive this.
+struct BoundWeights {
+  ggml_context_ptr context;
+  ggml_backend_buffer_ptr buffer;  // the whole mapping, read-only
+  Weights weights;
+};
+
+// Finds every tensor that the architecture needs, checks its shape against the hyper-parameters and its type
+// against what ggml's CPU back end multiplies. Sets h.n_vocab, which only the embedding's shape tells.
+// kCorrupt for missing or misshapen tensors, kUnsupported for types and tensors that moend cannot honour.
+Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h);
+
+}  // namespace moend
