@@ -18,6 +18,7 @@ struct GenerateOptions {
   SamplerOptions sampler;
   std::vector<std::string> stop;  // the text ends before the first of them
   bool special = false;           // show special tokens in the text
+  bool ignore_end = false;        // go on where the model would end: end tokens are never chosen
 };
 
 enum class StopReason { kEndOfText, kStopString, kMaxTokens, kContextFull, kCancelled };
@@ -30,7 +31,8 @@ struct Generated {
 };
 
 // Continues a prefilled session. `emit` gets text as soon as it is final (whole UTF-8 characters, no part of
-// a stop string); returning false stops.
+// a stop string); returning false stops. Afterwards the session ends with `tokens`, all of them decoded, so
+// that a further turn may follow.
 Expected<Generated> Generate(Session& session, const GenerateOptions& options,
                              const std::function<bool(std::string_view)>& emit = {});
 
