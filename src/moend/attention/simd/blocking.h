@@ -1,0 +1,27 @@
+// How the SIMD kernels cut their work into blocks, and the scratch that follows from it.
+#pragma once
+
+#include <cstdint>
+
+#include "moend/plan/layout.h"
+
+namespace moend::simd {
+
+// Up to this many rows the packed codes are read directly; above, a page is unpacked to float32 once and
+// multiplied as a matrix.
+inline constexpr int64_t kFusedRows = 16;
+
+// Rows whose scores of one page are held at once: while K (or V) of a page stays in the first-level cache.
+inline constexpr int64_t kRowsPerBlock = 48;
+
+// Rows that share the conversion of a page to float32; their queries and outputs stay in the second-level
+// cache.
+inline constexpr int64_t kRowsPerTile = 192;
+
+// Scratch of the fused path, in floats: scores [rows][64], probabilities times V scale [rows][64], scaled
+// queries [rows][head_size] and a constant a row; then the page's scales as float [2][head_size].
+constexpr int64_t FusedWorkspaceFloats(int64_t head_size) {
+  return kFusedRows * (2 * kPageTokens + head_size + 16) + 2 * head_size;
+}
+
+}  // namespace moend::simd

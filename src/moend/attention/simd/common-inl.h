@@ -1,0 +1,150 @@
+// Vector types and small helpers that every kernel shares. A vector has at most 16 float lanes, because the
+// packed formats interleave 16 tokens or channels (plan/layout.h).
+#if defined(MOEND_ATTENTION_SIMD_COMMON_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MOEND_ATTENTION_SIMD_COMMON_INL_H_
+#undef MOEND_ATTENTION_SIMD_COMMON_INL_H_
+#else
+#define MOEND_ATTENTION_SIMD_COMMON_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "moend/attention/attention.h"
+#include "moend/attention/simd/blocking.h"
+
+// Loops over register arrays must disappear, or the arrays live in memory.
+#define MOEND_UNROLL _Pragma("GCC unroll 16")
+
+HWY_BEFORE_NAMESPACE();
+namespace moend::simd {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF = hn::CappedTag<float, 16>;
+using DU = hn::RebindToUnsigned<DF>;
+using DI = hn::RebindToSigned<DF>;
+using DH = hn::Rebind<hwy::float16_t, DF>;
+using DHBits = hn::Rebind<uint16_t, DF>;
+using VF = hn::Vec<DF>;
+using VU = hn::Vec<DU>;
+
+constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
+constexpr int kPageVectors = static_cast<int>(kPageTokens) / kLanes;
+constexpr int kVectorsPer16 = 16 / kLanes;  // vectors per 16 tokens or channels
+
+// AVX-512 and NEON have 32 vector registers, the others 16.
+#if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+HWY_INLINE VF LoadHalf(const uint16_t* from) {
+  return hn::PromoteTo(DF(), hn::BitCast(DH(), hn::LoadU(DHBits(), from)));
+}
+
+HWY_INLINE VU LoadWords(const uint8_t* from) {
+#if HWY_TARGET == HWY_SCALAR
+  uint32_t word = 0;
+  std::memcpy(&word, from, sizeof(word));
+  return hn::Set(DU(), word);
+#else
+  return hn::BitCast(DU(), hn::LoadU(hn::Repartition<uint8_t, DU>(), from));
+#endif
+}
+
+HWY_INLINE const uint16_t* AsHalves(const uint8_t* from) {
+  return reinterpret_cast<const uint16_t*>(from);
+}
+
+// Byte j of every 32-bit lane as float.
+template <int j>
+HWY_INLINE VF ByteToFloat(VU words) {
+  VU byte = words;
+  if constexpr (j > 0) byte = hn::ShiftRight<j * 8>(byte);
+  if constexpr (j < 3) byte = hn::And(byte, hn::Set(DU(), 255u));
+  return hn::ConvertTo(DF(), hn::BitCast(DI(), byte));
+}
+
+HWY_INLINE float Sum(VF v) {
+  return hn::GetLane(hn::SumOfLanes(DF(), v));
+}
+HWY_INLINE float Max(VF v) {
+  return hn::GetLane(hn::MaxOfLanes(DF(), v));
+}
+
+// e^x for x <= 88, within 1 ulp where the result is normal, 0 where it is not; NaN stays NaN.
+HWY_INLINE VF Exp(VF x) {
+  const DF df;
+  const DI di;
+  const VF lowest = hn::Set(df, -87.33f);
+  const auto n = hn::NearestInt(hn::Mul(hn::Max(x, lowest), hn::Set(df, 1.44269504f)));
+  const VF nf = hn::ConvertTo(df, n);
+  // n * ln 2 in two parts, the first exact in float.
+  VF r = hn::NegMulAdd(nf, hn::Set(df, 0.693145752f), x);
+  r = hn::NegMulAdd(nf, hn::Set(df, 1.42860677e-6f), r);
+  // (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2, interpolated in Chebyshev nodes.
+  VF p = hn::MulAdd(hn::Set(df, 1.392621346632e-3f), r, hn::Set(df, 8.363202971576e-3f));
+  p = hn::MulAdd(p, r, hn::Set(df, 4.1666554437686e-2f));
+  p = hn::MulAdd(p, r, hn::Set(df, 0.16666576845994f));
+  p = hn::MulAdd(p, r, hn::Set(df, 0.5f));
+  p = hn::MulAdd(hn::Mul(p, r), r, r);
+  p = hn::Add(p, hn::Set(df, 1.0f));
+  const VF scale = hn::BitCast(df, hn::ShiftLeft<23>(hn::Add(n, hn::Set(di, 127))));
+  return hn::IfThenZeroElse(hn::Lt(x, lowest), hn::Mul(p, scale));
+}
+
+// Lanes whose token is in `live`; vector v of the page's 64 tokens.
+HWY_INLINE auto LiveLanes(uint64_t live, int v) {
+  const DU du;
+  const VU bits = hn::Set(du, static_cast<uint32_t>(live >> (v * kLanes) & 0xffffu));
+  const VU lane = hn::BitCast(du, hn::Iota(DI(), 0));
+  return hn::RebindMask(DF(), hn::TestBit(bits, hn::Shl(hn::Set(du, 1u), lane)));
+}
+
+constexpr uint64_t kAllLive = ~uint64_t{0};
+
+// The first n of 64 tokens.
+constexpr uint64_t FirstLive(int64_t n) {
+  return n >= kPageTokens ? kAllLive : n <= 0 ? 0 : (uint64_t{1} << n) - 1;
+}
+
+// One past the last token in `live`.
+constexpr int64_t LiveEnd(uint64_t live) {
+  return 64 - std::countl_zero(live);
+}
+
+// Calls block(integral_constant<n>, first row) for blocks of at most kMax rows, as even as possible: seven
+// rows are 4 + 3.
+template <int kMax, class Block>
+HWY_INLINE void ForRowBlocks(int64_t rows, const Block& block) {
+  int64_t blocks = (rows + kMax - 1) / kMax;
+  for (int64_t r = 0; r < rows; --blocks) {
+    const int64_t n = (rows - r + blocks - 1) / blocks;
+    if (n == 1) block(std::integral_constant<int, 1>(), r);
+    if (n == 2) block(std::integral_constant<int, 2>(), r);
+    if constexpr (kMax > 2) {
+      if (n == 3) block(std::integral_constant<int, 3>(), r);
+      if (n == 4) block(std::integral_constant<int, 4>(), r);
+    }
+    if constexpr (kMax > 4) {
+      if (n == 5) block(std::integral_constant<int, 5>(), r);
+      if (n == 6) block(std::integral_constant<int, 6>(), r);
+    }
+    r += n;
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace moend::simd
+HWY_AFTER_NAMESPACE();
+
+#endif  // MOEND_ATTENTION_SIMD_COMMON_INL_H_

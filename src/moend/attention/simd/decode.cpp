@@ -1,0 +1,104 @@
+// Decode: all query rows of a KV head share one pass over its packed codes.
+#include "moend/attention/simd/decode.h"
+
+#include "moend/attention/simd/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "moend/attention/simd/decode.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.h.
+#include "moend/attention/simd/score_pass-inl.h"
+#include "moend/attention/simd/softmax-inl.h"
+#include "moend/attention/simd/value_pass-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace moend::simd {
+namespace HWY_NAMESPACE {
+
+// The workspace of the fused path, cut up.
+struct Scratch {
+  float* scores;    // [rows][64]
+  float* scaled_p;  // [rows][64]
+  float* scaled_q;  // [rows][head_size]
+  float* constant;  // [rows]
+  float* factor;    // [rows]
+
+  Scratch(float* workspace, int64_t rows, int64_t head_size)
+      : scores(workspace),
+        scaled_p(scores + rows * kPageTokens),
+        scaled_q(scaled_p + rows * kPageTokens),
+        constant(scaled_q + rows * head_size),
+        factor(constant + rows) {}
+};
+
+void SoftmaxRows(uint64_t live, int64_t rows, const Scratch& s, SoftmaxState state) {
+  for (int64_t r = 0; r < rows; ++r)
+    s.factor[r] = SoftmaxRow(s.scores + r * kPageTokens, live, state.max[r], state.sum[r]);
+}
+
+// 64 raw tokens at a time, from token `begin`.
+void AttendRaw(const StreamView& kv, int64_t begin, const QueryRows& q, SoftmaxState state,
+               const Scratch& s) {
+  const int64_t head_size = kv.layout.head_size;
+  const int64_t n = HWY_MIN(kv.n_raw - begin, kPageTokens);
+  HalfK k{{}, kRawBlockTokens};
+  for (int64_t i = 0; i < 4; ++i) {
+    // Absent blocks repeat the last one; their scores are masked.
+    const int64_t block = HWY_MIN(begin / kRawBlockTokens + i, (kv.n_raw - 1) / kRawBlockTokens);
+    k.tokens16[i] = kv.raw_k + block * head_size * kRawBlockTokens;
+  }
+  ScoreHalfRows(k, head_size, q.q, q.rows, s.scores);
+  SoftmaxRows(FirstLive(n), q.rows, s, state);
+  for (int64_t r = 0; r < q.rows; ++r) s.constant[r] = 0.0f;
+  ValueHalfRows(kv.raw_v + begin * head_size, n,
+                ValueRows{s.scores, s.factor, s.constant, state.out, head_size}, q.rows);
+}
+
+void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
+                       const QueryRows& q, SoftmaxState state, float* workspace) {
+  const PageLayout& layout = kv.layout;
+  const Scratch s(workspace, q.rows, layout.head_size);
+  for (int64_t i = page_begin; i < page_end; ++i) {
+    if (kv.live[i] == 0) continue;
+    const uint8_t* page = kv.pages[i];
+    ScorePage(layout, page, q.q, q.rows, s.scaled_q, s.constant, s.scores);
+    SoftmaxRows(kv.live[i], q.rows, s, state);
+    ValuePage(layout, page, s.scores, s.factor, q.rows, s.scaled_p, s.constant, state.out);
+  }
+  if (!raw) return;
+  for (int64_t t = 0; t < kv.n_raw; t += kPageTokens) AttendRaw(kv, t, q, state, s);
+}
+
+void ColumnSumsStreamFused(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,
+                           float* sums, float* workspace) {
+  const Scratch s(workspace, q.rows, kv.layout.head_size);
+  for (int64_t i = 0; i < kv.n_pages; ++i) {
+    if (kv.live[i] == 0) continue;
+    ScorePage(kv.layout, kv.pages[i], q.q, q.rows, s.scaled_q, s.constant, s.scores);
+    for (int64_t r = 0; r < q.rows; ++r)
+      AddWeights(s.scores + r * kPageTokens, kv.live[i], max[r], sum[r], sums + i * kPageTokens);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace moend::simd
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace moend::simd {
+
+HWY_EXPORT(AttendStreamFused);
+HWY_EXPORT(ColumnSumsStreamFused);
+
+void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
+                       const QueryRows& q, SoftmaxState state, float* workspace) {
+  HWY_DYNAMIC_DISPATCH(AttendStreamFused)(kv, page_begin, page_end, raw, q, state, workspace);
+}
+
+void ColumnSumsStreamFused(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,
+                           float* sums, float* workspace) {
+  HWY_DYNAMIC_DISPATCH(ColumnSumsStreamFused)(kv, q, max, sum, sums, workspace);
+}
+
+}  // namespace moend::simd
+#endif  // HWY_ONCE

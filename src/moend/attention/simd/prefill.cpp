@@ -1,0 +1,185 @@
+// Prefill: blocks of rows against pages of 64 tokens, as matrix products with an online softmax between.
+// Rows share a page's conversion to float32 in blocks of kRowsPerTile, and K or V stays in the first-level
+// cache for kRowsPerBlock rows.
+#include "moend/attention/simd/prefill.h"
+
+#include "moend/attention/simd/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "moend/attention/simd/prefill.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.h.
+#include "moend/attention/simd/softmax-inl.h"
+#include "moend/attention/simd/tile-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace moend::simd {
+namespace HWY_NAMESPACE {
+
+// The workspace of the tiled path, cut up.
+struct Tile {
+  float* k;       // [head_size][64]
+  float* v;       // [64][head_size]
+  float* scores;  // [block rows][64]
+  int64_t head_size;
+
+  Tile(float* workspace, int64_t n)
+      : k(workspace), v(k + n * kPageTokens), scores(v + n * kPageTokens), head_size(n) {}
+};
+
+void ScoreTileRows(const Tile& tile, const float* q, int64_t rows) {
+  ForRowBlocks<kTileRows>(rows, [&](auto n, int64_t r) {
+    ScoreTile<n()>(q + r * tile.head_size, tile.k, tile.head_size, tile.scores + r * kPageTokens);
+  });
+}
+
+// Rows [begin, end) of q against the tile; live(r) are the tokens that row r sees.
+template <class Live>
+HWY_INLINE void AttendTile(const Tile& tile, const QueryRows& q, int64_t begin, int64_t end, const Live& live,
+                           SoftmaxState state) {
+  float factor[kRowsPerBlock];
+  for (int64_t from = begin; from < end; from += kRowsPerBlock) {
+    const int64_t rows = HWY_MIN(end - from, kRowsPerBlock);
+    ScoreTileRows(tile, q.q + from * tile.head_size, rows);
+    int64_t tokens = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint64_t seen = live(from + r);
+      float* scores = tile.scores + r * kPageTokens;
+      if (seen == 0) std::memset(scores, 0, kPageTokens * sizeof(float));
+      factor[r] = SoftmaxRow(scores, seen, state.max[from + r], state.sum[from + r]);
+      tokens = HWY_MAX(tokens, LiveEnd(seen));
+    }
+    ForRowBlocks<kTileRows>(rows, [&](auto n, int64_t r) {
+      ValueTile<n()>(tile.scores + r * kPageTokens, tile.v, tokens, tile.head_size, factor + r,
+                     state.out + (from + r) * tile.head_size);
+    });
+  }
+}
+
+// First row that sees token `token` when row r sees the tokens [0, first + r / group].
+int64_t FirstRowSeeing(int64_t token, int64_t first, int64_t group) {
+  return HWY_MAX(token - first, int64_t{0}) * group;
+}
+
+void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, SoftmaxState state,
+                  float* workspace) {
+  const Tile tile(workspace, kv.head_size);
+  for (int64_t r0 = 0; r0 < q.rows; r0 += kRowsPerTile) {
+    const int64_t r1 = HWY_MIN(r0 + kRowsPerTile, q.rows);
+    const int64_t seen = first + (r1 - 1) / q.group + 1;
+    for (int64_t t = 0; t < seen; t += kPageTokens) {
+      WidenK(kv.k + t * kv.head_size, kv.head_size, tile.k);
+      WidenV(kv.v + t * kv.head_size, HWY_MIN(seen - t, kPageTokens), kv.head_size, tile.v);
+      const int64_t begin = HWY_MAX(r0, FirstRowSeeing(t, first, q.group));
+      const auto live = [&](int64_t r) { return FirstLive(first + r / q.group + 1 - t); };
+      AttendTile(tile, q, begin, r1, live, state);
+    }
+  }
+}
+
+void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
+                      const float* max, const float* sum, float* sums, float* workspace) {
+  const Tile tile(workspace, kv.head_size);
+  for (int64_t t = begin / kPageTokens * kPageTokens; t < end; t += kPageTokens) {
+    const uint64_t wanted = FirstLive(end - t) & ~FirstLive(begin - t);
+    WidenK(kv.k + t * kv.head_size, kv.head_size, tile.k);
+    float page_sums[kPageTokens] = {};
+    for (int64_t r = FirstRowSeeing(t, first, q.group); r < q.rows; r += kRowsPerBlock) {
+      const int64_t rows = HWY_MIN(q.rows - r, kRowsPerBlock);
+      ScoreTileRows(tile, q.q + r * kv.head_size, rows);
+      for (int64_t i = 0; i < rows; ++i) {
+        const uint64_t live = FirstLive(first + (r + i) / q.group + 1 - t) & wanted;
+        AddWeights(tile.scores + i * kPageTokens, live, max[r + i], sum[r + i], page_sums);
+      }
+    }
+    const int64_t from = HWY_MAX(begin - t, int64_t{0});
+    const int64_t to = HWY_MIN(end - t, kPageTokens);
+    for (int64_t i = from; i < to; ++i) sums[t + i] += page_sums[i];
+  }
+}
+
+// Raw tokens [begin, begin + n) as a tile; columns of absent blocks are left as they are and masked.
+void WidenRaw(const StreamView& kv, int64_t begin, int64_t n, const Tile& tile) {
+  for (int64_t i = 0; i * kRawBlockTokens < n; ++i) {
+    const uint16_t* from = kv.raw_k + (begin + i * kRawBlockTokens) * tile.head_size;
+    for (int64_t c = 0; c < tile.head_size; ++c) {
+      for (int64_t t = 0; t < kRawBlockTokens; t += kLanes) {
+        const VF x = LoadHalf(from + c * kRawBlockTokens + t);
+        hn::StoreU(x, DF(), tile.k + c * kPageTokens + i * kRawBlockTokens + t);
+      }
+    }
+  }
+  WidenV(kv.raw_v + begin * tile.head_size, n, tile.head_size, tile.v);
+}
+
+void AttendStreamTiled(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
+                       const QueryRows& q, SoftmaxState state, float* workspace) {
+  const Tile tile(workspace, kv.layout.head_size);
+  for (int64_t r0 = 0; r0 < q.rows; r0 += kRowsPerTile) {
+    const int64_t r1 = HWY_MIN(r0 + kRowsPerTile, q.rows);
+    for (int64_t i = page_begin; i < page_end; ++i) {
+      if (kv.live[i] == 0) continue;
+      UnpackK(kv.layout, kv.pages[i], tile.k);
+      UnpackV(kv.layout, kv.pages[i], tile.v);
+      AttendTile(
+          tile, q, r0, r1, [&](int64_t) { return kv.live[i]; }, state);
+    }
+    if (!raw) continue;
+    for (int64_t t = 0; t < kv.n_raw; t += kPageTokens) {
+      const int64_t n = HWY_MIN(kv.n_raw - t, kPageTokens);
+      WidenRaw(kv, t, n, tile);
+      AttendTile(
+          tile, q, r0, r1, [n](int64_t) { return FirstLive(n); }, state);
+    }
+  }
+}
+
+void ColumnSumsStreamTiled(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,
+                           float* sums, float* workspace) {
+  const Tile tile(workspace, kv.layout.head_size);
+  for (int64_t i = 0; i < kv.n_pages; ++i) {
+    if (kv.live[i] == 0) continue;
+    UnpackK(kv.layout, kv.pages[i], tile.k);
+    for (int64_t r = 0; r < q.rows; r += kRowsPerBlock) {
+      const int64_t rows = HWY_MIN(q.rows - r, kRowsPerBlock);
+      ScoreTileRows(tile, q.q + r * tile.head_size, rows);
+      for (int64_t j = 0; j < rows; ++j)
+        AddWeights(tile.scores + j * kPageTokens, kv.live[i], max[r + j], sum[r + j], sums + i * kPageTokens);
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace moend::simd
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace moend::simd {
+
+HWY_EXPORT(AttendCausal);
+HWY_EXPORT(ColumnSumsCausal);
+HWY_EXPORT(AttendStreamTiled);
+HWY_EXPORT(ColumnSumsStreamTiled);
+
+void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, SoftmaxState state,
+                  float* workspace) {
+  HWY_DYNAMIC_DISPATCH(AttendCausal)(kv, first, q, state, workspace);
+}
+
+void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
+                      const float* max, const float* sum, float* sums, float* workspace) {
+  HWY_DYNAMIC_DISPATCH(ColumnSumsCausal)(kv, first, begin, end, q, max, sum, sums, workspace);
+}
+
+void AttendStreamTiled(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
+                       const QueryRows& q, SoftmaxState state, float* workspace) {
+  HWY_DYNAMIC_DISPATCH(AttendStreamTiled)(kv, page_begin, page_end, raw, q, state, workspace);
+}
+
+void ColumnSumsStreamTiled(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,
+                           float* sums, float* workspace) {
+  HWY_DYNAMIC_DISPATCH(ColumnSumsStreamTiled)(kv, q, max, sum, sums, workspace);
+}
+
+}  // namespace moend::simd
+#endif  // HWY_ONCE

@@ -1,0 +1,14 @@
+// Many rows as matrix products over pages in float32. Internal to the simd folder; attention.h has the
+// meaning.
+#pragma once
+
+#include "moend/attention/attention.h"
+
+namespace moend::simd {
+
+void AttendStreamTiled(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
+                       const QueryRows& q, SoftmaxState state, float* workspace);
+void ColumnSumsStreamTiled(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,
+                           float* sums, float* workspace);
+
+}  // namespace moend::simd

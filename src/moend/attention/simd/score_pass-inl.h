@@ -1,0 +1,147 @@
+// Scores of a few rows against the K side of one page, read from its packed form: a lane is a token. The K
+// scale of a channel is folded into the query and the K minimum into one constant a row, so that codes are
+// multiplied as they are.
+#if defined(MOEND_ATTENTION_SIMD_SCORE_PASS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MOEND_ATTENTION_SIMD_SCORE_PASS_INL_H_
+#undef MOEND_ATTENTION_SIMD_SCORE_PASS_INL_H_
+#else
+#define MOEND_ATTENTION_SIMD_SCORE_PASS_INL_H_
+#endif
+
+#include "moend/attention/simd/codes-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace moend::simd {
+namespace HWY_NAMESPACE {
+
+// Half-float K of up to 64 tokens: channel c of token 16 * i + t is at tokens16[i][c * channel_stride + t].
+struct HalfK {
+  const uint16_t* tokens16[4];
+  int64_t channel_stride;
+};
+
+// Vectors of tokens that one pass over the channels accumulates: the whole page where a vector has 16
+// lanes, else 16 tokens.
+constexpr int kPassVectors = kLanes == 16 ? 4 : kVectorsPer16;
+// Rows times kPassVectors accumulators must fit into the registers.
+constexpr int kScoreRows = kManyRegisters || kLanes == 8 ? 4 : 2;
+
+template <int kRows>
+HWY_INLINE void StoreScores(const VF (&acc)[kRows][kPassVectors], int token, float* HWY_RESTRICT scores) {
+  MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+    MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) {
+      hn::StoreU(acc[r][v], DF(), scores + r * kPageTokens + token + v * kLanes);
+    }
+  }
+}
+
+// scores[r][64] = q[r] . k
+template <int kRows>
+void ScoreHalf(const HalfK& k, int64_t head_size, const float* HWY_RESTRICT q, float* HWY_RESTRICT scores) {
+  const DF df;
+  for (int token = 0; token < kPageTokens; token += kPassVectors * kLanes) {
+    const uint16_t* HWY_RESTRICT from[kPassVectors];
+    VF acc[kRows][kPassVectors];
+    MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) {
+      const int t = token + v * kLanes;
+      from[v] = k.tokens16[t / 16] + t % 16;
+      MOEND_UNROLL for (int r = 0; r < kRows; ++r) acc[r][v] = hn::Zero(df);
+    }
+    for (int64_t c = 0; c < head_size; ++c) {
+      VF kv[kPassVectors];
+      MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) kv[v] = LoadHalf(from[v] + c * k.channel_stride);
+      MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+        const VF qc = hn::Set(df, q[r * head_size + c]);
+        MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) acc[r][v] = hn::MulAdd(kv[v], qc, acc[r][v]);
+      }
+    }
+    StoreScores<kRows>(acc, token, scores);
+  }
+}
+
+// scores[r][64] = constant[r] + q[r] . codes, q already times the K scale.
+template <int kBits, int kRows>
+void ScoreCodes(const uint8_t* HWY_RESTRICT codes, int64_t head_size, const float* HWY_RESTRICT q,
+                const float* HWY_RESTRICT constant, float* HWY_RESTRICT scores) {
+  const DF df;
+  for (int token = 0; token < kPageTokens; token += kPassVectors * kLanes) {
+    VF acc[kRows][kPassVectors];
+    MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+      MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) acc[r][v] = hn::Set(df, constant[r]);
+    }
+    for (int64_t c = 0; c < head_size; c += 4) {
+      MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) {
+        const int t = kLanes == 16 ? v * kLanes : token + v * kLanes;
+        const VU words = CodeWords<kBits>(codes, head_size, c + t / 16, t % 16);
+        const VF code[4] = {ByteToFloat<0>(words), ByteToFloat<1>(words), ByteToFloat<2>(words),
+                            ByteToFloat<3>(words)};
+        MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+          MOEND_UNROLL for (int j = 0; j < 4; ++j) {
+            acc[r][v] = hn::MulAdd(code[j], hn::Set(df, q[r * head_size + c + j]), acc[r][v]);
+          }
+        }
+      }
+    }
+    StoreScores<kRows>(acc, token, scores);
+  }
+}
+
+// scaled[rows][head_size] = q * k_scale; constant[rows] = q . k_min. `scales` holds 2 * head_size floats.
+HWY_INLINE void FoldKScale(const PageLayout& layout, const uint8_t* page, const float* HWY_RESTRICT q,
+                           int64_t rows, float* HWY_RESTRICT scaled, float* HWY_RESTRICT constant) {
+  const DF df;
+  const uint16_t* scale = AsHalves(page + layout.k_scale);
+  const uint16_t* min = AsHalves(page + layout.k_min);
+  for (int64_t r = 0; r < rows; ++r) {
+    VF total = hn::Zero(df);
+    const float* HWY_RESTRICT from = q + r * layout.head_size;
+    float* HWY_RESTRICT to = scaled + r * layout.head_size;
+    for (int64_t c = 0; c < layout.head_size; c += kLanes) {
+      const VF x = hn::LoadU(df, from + c);
+      total = hn::MulAdd(x, LoadHalf(min + c), total);
+      hn::StoreU(hn::Mul(x, LoadHalf(scale + c)), df, to + c);
+    }
+    constant[r] = Sum(total);
+  }
+}
+
+HWY_INLINE void ScoreHalfRows(const HalfK& k, int64_t head_size, const float* q, int64_t rows,
+                              float* scores) {
+  ForRowBlocks<kScoreRows>(rows, [&](auto n, int64_t r) {
+    ScoreHalf<n()>(k, head_size, q + r * head_size, scores + r * kPageTokens);
+  });
+}
+
+template <int kBits>
+HWY_INLINE void ScoreCodeRows(const uint8_t* codes, int64_t head_size, const float* scaled,
+                              const float* constant, int64_t rows, float* scores) {
+  ForRowBlocks<kScoreRows>(rows, [&](auto n, int64_t r) {
+    ScoreCodes<kBits, n()>(codes, head_size, scaled + r * head_size, constant + r, scores + r * kPageTokens);
+  });
+}
+
+HWY_INLINE HalfK PageHalfK(const uint16_t* k) {
+  return HalfK{{k, k + 16, k + 32, k + 48}, kPageTokens};
+}
+
+// scores[rows][64] of one page. scaled: rows * head_size floats of scratch, constant: rows.
+HWY_INLINE void ScorePage(const PageLayout& layout, const uint8_t* page, const float* q, int64_t rows,
+                          float* scaled, float* constant, float* scores) {
+  const int64_t head_size = layout.head_size;
+  const uint8_t* codes = page + layout.k_codes;
+  if (layout.k_bits == 16) {
+    ScoreHalfRows(PageHalfK(AsHalves(codes)), head_size, q, rows, scores);
+    return;
+  }
+  FoldKScale(layout, page, q, rows, scaled, constant);
+  if (layout.k_bits == 8) ScoreCodeRows<8>(codes, head_size, scaled, constant, rows, scores);
+  if (layout.k_bits == 4) ScoreCodeRows<4>(codes, head_size, scaled, constant, rows, scores);
+  if (layout.k_bits == 3) ScoreCodeRows<3>(codes, head_size, scaled, constant, rows, scores);
+  if (layout.k_bits == 2) ScoreCodeRows<2>(codes, head_size, scaled, constant, rows, scores);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace moend::simd
+HWY_AFTER_NAMESPACE();
+
+#endif  // MOEND_ATTENTION_SIMD_SCORE_PASS_INL_H_
