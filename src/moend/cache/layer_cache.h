@@ -23,6 +23,8 @@ namespace moend {
 
 class LayerCache {
  public:
+  struct Impl;
+
   // `keep_scores`: each paged slot carries a float that eviction can use (accumulated attention for H2O).
   static Expected<LayerCache> Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
                                      const Expert& expert, const Protected& guard, bool keep_scores);
@@ -34,19 +36,32 @@ class LayerCache {
   // that head h keeps, all kept[h] of one size that KeptTokens() returned, with the sinks and the newest
   // `window` tokens among them. An empty kept[h] keeps every token. scores[h], if not null, has one float per
   // scratch position.
+  // `scores` itself may be empty. On an error the cache is empty again.
   Expected<void> Fill(std::span<const DenseView> heads, std::span<const std::vector<uint32_t>> kept,
                       std::span<const float* const> scores);
 
+  // The same in steps, so that threads can fill different heads at the same time. n_kept is the size of each
+  // kept[h], n_tokens if they are empty. EndFill() fails, and empties the cache, unless every head was
+  // filled; it is also the way to give up after an error. In between nothing else may be called.
+  Expected<void> BeginFill(int64_t n_tokens, int64_t n_kept);
+  Expected<void> FillHead(int64_t head, const DenseView& from, std::span<const uint32_t> kept,
+                          const float* scores);
+  Expected<void> EndFill();
+
   // Appends tokens at positions tokens_seen()...; k and v are f32 [n][n_kv_heads][head_size]. Packs pages as
-  // they fill. A packed slot's score starts at 0.
+  // they fill. A packed slot's score starts at 0. On an error the tokens up to tokens_seen() are in, the
+  // others are not.
   Expected<void> Append(const float* k, const float* v, int64_t n);
 
   // Evicts the `count` live paged tokens of KV head `head` with the lowest score (scores[page * 64 + slot];
-  // dead slots ignored; ties: the older token goes), then compacts. Evicts fewer when fewer are paged.
+  // dead slots ignored; ties: the older token goes; NaN is lowest), then compacts: fewer than 64 slots are
+  // dead afterwards. Evicts fewer when fewer are paged. Threads may evict from different heads at the same
+  // time. On an error nothing has changed.
   Expected<void> Evict(int64_t head, std::span<const float> scores, int64_t count);
 
   // How many paged tokens Evict must take from each head now so that at most KeptTokens(keep, guard,
-  // tokens_seen()) stay.
+  // tokens_seen()) stay, in at most KeptPages() pages. After Evict(Excess()) of every head bytes() is at most
+  // LayerBytes(tokens_seen()).
   int64_t Excess(int64_t head) const;
 
   // A second cache with the same content; pages are shared until one side re-packs them (copy on write).
@@ -69,7 +84,6 @@ class LayerCache {
 
  private:
   LayerCache();
-  struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 

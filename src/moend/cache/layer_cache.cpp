@@ -1,0 +1,235 @@
+#include "moend/cache/layer_cache.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "moend/cache/codec.h"
+#include "moend/cache/layer_cache_impl.h"
+
+namespace moend {
+namespace {
+
+constexpr int64_t kMaxTokens = int64_t{1} << 31;  // positions are uint32_t
+
+// Copies K (or V) of a page to a page that stores it with as many bits.
+void CopySide(const PageLayout& from, const uint8_t* source, const PageLayout& to, uint8_t* page, bool keys) {
+  const int bits = keys ? from.k_bits : from.v_bits;
+  const int64_t scales = keys ? from.head_size : from.v_groups * kPageTokens;
+  const auto copy = [&](int64_t from_offset, int64_t to_offset, int64_t bytes) {
+    std::memcpy(page + to_offset, source + from_offset, static_cast<std::size_t>(bytes));
+  };
+  if (bits != 16) {
+    copy(keys ? from.k_scale : from.v_scale, keys ? to.k_scale : to.v_scale, scales * 2);
+    copy(keys ? from.k_min : from.v_min, keys ? to.k_min : to.v_min, scales * 2);
+  }
+  copy(keys ? from.k_codes : from.v_codes, keys ? to.k_codes : to.v_codes,
+       from.head_size * kPageTokens * bits / 8);
+}
+
+}  // namespace
+
+LayerCache::LayerCache() = default;
+LayerCache::LayerCache(LayerCache&&) noexcept = default;
+LayerCache& LayerCache::operator=(LayerCache&&) noexcept = default;
+LayerCache::~LayerCache() = default;
+
+Expected<std::unique_ptr<LayerCache::Impl>> LayerCache::Impl::Create(std::shared_ptr<Ledger> ledger,
+                                                                     const KvShape& shape,
+                                                                     const Expert& expert,
+                                                                     const Protected& guard,
+                                                                     bool keep_scores) {
+  MOEND_TRY(CheckCacheConfig(shape, expert, guard));
+  auto impl = std::make_unique<Impl>(shape);
+  impl->ledger = ledger ? std::move(ledger) : std::make_shared<Ledger>();
+  impl->expert = expert;
+  impl->guard = guard;
+  impl->keep_scores = keep_scores;
+  MOEND_ASSIGN(impl->layout, MakePageLayout(shape.head_size, expert.k_bits, expert.v_bits));
+  impl->heads.reserve(static_cast<std::size_t>(shape.n_kv_heads));
+  for (int64_t h = 0; h < shape.n_kv_heads; ++h)
+    impl->heads.emplace_back(PageTable(impl->ledger, impl->layout, keep_scores));
+  return impl;
+}
+
+Expected<LayerCache> LayerCache::Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
+                                        const Expert& expert, const Protected& guard, bool keep_scores) {
+  return CatchBadAlloc([&]() -> Expected<LayerCache> {
+    LayerCache cache;
+    MOEND_ASSIGN(cache.impl_, Impl::Create(std::move(ledger), shape, expert, guard, keep_scores));
+    return cache;
+  });
+}
+
+Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int64_t m) {
+  // First everything that can fail.
+  const bool packs = n_raw + m == RawLimit();
+  MOEND_TRY(raw.Reserve(ledger, n_raw + m));
+  for (CacheHead& head : heads) MOEND_TRY(head.positions.Reserve(ledger, tokens_seen + m));
+  PageScratch scratch;
+  std::vector<PageRef> pages;
+  if (packs) {
+    MOEND_ASSIGN(scratch, PageScratch::Create(shape.head_size));
+    pages.reserve(heads.size());
+    for (CacheHead& head : heads) {
+      MOEND_TRY(head.table.Fit(head.table.size() + 1));
+      MOEND_ASSIGN(auto page, PageRef::Create(ledger, layout));
+      pages.push_back(std::move(page));
+    }
+  }
+
+  for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t offset = (i * shape.n_kv_heads + h) * shape.head_size;
+      raw.Store(h, n_raw + i, k + offset, v + offset);
+      head(h).positions.Insert(tokens_seen + i);
+    }
+  }
+  n_raw += m;
+  tokens_seen += m;
+  if (!packs) return {};
+  for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
+    PageRef& page = pages[static_cast<std::size_t>(h)];
+    raw.LoadPage(h, guard.sinks, scratch);
+    PackKeys(layout, scratch.k.data(), ~uint64_t{0}, page.data());
+    PackValues(layout, scratch.v.data(), ~uint64_t{0}, page.data());
+    head(h).table.Push(std::move(page), ~uint64_t{0});
+    head(h).paged += kPageTokens;
+    raw.RemovePage(h, guard.sinks, n_raw);
+  }
+  n_raw -= kPageTokens;
+  return {};
+}
+
+Expected<void> LayerCache::Append(const float* k, const float* v, int64_t n) {
+  Impl& s = *impl_;
+  if (n < 0 || s.filling)
+    return Fail(ErrorCode::kInvalidArgument, "{} tokens cannot be appended{}", n,
+                s.filling ? " while the cache is being filled" : "");
+  if (n > kMaxTokens - s.tokens_seen)
+    return Fail(ErrorCode::kTooLong, "{} more tokens after {} are beyond the {} that a cache can number", n,
+                s.tokens_seen, kMaxTokens);
+  return CatchBadAlloc([&]() -> Expected<void> {
+    const int64_t stride = s.shape.n_kv_heads * s.shape.head_size;
+    for (int64_t done = 0; done < n;) {
+      const int64_t m = std::min(n - done, s.RawLimit() - s.n_raw);
+      MOEND_TRY(s.AppendChunk(k + done * stride, v + done * stride, m));
+      done += m;
+    }
+    return {};
+  });
+}
+
+Expected<LayerCache> LayerCache::Fork() const {
+  return Repack(impl_->expert);
+}
+
+Expected<LayerCache> LayerCache::Repack(const Expert& expert) const {
+  const Impl& s = *impl_;
+  if (s.filling) return Fail(ErrorCode::kInvalidArgument, "a cache that is being filled cannot be copied");
+  return CatchBadAlloc([&]() -> Expected<LayerCache> {
+    LayerCache cache;
+    MOEND_ASSIGN(cache.impl_, Impl::Create(s.ledger, s.shape, expert, s.guard, s.keep_scores));
+    Impl& d = *cache.impl_;
+    d.tokens_seen = s.tokens_seen;
+    d.n_raw = s.n_raw;
+    MOEND_ASSIGN(d.raw, s.raw.Copy(s.ledger));
+    const bool same_k = expert.k_bits == s.expert.k_bits, same_v = expert.v_bits == s.expert.v_bits;
+    PageScratch scratch;
+    if (!same_k || !same_v) {
+      MOEND_ASSIGN(scratch, PageScratch::Create(s.shape.head_size));
+    }
+    d.heads.clear();
+    for (const CacheHead& from : s.heads) {
+      if (same_k && same_v) {
+        MOEND_ASSIGN(auto shared, from.table.Share());
+        d.heads.emplace_back(std::move(shared));
+      } else {
+        d.heads.emplace_back(PageTable(s.ledger, d.layout, s.keep_scores));
+        PageTable& table = d.heads.back().table;
+        MOEND_TRY(table.Fit(from.table.size()));
+        for (int64_t i = 0; i < from.table.size(); ++i) {
+          MOEND_ASSIGN(auto page, PageRef::Create(s.ledger, d.layout));
+          const uint8_t* source = from.table.pages()[i];
+          const uint64_t live = from.table.live()[i];
+          if (same_k) {
+            CopySide(s.layout, source, d.layout, page.data(), true);
+          } else {
+            UnpackKeys(s.layout, source, scratch.k.data());
+            PackKeys(d.layout, scratch.k.data(), live, page.data());
+          }
+          if (same_v) {
+            CopySide(s.layout, source, d.layout, page.data(), false);
+          } else {
+            UnpackValues(s.layout, source, scratch.v.data());
+            PackValues(d.layout, scratch.v.data(), live, page.data());
+          }
+          table.Push(std::move(page), live);
+        }
+        if (const float* scores = from.table.scores())
+          std::copy_n(scores, table.size() * kPageTokens, table.scores());
+      }
+      CacheHead& to = d.heads.back();
+      to.paged = from.paged;
+      MOEND_TRY(to.positions.Reserve(s.ledger, s.tokens_seen));
+      if (from.positions.n_words() > 0)
+        std::copy_n(from.positions.words(), from.positions.n_words(), to.positions.words());
+    }
+    return cache;
+  });
+}
+
+StreamView LayerCache::view(int64_t head) const {
+  const Impl& s = *impl_;
+  StreamView view;
+  view.layout = s.layout;
+  const PageTable& table = s.head(head).table;
+  view.n_pages = table.size();
+  if (view.n_pages > 0) {
+    view.pages = table.pages();
+    view.live = table.live();
+  }
+  view.n_raw = s.n_raw;
+  if (view.n_raw > 0) {
+    view.raw_k = s.raw.keys(head);
+    view.raw_v = s.raw.values(head);
+  }
+  return view;
+}
+
+std::vector<uint32_t> LayerCache::positions(int64_t head) const {
+  const Impl& s = *impl_;
+  const CacheHead& from = s.head(head);
+  std::vector<uint32_t> ascending;
+  ascending.reserve(static_cast<std::size_t>(from.paged + s.n_raw));
+  from.positions.ForEach([&](int64_t position) { ascending.push_back(static_cast<uint32_t>(position)); });
+  // The sinks come before the paged tokens, but are raw.
+  std::rotate(ascending.begin(), ascending.begin() + s.SinksSeen(),
+              ascending.begin() + s.SinksSeen() + from.paged);
+  return ascending;
+}
+
+float* LayerCache::scores(int64_t head) {
+  return impl_->head(head).table.scores();
+}
+const KvShape& LayerCache::shape() const {
+  return impl_->shape;
+}
+const Expert& LayerCache::expert() const {
+  return impl_->expert;
+}
+const Protected& LayerCache::guard() const {
+  return impl_->guard;
+}
+int64_t LayerCache::tokens_seen() const {
+  return impl_->tokens_seen;
+}
+int64_t LayerCache::tokens(int64_t head) const {
+  return impl_->head(head).paged + impl_->n_raw;
+}
+int64_t LayerCache::bytes() const {
+  int64_t bytes = impl_->raw.bytes();
+  for (const CacheHead& head : impl_->heads) bytes += head.table.bytes() + head.positions.bytes();
+  return bytes;
+}
+
+}  // namespace moend

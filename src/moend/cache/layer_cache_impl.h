@@ -1,0 +1,65 @@
+// What a LayerCache is made of; for the files of this room only.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "moend/cache/layer_cache.h"
+#include "moend/cache/page_table.h"
+#include "moend/cache/position_set.h"
+#include "moend/cache/raw_tokens.h"
+
+namespace moend {
+
+struct CacheHead {
+  explicit CacheHead(PageTable t) : table(std::move(t)) {}
+  PageTable table;
+  PositionSet positions;  // of all tokens held, raw ones included
+  int64_t paged = 0;      // live tokens in pages
+  bool filled = false;    // between BeginFill and EndFill
+};
+
+struct LayerCache::Impl {
+  std::shared_ptr<Ledger> ledger;
+  KvShape shape;
+  Expert expert;
+  Protected guard;
+  bool keep_scores = false;
+  PageLayout layout;
+  int64_t tokens_seen = 0;
+  int64_t n_raw = 0;
+  bool filling = false;
+  int64_t fill_tokens = 0, fill_kept = 0;  // seen, and kept by each head, while filling
+  RawTokens raw;
+  std::vector<CacheHead> heads;
+
+  static Expected<std::unique_ptr<Impl>> Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
+                                                const Expert& expert, const Protected& guard,
+                                                bool keep_scores);
+  explicit Impl(const KvShape& s) : shape(s), raw(s) {}
+
+  CacheHead& head(int64_t h) { return heads[static_cast<std::size_t>(h)]; }
+  const CacheHead& head(int64_t h) const { return heads[static_cast<std::size_t>(h)]; }
+  bool HasHead(int64_t h) const { return h >= 0 && h < shape.n_kv_heads; }
+
+  // Raw tokens at which the oldest page of them is packed.
+  int64_t RawLimit() const { return guard.sinks + guard.window + kPageTokens; }
+  int64_t SinksSeen() const { return std::min(guard.sinks, n_raw); }
+
+  // Appends m tokens that fit below RawLimit(), and packs when it is reached.
+  Expected<void> AppendChunk(const float* k, const float* v, int64_t m);
+};
+
+// Runs f, whose standard containers may throw.
+template <class F>
+auto CatchBadAlloc(F f) -> decltype(f()) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return Fail(ErrorCode::kOutOfMemory, "the system refused memory for the tables of the K/V cache");
+  }
+}
+
+}  // namespace moend
