@@ -1,0 +1,695 @@
+#include "moend/cache/layer_cache.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <random>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "moend/base/half.h"
+#include "moend/cache/codec.h"
+#include "moend/plan/layout.h"
+
+namespace moend {
+namespace {
+
+using Random = std::mt19937_64;
+
+int64_t Pick(Random& random, int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random);
+}
+
+// Element of K (side 0) or V (side 1): a fixed function of where it is, so that any token can be checked.
+float Value(int side, int64_t head, int64_t position, int64_t channel) {
+  uint64_t x = static_cast<uint64_t>(((position * 17 + head) * 257 + channel) * 2 + side);
+  x = (x ^ (x >> 31)) * 0x9E3779B97F4A7C15u;
+  x = (x ^ (x >> 29)) * 0xBF58476D1CE4E5B9u;
+  const float unit = static_cast<float>(x >> 40) * 0x1p-24f;
+  return HalfToFloat(FloatToHalf((unit * 2 - 1) * (channel % 7 == 3 ? 8.0f : 1.0f)));
+}
+
+struct Dense {
+  std::vector<uint16_t> k, v;
+  DenseView view;
+};
+
+Dense MakeDense(int64_t hs, int64_t head, int64_t n) {
+  Dense d;
+  d.k.resize((n + 63) / 64 * 64 * hs);
+  d.v.resize(n * hs);
+  for (int64_t p = 0; p < n; ++p) {
+    for (int64_t c = 0; c < hs; ++c) {
+      d.k[p / 64 * 64 * hs + c * 64 + p % 64] = FloatToHalf(Value(0, head, p, c));
+      d.v[p * hs + c] = FloatToHalf(Value(1, head, p, c));
+    }
+  }
+  d.view = {hs, d.k.data(), d.v.data(), n};
+  return d;
+}
+
+void Append(LayerCache& cache, int64_t n) {
+  const int64_t heads = cache.shape().n_kv_heads, hs = cache.shape().head_size, first = cache.tokens_seen();
+  std::vector<float> k(n * heads * hs), v(n * heads * hs);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t c = 0; c < hs; ++c) {
+        k[(i * heads + h) * hs + c] = Value(0, h, first + i, c);
+        v[(i * heads + h) * hs + c] = Value(1, h, first + i, c);
+      }
+    }
+  }
+  const auto done = cache.Append(k.data(), v.data(), n);
+  ASSERT_TRUE(done) << done.error().message;
+}
+
+// Everything a cache must hold: for each head the positions, in order, and how far values may be off. Each
+// packing adds at most half a step of a group that spans the values' range, widened by the error so far.
+struct Model {
+  std::vector<std::set<uint32_t>> positions;
+  int packings = 1;
+};
+
+// The error of `packings` packings to `bits` of values within [-8, 8].
+double ErrorBound(int bits, int packings) {
+  double reach = 8, error = 0;
+  for (int i = 0; i < packings; ++i) {
+    const double bound = RoundTripBound(bits, -reach, reach);
+    error += bound;
+    reach += bound;
+    if (bits == 16) break;  // half floats come back as they are
+  }
+  return error;
+}
+
+void Check(const LayerCache& cache, const Model& model) {
+  const KvShape shape = cache.shape();
+  const int64_t hs = shape.head_size;
+  const double k_bound = ErrorBound(cache.expert().k_bits, model.packings),
+               v_bound = ErrorBound(cache.expert().v_bits, model.packings);
+  std::vector<float> k(64 * hs), v(64 * hs);
+  for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
+    const auto positions = cache.positions(h);
+    const std::set<uint32_t> unordered(positions.begin(), positions.end());
+    ASSERT_EQ(unordered, model.positions[h]);
+    ASSERT_EQ(positions.size(), unordered.size());
+    ASSERT_EQ(static_cast<int64_t>(positions.size()), cache.tokens(h));
+
+    const StreamView view = cache.view(h);
+    ASSERT_LE(view.n_raw, RawCapacity(cache.guard()));
+    ASSERT_LT(view.n_raw, cache.guard().sinks + cache.guard().window + 64);
+    std::size_t next = 0;
+    int64_t dead = 0;
+    for (int64_t page = 0; page < view.n_pages; ++page) {
+      UnpackPage(view.layout, view.pages[page], k.data(), v.data());
+      dead += 64 - std::popcount(view.live[page]);
+      for (int64_t t = 0; t < 64; ++t) {
+        if (!(view.live[page] >> t & 1)) continue;
+        ASSERT_LT(next, positions.size());
+        const uint32_t position = positions[next];
+        if (next > 0) {
+          ASSERT_LT(positions[next - 1], position);
+        }
+        ++next;
+        for (int64_t c = 0; c < hs; ++c) {
+          ASSERT_NEAR(k[t * hs + c], Value(0, h, position, c), k_bound) << "position " << position;
+          ASSERT_NEAR(v[t * hs + c], Value(1, h, position, c), v_bound) << "position " << position;
+        }
+      }
+    }
+    ASSERT_LT(dead, 64);
+    ASSERT_EQ(static_cast<int64_t>(positions.size() - next), view.n_raw);
+    for (int64_t i = 0; i < view.n_raw; ++i) {
+      const uint32_t position = positions[next + i];
+      if (i > 0) {
+        ASSERT_LT(positions[next + i - 1], position);
+      }
+      if (i < cache.guard().sinks) {
+        ASSERT_EQ(position, i);
+      }
+      for (int64_t c = 0; c < hs; ++c) {
+        ASSERT_EQ(HalfToFloat(view.raw_k[(i / 16 * hs + c) * 16 + i % 16]), Value(0, h, position, c));
+        ASSERT_EQ(HalfToFloat(view.raw_v[i * hs + c]), Value(1, h, position, c));
+      }
+    }
+    for (int64_t i = 0; i < (view.n_raw + 15) / 16 * 16 * hs; ++i)
+      ASSERT_TRUE(std::isfinite(HalfToFloat(view.raw_k[i])));
+  }
+}
+
+Model Everything(int64_t heads, int64_t n) {
+  Model model;
+  model.positions.resize(heads);
+  for (auto& set : model.positions)
+    for (int64_t p = 0; p < n; ++p) set.insert(set.end(), static_cast<uint32_t>(p));
+  return model;
+}
+
+std::vector<float> RandomScores(Random& random, int64_t n) {
+  std::vector<float> scores(n);
+  for (float& s : scores) s = static_cast<float>(random() % 50);  // with ties
+  return scores;
+}
+
+// What Evict must do, the slow way.
+void EvictModel(Model& model, const LayerCache& cache, int64_t head, const std::vector<float>& scores,
+                int64_t count) {
+  const StreamView view = cache.view(head);
+  const auto positions = cache.positions(head);
+  std::vector<std::pair<float, uint32_t>> live;
+  std::size_t next = 0;
+  for (int64_t slot = 0; slot < view.n_pages * 64; ++slot)
+    if (view.live[slot / 64] >> (slot % 64) & 1) live.emplace_back(scores[slot], positions[next++]);
+  std::sort(live.begin(), live.end());
+  for (int64_t i = 0; i < std::min<int64_t>(count, static_cast<int64_t>(live.size())); ++i)
+    model.positions[head].erase(live[i].second);
+}
+
+LayerCache MakeCache(std::shared_ptr<Ledger> ledger, const KvShape& shape, const Expert& expert,
+                     const Protected& guard = {}, bool keep_scores = false) {
+  auto cache = LayerCache::Create(std::move(ledger), shape, expert, guard, keep_scores);
+  EXPECT_TRUE(cache) << cache.error().message;
+  return std::move(*cache);
+}
+
+TEST(LayerCache, EmptyHoldsNothing) {
+  auto ledger = std::make_shared<Ledger>();
+  LayerCache cache = MakeCache(ledger, {2, 64}, {0.5, 4, 4});
+  EXPECT_EQ(ledger->live(), 0);
+  EXPECT_EQ(cache.bytes(), 0);
+  EXPECT_EQ(cache.tokens(0), 0);
+  EXPECT_EQ(cache.Excess(1), 0);
+  EXPECT_TRUE(cache.positions(1).empty());
+  EXPECT_EQ(cache.view(0).n_pages, 0);
+  EXPECT_EQ(cache.view(0).n_raw, 0);
+  EXPECT_TRUE(cache.Append(nullptr, nullptr, 0));
+  EXPECT_TRUE(cache.Evict(0, {}, 5));
+  EXPECT_TRUE(cache.Fork());
+  EXPECT_EQ(ledger->live(), 0);
+}
+
+TEST(LayerCache, RefusesNonsense) {
+  EXPECT_FALSE(LayerCache::Create(nullptr, {0, 64}, {}, {}, false));
+  EXPECT_FALSE(LayerCache::Create(nullptr, {1, 65}, {}, {}, false));
+  EXPECT_FALSE(LayerCache::Create(nullptr, {1, 64}, {0.0, 4, 4}, {}, false));
+  EXPECT_FALSE(LayerCache::Create(nullptr, {1, 64}, {1.0, 5, 4}, {}, false));
+  EXPECT_FALSE(LayerCache::Create(nullptr, {1, 64}, {1.0, 4, 4}, {-1, 4}, false));
+  LayerCache cache = MakeCache(nullptr, {2, 64}, {0.5, 4, 4});
+  EXPECT_FALSE(cache.Append(nullptr, nullptr, -1));
+  Append(cache, 200);
+  std::vector<float> scores(3 * 64);
+  EXPECT_FALSE(cache.Evict(0, scores, 1));
+  EXPECT_FALSE(cache.Evict(2, std::span(scores).first(128), 1));
+  EXPECT_FALSE(cache.Evict(-1, std::span(scores).first(128), 1));
+  EXPECT_TRUE(cache.Evict(0, std::span(scores).first(128), -3));
+  EXPECT_EQ(cache.tokens(0), 200);
+  const Dense d = MakeDense(64, 0, 50);
+  const std::vector<DenseView> views = {d.view, d.view};
+  EXPECT_FALSE(cache.Fill(views, std::vector<std::vector<uint32_t>>(2), {}));  // not empty
+}
+
+TEST(LayerCache, AppendOneByOneEqualsAppendAtOnce) {
+  for (const auto& [guard, n] : std::vector<std::pair<Protected, int64_t>>{
+           {{4, 28}, 300}, {{0, 0}, 200}, {{5, 0}, 150}, {{0, 7}, 150}, {{17, 30}, 333}, {{16, 16}, 97}}) {
+    auto ledger = std::make_shared<Ledger>(), other = std::make_shared<Ledger>();
+    LayerCache one = MakeCache(ledger, {2, 80}, {1.0, 4, 3}, guard),
+               all = MakeCache(other, {2, 80}, {1.0, 4, 3}, guard);
+    Append(all, n);
+    for (int64_t i = 0; i < n; ++i) {
+      Append(one, 1);
+      ASSERT_EQ(one.bytes(), ledger->live());
+      ASSERT_EQ(one.bytes(), *LayerBytes({2, 80}, {1.0, 4, 3}, guard, i + 1, 0));
+      if (i % 13 == 0) Check(one, Everything(2, i + 1));
+    }
+    Check(one, Everything(2, n));
+    Check(all, Everything(2, n));
+    EXPECT_EQ(all.bytes(), other->live());
+    EXPECT_EQ(one.bytes(), all.bytes());
+    for (int64_t h = 0; h < 2; ++h) {
+      const StreamView a = one.view(h), b = all.view(h);
+      ASSERT_EQ(a.n_pages, b.n_pages);
+      for (int64_t i = 0; i < a.n_pages; ++i)
+        ASSERT_EQ(std::memcmp(a.pages[i], b.pages[i], a.layout.bytes), 0);
+    }
+  }
+}
+
+TEST(LayerCache, FillEqualsAppendWhenEverythingStays) {
+  for (int64_t n : {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 160, 333}) {
+    auto ledger = std::make_shared<Ledger>();
+    LayerCache filled = MakeCache(ledger, {2, 48}, {1.0, 8, 4}),
+               appended = MakeCache(nullptr, {2, 48}, {1.0, 8, 4});
+    const Dense d0 = MakeDense(48, 0, n), d1 = MakeDense(48, 1, n);
+    const std::vector<DenseView> views = {d0.view, d1.view};
+    const auto done = filled.Fill(views, std::vector<std::vector<uint32_t>>(2), {});
+    ASSERT_TRUE(done) << done.error().message;
+    Append(appended, n);
+    Check(filled, Everything(2, n));
+    EXPECT_EQ(filled.bytes(), ledger->live());
+    EXPECT_LE(filled.bytes(), *LayerBytes({2, 48}, {1.0, 8, 4}, {}, n, 0));
+    for (int64_t h = 0; h < 2; ++h) {
+      const StreamView a = filled.view(h), b = appended.view(h);
+      ASSERT_EQ(a.n_pages, b.n_pages);
+      for (int64_t i = 0; i < a.n_pages; ++i)
+        ASSERT_EQ(std::memcmp(a.pages[i], b.pages[i], a.layout.bytes), 0);
+    }
+  }
+}
+
+std::vector<uint32_t> RandomKept(Random& random, const Protected& guard, int64_t n, int64_t count) {
+  std::set<uint32_t> kept;
+  for (int64_t p = 0; p < std::min(n, guard.sinks); ++p) kept.insert(static_cast<uint32_t>(p));
+  for (int64_t p = std::max<int64_t>(0, n - guard.window); p < n; ++p) kept.insert(static_cast<uint32_t>(p));
+  while (static_cast<int64_t>(kept.size()) < count) kept.insert(static_cast<uint32_t>(random() % n));
+  return {kept.begin(), kept.end()};
+}
+
+TEST(LayerCache, FillKeepsWhatWasSelected) {
+  Random random(1);
+  for (int round = 0; round < 150; ++round) {
+    const int64_t heads = Pick(random, 1, 3), hs = 16 * Pick(random, 1, 8), n = Pick(random, 1, 900);
+    const Protected guard{Pick(random, 0, 20), Pick(random, 0, 50)};
+    const Expert expert{static_cast<double>(Pick(random, 1, 100)) / 100, kBitWidths[random() % 5],
+                        kBitWidths[random() % 5]};
+    const int64_t count = KeptTokens(expert.keep, guard, n);
+    auto ledger = std::make_shared<Ledger>();
+    LayerCache cache = MakeCache(ledger, {heads, hs}, expert, guard, true);
+    std::vector<Dense> dense;
+    std::vector<DenseView> views;
+    std::vector<std::vector<uint32_t>> kept;
+    std::vector<std::vector<float>> scores;
+    std::vector<const float*> score_pointers;
+    Model model;
+    for (int64_t h = 0; h < heads; ++h) {
+      dense.push_back(MakeDense(hs, h, n));
+      kept.push_back(RandomKept(random, guard, n, count));
+      model.positions.emplace_back(kept[h].begin(), kept[h].end());
+      scores.emplace_back(n);
+      for (int64_t p = 0; p < n; ++p) scores[h][p] = static_cast<float>(p) + 0.5f;
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      views.push_back(dense[h].view);
+      score_pointers.push_back(scores[h].data());
+    }
+    const auto done = cache.Fill(views, kept, score_pointers);
+    ASSERT_TRUE(done) << done.error().message;
+    Check(cache, model);
+    EXPECT_EQ(cache.tokens_seen(), n);
+    EXPECT_EQ(cache.bytes(), ledger->live());
+    EXPECT_LE(cache.bytes(), *LayerBytes({heads, hs}, expert, guard, n, 4));
+    for (int64_t h = 0; h < heads; ++h) {
+      EXPECT_EQ(cache.Excess(h), 0);
+      EXPECT_EQ(cache.view(h).n_pages, KeptPages(expert.keep, guard, n));
+      const auto positions = cache.positions(h);
+      for (int64_t i = 0; i < cache.view(h).n_pages * 64; ++i)
+        EXPECT_EQ(cache.scores(h)[i], static_cast<float>(positions[i]) + 0.5f);
+    }
+  }
+}
+
+TEST(LayerCache, FillRefusesBadSelections) {
+  const Dense d = MakeDense(16, 0, 200);
+  const auto fill = [&](const std::vector<uint32_t>& kept) {
+    auto ledger = std::make_shared<Ledger>();
+    LayerCache cache = MakeCache(ledger, {1, 16}, {0.5, 4, 4}, {4, 8});
+    const auto done = cache.Fill(std::span(&d.view, 1), std::span(&kept, 1), {});
+    if (done) return true;
+    EXPECT_EQ(done.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_EQ(cache.tokens_seen(), 0);
+    EXPECT_EQ(cache.bytes(), ledger->live());
+    Append(cache, 100);  // still usable
+    Check(cache, Everything(1, 100));
+    return false;
+  };
+  std::vector<uint32_t> good = {0, 1, 2, 3, 50, 51, 90, 192, 193, 194, 195, 196, 197, 198, 199};
+  EXPECT_TRUE(fill(good));
+  for (const auto& [index, value] : std::vector<std::pair<int, uint32_t>>{
+           {0, 1}, {3, 4}, {4, 3}, {5, 50}, {6, 40}, {7, 191}, {14, 200}, {14, 0xFFFFFFFF}}) {
+    auto bad = good;
+    bad[index] = value;
+    EXPECT_FALSE(fill(bad)) << index;
+  }
+  EXPECT_FALSE(fill({0, 1, 2, 3, 199}));
+}
+
+TEST(LayerCache, HeadsCanBeFilledByThreads) {
+  const KvShape shape{8, 32};
+  auto ledger = std::make_shared<Ledger>();
+  LayerCache cache = MakeCache(ledger, shape, {1.0, 4, 2});
+  std::vector<Dense> dense;
+  for (int64_t h = 0; h < 8; ++h) dense.push_back(MakeDense(32, h, 500));
+  ASSERT_TRUE(cache.BeginFill(500, 500));
+  std::vector<std::thread> threads;
+  std::vector<char> ok(8);
+  for (int64_t h = 0; h < 8; ++h)
+    threads.emplace_back([&, h] { ok[h] = cache.FillHead(h, dense[h].view, {}, nullptr).has_value(); });
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(ok, std::vector<char>(8, 1));
+  EXPECT_FALSE(cache.FillHead(0, dense[0].view, {}, nullptr));  // twice
+  ASSERT_TRUE(cache.EndFill());
+  Check(cache, Everything(8, 500));
+  EXPECT_EQ(cache.bytes(), ledger->live());
+}
+
+TEST(LayerCache, UnfinishedFillLeavesItEmpty) {
+  auto ledger = std::make_shared<Ledger>();
+  LayerCache cache = MakeCache(ledger, {2, 32}, {1.0, 4, 2});
+  const Dense d = MakeDense(32, 0, 500);
+  ASSERT_TRUE(cache.BeginFill(500, 500));
+  ASSERT_TRUE(cache.FillHead(0, d.view, {}, nullptr));
+  EXPECT_FALSE(cache.Append(nullptr, nullptr, 0));
+  EXPECT_FALSE(cache.EndFill());
+  EXPECT_EQ(ledger->live(), 0);
+  Append(cache, 100);
+  Check(cache, Everything(2, 100));
+}
+
+TEST(LayerCache, EvictTakesTheLowestAndCompacts) {
+  Random random(2);
+  for (int round = 0; round < 100; ++round) {
+    const int64_t hs = 16 * Pick(random, 1, 6), n = Pick(random, 100, 1200);
+    const Expert expert{0.5, kBitWidths[random() % 5], kBitWidths[random() % 5]};
+    auto ledger = std::make_shared<Ledger>();
+    LayerCache cache = MakeCache(ledger, {2, hs}, expert, {4, 28}, true);
+    Append(cache, n);
+    Model model = Everything(2, n);
+    for (int64_t h = 0; h < 2; ++h) {
+      const int64_t slots = cache.view(h).n_pages * 64;
+      // Scores that say which position they belong to.
+      const auto before = cache.positions(h);
+      for (int64_t i = 0; i < slots; ++i) cache.scores(h)[i] = static_cast<float>(before[i]);
+      const auto scores = RandomScores(random, slots);
+      const int64_t count = Pick(random, 0, slots + 10);
+      EvictModel(model, cache, h, scores, count);
+      const auto done = cache.Evict(h, scores, count);
+      ASSERT_TRUE(done) << done.error().message;
+      const StreamView view = cache.view(h);
+      EXPECT_EQ(view.n_pages, (slots - std::min(count, slots) + 63) / 64);
+      const auto after = cache.positions(h);
+      std::size_t next = 0;
+      for (int64_t i = 0; i < view.n_pages * 64; ++i)
+        if (view.live[i / 64] >> (i % 64) & 1) {
+          EXPECT_EQ(cache.scores(h)[i], static_cast<float>(after[next++]));
+        }
+    }
+    model.packings = 2;
+    Check(cache, model);
+    EXPECT_EQ(cache.bytes(), ledger->live());
+  }
+}
+
+TEST(LayerCache, UntouchedPagesKeepTheirCodes) {
+  LayerCache cache = MakeCache(nullptr, {1, 64}, {0.5, 4, 4});
+  Append(cache, 32 + 64 * 10);
+  const StreamView before = cache.view(0);
+  std::vector<const uint8_t*> pages(before.pages, before.pages + 10);
+  std::vector<std::vector<uint8_t>> codes;
+  for (const uint8_t* page : pages) codes.emplace_back(page, page + before.layout.bytes);
+  // Pages 3 and 4 lose 40 tokens each, page 7 loses 10: the first two become one, the others stay.
+  std::vector<float> scores(640, 1.0f);
+  for (int64_t i = 0; i < 40; ++i) scores[3 * 64 + i] = scores[4 * 64 + 20 + i] = 0.0f;
+  for (int64_t i = 0; i < 10; ++i) scores[7 * 64 + 6 * i] = 0.0f;
+  ASSERT_TRUE(cache.Evict(0, scores, 90));
+  const StreamView after = cache.view(0);
+  ASSERT_EQ(after.n_pages, 9);
+  for (int64_t i = 0; i < 9; ++i) {
+    if (i == 3) continue;
+    const int64_t old = i < 3 ? i : i + 1;
+    EXPECT_EQ(after.pages[i], pages[old]);
+    EXPECT_EQ(std::memcmp(after.pages[i], codes[old].data(), codes[old].size()), 0);
+    EXPECT_EQ(std::popcount(after.live[i]), old == 7 ? 54 : 64);
+  }
+  EXPECT_EQ(std::popcount(after.live[3]), 48);
+}
+
+TEST(LayerCache, EverythingPagedCanBeEvicted) {
+  auto ledger = std::make_shared<Ledger>();
+  LayerCache cache = MakeCache(ledger, {1, 96}, {0.01, 3, 2}, {4, 12});
+  Append(cache, 1000);
+  std::vector<float> scores(cache.view(0).n_pages * 64, std::nanf(""));
+  ASSERT_TRUE(cache.Evict(0, scores, INT64_MAX));
+  EXPECT_EQ(cache.view(0).n_pages, 0);
+  EXPECT_EQ(cache.tokens(0), cache.view(0).n_raw);
+  EXPECT_EQ(cache.bytes(), ledger->live());
+  Append(cache, 300);
+  Model model;
+  model.positions.resize(1);
+  for (uint32_t p = 0; p < 4; ++p) model.positions[0].insert(p);
+  for (uint32_t p = 960 + 4; p < 1300; ++p) model.positions[0].insert(p);
+  EXPECT_EQ(cache.tokens(0), static_cast<int64_t>(model.positions[0].size()));
+  Check(cache, model);
+}
+
+// Prefill, then a long generation with an eviction every kEvictInterval tokens: the budget holds at each.
+TEST(LayerCache, BudgetHoldsThroughALongGeneration) {
+  Random random(3);
+  for (int round = 0; round < 40; ++round) {
+    const KvShape shape{Pick(random, 1, 2), 16 * Pick(random, 1, 4)};
+    const Protected guard{Pick(random, 0, 20), Pick(random, 0, 70)};
+    const Expert expert{static_cast<double>(Pick(random, 1, 20)) / 20, kBitWidths[random() % 5],
+                        kBitWidths[random() % 5]};
+    auto ledger = std::make_shared<Ledger>();
+    LayerCache cache = MakeCache(ledger, shape, expert, guard, true);
+    const int64_t page = cache.view(0).layout.bytes;
+    if (random() % 4) {
+      const int64_t n = Pick(random, 1, 700);
+      std::vector<Dense> dense;
+      std::vector<DenseView> views;
+      std::vector<std::vector<uint32_t>> kept;
+      for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
+        dense.push_back(MakeDense(shape.head_size, h, n));
+        kept.push_back(RandomKept(random, guard, n, KeptTokens(expert.keep, guard, n)));
+      }
+      for (auto& d : dense) views.push_back(d.view);
+      ASSERT_TRUE(cache.Fill(views, kept, {}));
+    }
+    for (int step = 0; step < 6; ++step) {
+      for (int64_t left = kEvictInterval; left > 0;) {
+        const int64_t m = Pick(random, 1, std::min<int64_t>(left, 50));
+        Append(cache, m);
+        left -= m;
+        const int64_t pages = shape.n_kv_heads * (page + 4 * TableEntryBytes(4));
+        ASSERT_LE(cache.bytes(), *LayerBytes(shape, expert, guard, cache.tokens_seen(), 4) + 3 * pages);
+      }
+      for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
+        const int64_t excess = cache.Excess(h);
+        const int64_t paged = cache.tokens(h) - cache.view(h).n_raw;
+        ASSERT_GE(excess, 0);
+        ASSERT_LE(excess, paged);
+        ASSERT_TRUE(cache.Evict(h, RandomScores(random, cache.view(h).n_pages * 64), excess));
+        ASSERT_LE(cache.tokens(h),
+                  std::max(KeptTokens(expert.keep, guard, cache.tokens_seen()), cache.view(h).n_raw));
+        ASSERT_EQ(cache.view(h).n_pages, (paged - excess + 63) / 64);
+        ASSERT_LE(cache.view(h).n_pages, KeptPages(expert.keep, guard, cache.tokens_seen()));
+        ASSERT_EQ(cache.Excess(h), 0);
+      }
+      ASSERT_EQ(cache.bytes(), ledger->live());
+      ASSERT_LE(cache.bytes(), *LayerBytes(shape, expert, guard, cache.tokens_seen(), 4));
+      if (expert.keep == 1.0) {
+        ASSERT_EQ(cache.tokens(0), cache.tokens_seen());
+      }
+    }
+  }
+}
+
+// Where eviction leaves no remainder LayerBytes is not just a bound.
+TEST(LayerCache, LayerBytesIsExactInTheFullState) {
+  Random random(4);
+  for (int round = 0; round < 60; ++round) {
+    const KvShape shape{Pick(random, 1, 3), 16 * Pick(random, 1, 6)};
+    const Protected guard{Pick(random, 0, 30), Pick(random, 0, 70)};
+    const Expert expert{static_cast<double>(Pick(random, 1, 10)) / 10, kBitWidths[random() % 5],
+                        kBitWidths[random() % 5]};
+    const bool keep_scores = random() % 2;
+    auto ledger = std::make_shared<Ledger>();
+    LayerCache cache = MakeCache(ledger, shape, expert, guard, keep_scores);
+    // At a multiple of pages the raw part is at its least but its memory is all there.
+    const int64_t n = guard.sinks + guard.window + 64 * Pick(random, 1, 12);
+    Append(cache, n);
+    for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
+      const int64_t excess = cache.view(h).n_pages * 64 - KeptPages(expert.keep, guard, n) * 64;
+      ASSERT_TRUE(cache.Evict(h, RandomScores(random, cache.view(h).n_pages * 64), excess));
+    }
+    ASSERT_EQ(cache.bytes(), *LayerBytes(shape, expert, guard, n, keep_scores ? 4 : 0));
+    ASSERT_EQ(cache.bytes(), ledger->live());
+    ASSERT_EQ(ledger->allocations() > 0, true);
+  }
+}
+
+TEST(LayerCache, EvictionNeedsNoMemoryBeyondWhatItFrees) {
+  Random random(5);
+  auto ledger = std::make_shared<Ledger>();
+  LayerCache cache = MakeCache(ledger, {1, 64}, {0.5, 4, 4});
+  Append(cache, 2000);
+  ledger->ResetPeak();
+  const int64_t before = ledger->live();
+  ASSERT_TRUE(cache.Evict(0, RandomScores(random, cache.view(0).n_pages * 64), 900));
+  EXPECT_LT(ledger->live(), before);
+  EXPECT_LE(ledger->peak(), before);
+}
+
+TEST(LayerCache, ForkSharesPagesUntilOneSideChanges) {
+  Random random(6);
+  auto ledger = std::make_shared<Ledger>();
+  LayerCache cache = MakeCache(ledger, {2, 64}, {0.5, 4, 4}, {}, true);
+  Append(cache, 700);
+  const int64_t one = ledger->live(), pages = 2 * cache.view(0).n_pages, page = cache.view(0).layout.bytes;
+  {
+    auto fork = cache.Fork();
+    ASSERT_TRUE(fork);
+    EXPECT_EQ(fork->bytes(), cache.bytes());
+    EXPECT_EQ(ledger->live(), one + cache.bytes() - pages * page);
+    EXPECT_EQ(fork->view(0).pages[0], cache.view(0).pages[0]);
+    // The fork goes its own way; the original does not notice.
+    Model model = Everything(2, 700), forked = model;
+    for (int64_t h = 0; h < 2; ++h) {
+      const auto scores = RandomScores(random, fork->view(h).n_pages * 64);
+      EvictModel(forked, *fork, h, scores, 200);
+      ASSERT_TRUE(fork->Evict(h, scores, 200));
+    }
+    forked.packings = 2;
+    Append(*fork, 100);
+    for (auto& set : forked.positions)
+      for (uint32_t p = 700; p < 800; ++p) set.insert(p);
+    Check(*fork, forked);
+    Check(cache, model);
+    // And the other way round.
+    auto second = fork->Fork();
+    ASSERT_TRUE(second);
+    for (int64_t h = 0; h < 2; ++h)
+      ASSERT_TRUE(fork->Evict(h, RandomScores(random, fork->view(h).n_pages * 64), 300));
+    Check(*second, forked);
+    cache = std::move(*second);
+    Check(cache, forked);
+  }
+  EXPECT_EQ(cache.bytes(), ledger->live());
+  cache = MakeCache(ledger, {1, 16}, {});
+  EXPECT_EQ(ledger->live(), 0);
+  EXPECT_EQ(ledger->allocations(), 0);
+}
+
+TEST(LayerCache, ForksCanBeUsedByThreads) {
+  auto ledger = std::make_shared<Ledger>();
+  {
+    LayerCache cache = MakeCache(ledger, {1, 32}, {0.5, 4, 2});
+    Append(cache, 900);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 4; ++i) {
+      auto fork = cache.Fork();
+      ASSERT_TRUE(fork);
+      threads.emplace_back([fork = std::move(*fork), i]() mutable {
+        Random random(static_cast<uint64_t>(i));
+        for (int step = 0; step < 5; ++step) {
+          Append(fork, 64);
+          ASSERT_TRUE(fork.Evict(0, RandomScores(random, fork.view(0).n_pages * 64), 100));
+        }
+      });
+    }
+    for (auto& thread : threads) thread.join();
+    Check(cache, Everything(1, 900));
+    EXPECT_EQ(cache.bytes(), ledger->live());
+  }
+  EXPECT_EQ(ledger->live(), 0);
+}
+
+TEST(LayerCache, RepackChangesBitsAndNothingElse) {
+  Random random(7);
+  for (int k_bits : kBitWidths) {
+    for (int v_bits : kBitWidths) {
+      auto ledger = std::make_shared<Ledger>();
+      LayerCache cache = MakeCache(ledger, {2, 80}, {0.5, 8, 4}, {4, 28}, true);
+      Append(cache, 500);
+      Model model = Everything(2, 500);
+      const auto scores = RandomScores(random, cache.view(0).n_pages * 64);
+      EvictModel(model, cache, 0, scores, 100);
+      ASSERT_TRUE(cache.Evict(0, scores, 100));
+      cache.scores(0)[3] = 7.0f;
+      auto packed = cache.Repack({0.25, k_bits, v_bits});
+      ASSERT_TRUE(packed);
+      EXPECT_EQ(packed->expert(), (Expert{0.25, k_bits, v_bits}));
+      EXPECT_EQ(packed->scores(0)[3], 7.0f);
+      EXPECT_EQ(packed->tokens_seen(), 500);
+      model.packings = 1;
+      if (k_bits != 16 && v_bits != 16 && (k_bits < 8 || v_bits < 4)) model.packings = 3;
+      const StreamView a = cache.view(0), b = packed->view(0);
+      ASSERT_EQ(a.n_pages, b.n_pages);
+      EXPECT_TRUE(std::equal(a.live, a.live + a.n_pages, b.live));
+      std::vector<float> ka(64 * 80), va(64 * 80), kb(64 * 80), vb(64 * 80);
+      for (int64_t i = 0; i < a.n_pages; ++i) {
+        UnpackPage(a.layout, a.pages[i], ka.data(), va.data());
+        UnpackPage(b.layout, b.pages[i], kb.data(), vb.data());
+        for (int64_t j = 0; j < 64 * 80; ++j) {
+          if (!(a.live[i] >> (j / 80) & 1)) continue;
+          ASSERT_NEAR(ka[j], kb[j], k_bits == 8 ? 0.0 : RoundTripBound(k_bits, -8.3, 8.3));
+          ASSERT_NEAR(va[j], vb[j], v_bits == 4 ? 0.0 : RoundTripBound(v_bits, -8.8, 8.8));
+        }
+      }
+      for (int64_t h = 0; h < 2; ++h) EXPECT_EQ(packed->positions(h), cache.positions(h));
+      cache = std::move(*packed);
+      EXPECT_EQ(cache.bytes(), ledger->live());
+    }
+  }
+}
+
+// Any sequence of operations against a model that knows only which positions must be there.
+TEST(LayerCache, RandomOperationsAgreeWithTheModel) {
+  for (uint64_t seed = 0; seed < 60; ++seed) {
+    SCOPED_TRACE(seed);
+    Random random(seed);
+    const int64_t sizes[] = {16, 64, 80, 96, 128, 256};
+    const KvShape shape{Pick(random, 1, 3), sizes[random() % (seed % 8 ? 4 : 6)]};
+    const Protected guard{Pick(random, 0, 20), Pick(random, 0, 40)};
+    const bool keep_scores = random() % 2;
+    auto ledger = std::make_shared<Ledger>();
+    Expert expert{static_cast<double>(Pick(random, 1, 100)) / 100, kBitWidths[seed % 5],
+                  kBitWidths[seed / 5 % 5]};
+    LayerCache cache = MakeCache(ledger, shape, expert, guard, keep_scores);
+    Model model = Everything(shape.n_kv_heads, 0);
+    for (int step = 0; step < 25; ++step) {
+      switch (random() % 5) {
+        case 0:
+        case 1: {
+          const int64_t first = cache.tokens_seen(),
+                        n = random() % 3 ? Pick(random, 0, 150) : Pick(random, 0, 5);
+          Append(cache, n);
+          for (auto& set : model.positions)
+            for (int64_t p = first; p < first + n; ++p) set.insert(static_cast<uint32_t>(p));
+          break;
+        }
+        case 2: {
+          const int64_t h = Pick(random, 0, shape.n_kv_heads - 1);
+          const auto scores = RandomScores(random, cache.view(h).n_pages * 64);
+          const int64_t count = random() % 2 ? cache.Excess(h) : Pick(random, 0, 150);
+          EvictModel(model, cache, h, scores, count);
+          ASSERT_TRUE(cache.Evict(h, scores, count));
+          ++model.packings;
+          break;
+        }
+        case 3: {
+          auto fork = cache.Fork();
+          ASSERT_TRUE(fork);
+          if (random() % 2) std::swap(cache, *fork);
+          Append(*fork, 70);
+          ASSERT_TRUE(fork->Evict(0, RandomScores(random, fork->view(0).n_pages * 64), 90));
+          break;
+        }
+        default: {
+          auto packed = cache.Repack({0.5, expert.k_bits, expert.v_bits});
+          ASSERT_TRUE(packed);
+          cache = std::move(*packed);
+        }
+      }
+      ASSERT_EQ(cache.bytes(), ledger->live());
+      Check(cache, model);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moend
