@@ -19,6 +19,7 @@ enum class Role {
 
 // Whether ggml's CPU back end has a dot product for rows of this type.
 bool CanMultiply(ggml_type type) {
+  if (type == GGML_TYPE_F32) return true;  // the only one that needs no conversion to f32
   return ggml_get_type_traits_cpu(type)->vec_dot != nullptr &&
          ggml_get_type_traits(type)->to_float != nullptr;
 }
@@ -29,7 +30,6 @@ std::string MultipliedTypes() {
     const auto type = static_cast<ggml_type>(t);
     const ggml_type_traits* traits = ggml_get_type_traits(type);
     if (traits->blck_size <= 0 || traits->type_size == 0 || !CanMultiply(type)) continue;
-    // Q8_1 and Q8_K are formats of intermediate results, no file has them.
     out += fmt::format("{}{}", out.empty() ? "" : ", ", traits->type_name);
   }
   return out;

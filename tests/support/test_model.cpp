@@ -1,0 +1,242 @@
+#include "tests/support/test_model.h"
+
+#include <ggml-cpp.h>
+#include <gguf.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <random>
+
+namespace moend::test {
+namespace {
+
+struct Writer {
+  gguf_context_ptr file{gguf_init_empty()};
+  std::vector<ggml_context_ptr> contexts;  // own the tensors until the file is written
+
+  // rows x row_size values, stored as `type`.
+  void Add(const std::string& name, ggml_type type, const std::vector<float>& values, int64_t row_size) {
+    const int64_t rows = static_cast<int64_t>(values.size()) / row_size;
+    const std::size_t bytes = ggml_row_size(type, row_size) * static_cast<std::size_t>(rows);
+    ggml_context* ctx = ggml_init({bytes + 2 * ggml_tensor_overhead(), nullptr, false});
+    contexts.emplace_back(ctx);
+    ggml_tensor* t =
+        rows == 1 ? ggml_new_tensor_1d(ctx, type, row_size) : ggml_new_tensor_2d(ctx, type, row_size, rows);
+    ggml_set_name(t, name.c_str());
+    ggml_quantize_chunk(type, values.data(), t->data, 0, rows, row_size, nullptr);
+    gguf_add_tensor(file.get(), t);
+  }
+  bool Write(const std::string& path) const { return gguf_write_to_file(file.get(), path.c_str(), false); }
+};
+
+// The character that byte-level BPE writes for a byte: printable ones stand for themselves, the others are
+// moved up to U+0100 and following, in order.
+std::string ByteToken(int byte) {
+  const auto printable = [](int b) {
+    return (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || (b >= 0xae && b <= 0xff);
+  };
+  int code = byte;
+  if (!printable(byte)) {
+    code = 0x100;
+    for (int b = 0; b < byte; ++b) code += !printable(b);
+  }
+  if (code < 0x80) return std::string(1, static_cast<char>(code));
+  return {static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 0x3f))};
+}
+
+void AddTokenizer(const TestModelOptions& o, gguf_context* file) {
+  std::vector<std::string> tokens, merges;
+  for (int b = 0; b < 256; ++b) tokens.push_back(ByteToken(b));
+  const std::string space = ByteToken(' ');
+  for (const auto& [left, right] : {std::pair<std::string, std::string>{space, "t"},
+                                    {"h", "e"},
+                                    {space + "t", "he"},
+                                    {"i", "n"},
+                                    {"a", "n"},
+                                    {space, "a"},
+                                    {"e", "r"},
+                                    {"o", "n"}}) {
+    merges.push_back(left + " " + right);
+    tokens.push_back(left + right);
+  }
+  const std::size_t special = tokens.size();
+  for (const char* text : {"<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"}) tokens.emplace_back(text);
+  while (static_cast<int64_t>(tokens.size()) < o.n_vocab)
+    tokens.push_back("<unused" + std::to_string(tokens.size()) + ">");
+
+  std::vector<int32_t> types(tokens.size(), 1);  // normal ones
+  for (std::size_t i = special; i < tokens.size(); ++i)
+    types[i] = i < special + 4 ? 3 : 5;  // control, unused
+  std::vector<const char*> token_texts, merge_texts;
+  for (const std::string& t : tokens) token_texts.push_back(t.c_str());
+  for (const std::string& m : merges) merge_texts.push_back(m.c_str());
+  gguf_set_val_str(file, "tokenizer.ggml.model", "gpt2");
+  gguf_set_val_str(file, "tokenizer.ggml.pre", o.architecture == "llama" ? "gpt-2" : "qwen2");
+  gguf_set_arr_str(file, "tokenizer.ggml.tokens", token_texts.data(), token_texts.size());
+  gguf_set_arr_data(file, "tokenizer.ggml.token_type", GGUF_TYPE_INT32, types.data(), types.size());
+  gguf_set_arr_str(file, "tokenizer.ggml.merges", merge_texts.data(), merge_texts.size());
+  gguf_set_val_u32(file, "tokenizer.ggml.bos_token_id", static_cast<uint32_t>(special));
+  gguf_set_val_u32(file, "tokenizer.ggml.eos_token_id", static_cast<uint32_t>(special + 1));
+  gguf_set_val_bool(file, "tokenizer.ggml.add_bos_token", true);
+  if (o.chat_template)
+    gguf_set_val_str(
+        file, "tokenizer.chat_template",
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+        "'<|im_end|>' + '\\n'}}{% endfor %}");
+}
+
+void AddHyperParams(const TestModelOptions& o, gguf_context* file) {
+  const auto key = [&](const char* name) { return o.architecture + "." + name; };
+  const auto number = [&](const char* name, int64_t value) {
+    gguf_set_val_u32(file, key(name).c_str(), static_cast<uint32_t>(value));
+  };
+  gguf_set_val_str(file, "general.architecture", o.architecture.c_str());
+  gguf_set_val_str(file, "general.name", "random test model");
+  number("context_length", o.n_ctx_train);
+  number("embedding_length", o.n_embd);
+  number("block_count", o.n_layers);
+  number("feed_forward_length", o.n_ff);
+  number("attention.head_count", o.n_heads);
+  number("attention.head_count_kv", o.n_kv_heads);
+  number("attention.key_length", o.head_size);
+  number("attention.value_length", o.head_size);
+  number("rope.dimension_count", o.head_size);
+  gguf_set_val_f32(file, key("attention.layer_norm_rms_epsilon").c_str(), 1e-5f);
+  gguf_set_val_f32(file, key("rope.freq_base").c_str(), o.rope_freq_base);
+  if (!o.rope_scaling.empty())
+    gguf_set_val_str(file, key("rope.scaling.type").c_str(), o.rope_scaling.c_str());
+  if (o.rope_factor > 0) gguf_set_val_f32(file, key("rope.scaling.factor").c_str(), o.rope_factor);
+  if (o.rope_attn_factor > 0)
+    gguf_set_val_f32(file, key("rope.scaling.attn_factor").c_str(), o.rope_attn_factor);
+  if (o.rope_original_context > 0) number("rope.scaling.original_context_length", o.rope_original_context);
+}
+
+class Weights {
+ public:
+  Weights(const TestModelOptions& o, Writer& out) : o_(o), out_(out), random_(o.seed) {}
+
+  void AddAll() {
+    Matrix("token_embd.weight", o_.n_embd, o_.n_vocab, std::sqrt(static_cast<float>(o_.n_embd)));
+    Vector("output_norm.weight", o_.n_embd, 1.0f, 0.1f);
+    // Logits of a spread of about 3: some tokens are likely, none is certain.
+    if (!o_.tied) Matrix("output.weight", o_.n_embd, o_.n_vocab, 3.0f);
+    if (o_.rope_factors) {
+      std::vector<float> factors;  // as llama-3.1: long waves are stretched by 8, short ones not
+      for (int64_t i = 0; i < o_.head_size / 2; ++i)
+        factors.push_back(i < o_.head_size / 6 ? 1.0f : i < o_.head_size / 3 ? 3.0f : 8.0f);
+      out_.Add("rope_freqs.weight", GGML_TYPE_F32, factors, o_.head_size / 2);
+    }
+    for (int64_t l = 0; l < o_.n_layers; ++l) Layer("blk." + std::to_string(l) + ".");
+  }
+
+ private:
+  std::vector<float> Normal(int64_t n, float mean, float deviation) {
+    std::normal_distribution<float> distribution(mean, deviation);
+    std::vector<float> out(static_cast<std::size_t>(n));
+    for (float& x : out) x = distribution(random_);
+    return out;
+  }
+  // Deviation gain / sqrt(inputs): inputs of size 1 give outputs of size `gain`.
+  std::vector<float> Projection(int64_t in, int64_t out, float gain) {
+    return Normal(in * out, 0.0f, gain / std::sqrt(static_cast<float>(in)));
+  }
+  void Matrix(const std::string& name, int64_t in, int64_t out, float gain) {
+    out_.Add(name, o_.weight_type, Projection(in, out, gain), in);
+  }
+  void Vector(const std::string& name, int64_t n, float mean, float deviation) {
+    out_.Add(name, GGML_TYPE_F32, Normal(n, mean, deviation), n);
+  }
+
+  void Layer(const std::string& prefix) {
+    const int64_t q_rows = o_.n_heads * o_.head_size, kv_rows = o_.n_kv_heads * o_.head_size;
+    Vector(prefix + "attn_norm.weight", o_.n_embd, 1.0f, 0.1f);
+    // Scores of a spread of about 2: attention neither uniform nor stuck on one token.
+    std::vector<float> q = Projection(o_.n_embd, q_rows, 1.4f), k = Projection(o_.n_embd, kv_rows, 1.4f);
+    const std::vector<float> v = Projection(o_.n_embd, kv_rows, 1.0f);
+    for (int64_t row = 0; row < kv_rows; row += 8)
+      for (int64_t i = 0; i < o_.n_embd; ++i)
+        k[static_cast<std::size_t>(row * o_.n_embd + i)] *= o_.k_outlier;
+    if (o_.fused_qkv) {
+      q.insert(q.end(), k.begin(), k.end());
+      q.insert(q.end(), v.begin(), v.end());
+      out_.Add(prefix + "attn_qkv.weight", o_.weight_type, q, o_.n_embd);
+    } else {
+      out_.Add(prefix + "attn_q.weight", o_.weight_type, q, o_.n_embd);
+      out_.Add(prefix + "attn_k.weight", o_.weight_type, k, o_.n_embd);
+      out_.Add(prefix + "attn_v.weight", o_.weight_type, v, o_.n_embd);
+    }
+    if (o_.biases && o_.fused_qkv) {
+      Vector(prefix + "attn_qkv.bias", q_rows + 2 * kv_rows, 0.0f, 0.3f);
+    } else if (o_.biases) {
+      Vector(prefix + "attn_q.bias", q_rows, 0.0f, 0.3f);
+      Vector(prefix + "attn_k.bias", kv_rows, 0.0f, 0.3f);
+      Vector(prefix + "attn_v.bias", kv_rows, 0.0f, 0.3f);
+    }
+    if (o_.architecture == "qwen3") {
+      Vector(prefix + "attn_q_norm.weight", o_.head_size, 1.4f, 0.1f);
+      Vector(prefix + "attn_k_norm.weight", o_.head_size, 1.4f, 0.1f);
+    }
+    Matrix(prefix + "attn_output.weight", q_rows, o_.n_embd, 1.0f);
+    Vector(prefix + "ffn_norm.weight", o_.n_embd, 1.0f, 0.1f);
+    Matrix(prefix + "ffn_gate.weight", o_.n_embd, o_.n_ff, 1.0f);
+    Matrix(prefix + "ffn_up.weight", o_.n_embd, o_.n_ff, 1.0f);
+    Matrix(prefix + "ffn_down.weight", o_.n_ff, o_.n_embd, 1.0f);
+  }
+
+  const TestModelOptions& o_;
+  Writer& out_;
+  std::mt19937_64 random_;
+};
+
+}  // namespace
+
+bool WriteTestModel(const TestModelOptions& options, const std::string& path) {
+  Writer out;
+  AddHyperParams(options, out.file.get());
+  AddTokenizer(options, out.file.get());
+  Weights(options, out).AddAll();
+  return out.Write(path);
+}
+
+bool ConvertModel(const std::string& from, const std::string& to, ggml_type type) {
+  ggml_context* tensors = nullptr;
+  const gguf_context_ptr source(gguf_init_from_file(from.c_str(), {/*no_alloc=*/false, &tensors}));
+  const ggml_context_ptr owner(tensors);
+  if (!source) return false;
+  Writer out;
+  gguf_set_kv(out.file.get(), source.get());
+  for (int64_t i = 0; i < gguf_get_n_tensors(source.get()); ++i) {
+    const char* name = gguf_get_tensor_name(source.get(), i);
+    const ggml_tensor* t = ggml_get_tensor(tensors, name);
+    std::vector<float> values(static_cast<std::size_t>(ggml_nelements(t)));
+    if (t->type == GGML_TYPE_F32)
+      std::copy_n(static_cast<const float*>(t->data), values.size(), values.data());
+    else
+      ggml_get_type_traits(t->type)->to_float(t->data, values.data(), ggml_nelements(t));
+    out.Add(name, ggml_n_dims(t) == 1 ? GGML_TYPE_F32 : type, values, t->ne[0]);
+  }
+  return out.Write(to);
+}
+
+std::vector<int32_t> RandomTokens(int64_t n, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::uniform_int_distribution<int32_t> distribution(0, 255);
+  std::vector<int32_t> tokens(static_cast<std::size_t>(n));
+  for (int32_t& t : tokens) t = distribution(random);
+  return tokens;
+}
+
+TempDir::TempDir() {
+  path_ = (std::filesystem::temp_directory_path() / "moend-test-XXXXXX").string();
+  if (!mkdtemp(path_.data())) std::abort();
+}
+
+TempDir::~TempDir() {
+  std::error_code ignored;
+  std::filesystem::remove_all(path_, ignored);
+}
+
+}  // namespace moend::test

@@ -1,0 +1,58 @@
+// Small models with random weights, written as GGUF files that libllama loads too.
+#pragma once
+
+#include <ggml.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace moend::test {
+
+struct TestModelOptions {
+  std::string architecture = "llama";  // llama, qwen2, qwen3
+  int64_t n_layers = 3, n_embd = 128, n_heads = 4, n_kv_heads = 2, head_size = 32, n_ff = 256;
+  int64_t n_vocab = 320;  // at least kLeastVocab
+  int64_t n_ctx_train = 4096;
+  ggml_type weight_type = GGML_TYPE_F16;  // of the matrices; rows must be multiples of its block size
+  float rope_freq_base = 10000.0f;
+  std::string rope_scaling;  // none, linear, yarn; empty leaves the key out
+  float rope_factor = 0;     // 0 leaves the key out
+  int64_t rope_original_context = 0;
+  float rope_attn_factor = 0;
+  bool rope_factors = false;  // llama-3's tensor rope_freqs.weight (llama only)
+  bool tied = false;          // the output projection is the embedding
+  bool biases = false;        // of the Q, K and V projections
+  bool fused_qkv =
+      false;  // one matrix attn_qkv (llama only: libllama reads it in all, converters write none)
+  // Every eighth channel of the K projection is this much larger, as in models with outlier channels.
+  float k_outlier = 1.0f;
+  bool chat_template = false;  // ChatML
+  uint64_t seed = 1;
+};
+
+inline constexpr int64_t kLeastVocab = 272;  // bytes, merges and special tokens
+
+// Whether the file could be written.
+bool WriteTestModel(const TestModelOptions& options, const std::string& path);
+
+// The same model with every matrix stored as `type`; both paths name whole GGUF files.
+bool ConvertModel(const std::string& from, const std::string& to, ggml_type type);
+
+// Tokens without order, the same for the same seed; special tokens do not occur.
+std::vector<int32_t> RandomTokens(int64_t n, uint64_t seed);
+
+// A directory of its own, removed with all it holds.
+class TempDir {
+ public:
+  TempDir();
+  ~TempDir();
+  TempDir(const TempDir&) = delete;
+  TempDir& operator=(const TempDir&) = delete;
+  std::string operator/(const std::string& name) const { return path_ + "/" + name; }
+
+ private:
+  std::string path_;
+};
+
+}  // namespace moend::test
