@@ -1,6 +1,7 @@
 #include "moend/cache/codec.h"
 
 #include <gtest/gtest.h>
+#include <hwy/targets.h>
 
 #include <cmath>
 #include <cstring>
@@ -69,8 +70,13 @@ Tokens Make(int64_t head_size, uint64_t seed, const Fill& fill) {
   return x;
 }
 
+// Close to a normal distribution, and quick: a sum of 12 uniform numbers.
 float Normal(std::mt19937_64& random) {
-  return std::normal_distribution<float>()(random);
+  float sum = -6.0f;
+  for (int i = 0; i < 3; ++i)
+    for (uint64_t bits = random(), j = 0; j < 4; ++j)
+      sum += static_cast<float>(bits >> (16 * j) & 0xFFFF) * 0x1p-16f;
+  return sum;
 }
 
 const std::vector<std::pair<std::string, Fill>>& Fills() {
@@ -272,6 +278,92 @@ TEST(Codec, UnpackGivesWhatThePageSays) {
       }
     }
   }
+}
+
+// Runs f with each instruction set that this machine has.
+template <class F>
+void ForEachTarget(F f) {
+  for (int64_t left = hwy::SupportedTargets(); left; left &= left - 1) {
+    const int64_t target = left & -left;
+    SCOPED_TRACE(hwy::TargetName(target));
+    hwy::SetSupportedTargetsForTest(target);
+    f();
+    hwy::SetSupportedTargetsForTest(0);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+TEST(Codec, EveryInstructionSetGivesTheBytesOfTheReference) {
+  ForEachTarget([] {
+    std::mt19937_64 random(10);
+    for (int bits : kBitWidths) {
+      for (const auto& [name, fill] : Fills()) {
+        for (int round = 0; round < 2; ++round) {
+          const int64_t hs = kHeadSizes[random() % std::size(kHeadSizes)];
+          SCOPED_TRACE(name + " bits " + std::to_string(bits) + " head size " + std::to_string(hs));
+          const PageLayout l = *MakePageLayout(hs, bits, bits);
+          Tokens x = Make(hs, random(), fill);
+          if (random() % 4 == 0) {
+            for (auto* side : {&x.k, &x.v})
+              for (float bad : {kNan, kInfinity, -kInfinity, -0.0f}) (*side)[random() % side->size()] = bad;
+          }
+          const uint64_t live = random() % 2 ? ~uint64_t{0} : random() % 8 ? random() : 0;
+          std::vector<uint8_t> page(l.bytes, 0xCD), expected(l.bytes, 0xCD);
+          PackKeys(l, x.k.data(), live, page.data());
+          PackValues(l, x.v.data(), live, page.data());
+          reference::PackKeys(l, x.k.data(), live, expected.data());
+          reference::PackValues(l, x.v.data(), live, expected.data());
+          ASSERT_EQ(page, expected);
+          std::vector<float> values(64 * hs, -1), expected_values(64 * hs, -2);
+          UnpackKeys(l, page.data(), values.data());
+          reference::UnpackKeys(l, page.data(), expected_values.data());
+          ASSERT_EQ(values, expected_values);
+          UnpackValues(l, page.data(), values.data());
+          reference::UnpackValues(l, page.data(), expected_values.data());
+          ASSERT_EQ(values, expected_values);
+        }
+      }
+    }
+  });
+}
+
+TEST(Codec, EveryInstructionSetConvertsHalvesAlike) {
+  std::vector<uint16_t> halves(0x10000 + 5);
+  for (std::size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<uint16_t>(i);
+  std::vector<float> expected(halves.size());
+  reference::HalvesToFloats(halves.data(), std::ssize(halves), expected.data());
+  // Values around every half float and every middle between two.
+  std::vector<float> floats = {kNan,   kInfinity, -kInfinity, 1e30f,    -1e30f,
+                               1e-30f, 65519.0f,  65520.0f,   -70000.0f};
+  for (uint32_t h = 0; h + 1 < 0x7C00; ++h) {
+    const float a = HalfToFloat(static_cast<uint16_t>(h)), b = HalfToFloat(static_cast<uint16_t>(h + 1));
+    for (float f :
+         {a, (a + b) / 2, std::nextafter((a + b) / 2, 0.0f), std::nextafter((a + b) / 2, kInfinity)}) {
+      floats.push_back(f);
+      floats.push_back(-f);
+    }
+  }
+  std::vector<uint16_t> expected_halves(floats.size());
+  reference::FloatsToHalves(floats.data(), std::ssize(floats), expected_halves.data());
+  ForEachTarget([&] {
+    std::vector<float> to_floats(halves.size());
+    HalvesToFloats(halves.data(), std::ssize(halves), to_floats.data());
+    for (std::size_t i = 0; i < halves.size(); ++i) {
+      // NaN has many bit patterns.
+      if (!std::isnan(expected[i]) || !std::isnan(to_floats[i])) {
+        ASSERT_EQ(std::bit_cast<uint32_t>(to_floats[i]), std::bit_cast<uint32_t>(expected[i])) << i;
+      }
+    }
+    std::vector<uint16_t> to_halves(floats.size());
+    FloatsToHalves(floats.data(), std::ssize(floats), to_halves.data());
+    for (std::size_t i = 0; i < floats.size(); ++i) ASSERT_EQ(to_halves[i], expected_halves[i]) << floats[i];
+    for (int64_t n = 0; n < 40; ++n) {
+      std::vector<float> some(n + 1, 77.0f);
+      HalvesToFloats(halves.data() + 100, n, some.data());
+      for (int64_t i = 0; i < n; ++i) ASSERT_EQ(some[i], expected[100 + i]);
+      ASSERT_EQ(some[n], 77.0f);
+    }
+  });
 }
 
 TEST(Codec, PackingWhatWasUnpackedChangesNothing) {

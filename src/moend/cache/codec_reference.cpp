@@ -5,10 +5,7 @@
 
 #include "moend/cache/codec.h"
 #include "moend/cache/codec_16/halves.h"
-#include "moend/cache/codec_2/rows.h"
-#include "moend/cache/codec_3/rows.h"
-#include "moend/cache/codec_4/rows.h"
-#include "moend/cache/codec_8/rows.h"
+#include "moend/cache/codecs.h"
 #include "moend/cache/group.h"
 
 namespace moend {
@@ -16,21 +13,6 @@ namespace {
 
 constexpr int64_t kMaxRows = 256;
 using CodeRows = std::array<uint8_t, kMaxRows * kRowBytes>;
-
-// Calls f with the row packer of a width below 16.
-template <class F>
-void WithRows(int bits, F f) {
-  switch (bits) {
-    case 8:
-      return f(Rows8());
-    case 4:
-      return f(Rows4());
-    case 3:
-      return f(Rows3());
-    default:
-      return f(Rows2());
-  }
-}
 
 // Where the code of an element is among the code rows, see plan/layout.h.
 int64_t KIndex(int64_t token, int64_t channel) {
@@ -105,7 +87,7 @@ void PackKeys(const PageLayout& layout, const float* k, uint64_t live, uint8_t* 
       Halves16(page, layout.k_codes)[i] = Halves::Encode(IsLive(live, i % kPageTokens) ? k[i] : 0.0f);
     return;
   }
-  WithRows(layout.k_bits, [&]<class Rows>(Rows) {
+  WithRows<ScalarPlanes>(layout.k_bits, [&]<class Rows>(Rows) {
     CodeRows rows;
     EncodeKeys(layout, k, live, Rows::kMaxCode, page, rows.data());
     Rows::Pack(rows.data(), layout.head_size, page + layout.k_codes);
@@ -118,7 +100,7 @@ void PackValues(const PageLayout& layout, const float* v, uint64_t live, uint8_t
       Halves16(page, layout.v_codes)[i] = Halves::Encode(IsLive(live, i / layout.head_size) ? v[i] : 0.0f);
     return;
   }
-  WithRows(layout.v_bits, [&]<class Rows>(Rows) {
+  WithRows<ScalarPlanes>(layout.v_bits, [&]<class Rows>(Rows) {
     CodeRows rows;
     EncodeValues(layout, v, live, Rows::kMaxCode, page, rows.data());
     Rows::Pack(rows.data(), layout.head_size, page + layout.v_codes);
@@ -132,8 +114,9 @@ void UnpackKeys(const PageLayout& layout, const uint8_t* page, float* k) {
     return;
   }
   CodeRows rows;
-  WithRows(layout.k_bits,
-           [&]<class Rows>(Rows) { Rows::Unpack(page + layout.k_codes, layout.head_size, rows.data()); });
+  WithRows<ScalarPlanes>(layout.k_bits, [&]<class Rows>(Rows) {
+    Rows::Unpack(page + layout.k_codes, layout.head_size, rows.data());
+  });
   for (int64_t c = 0; c < layout.head_size; ++c) {
     const float scale = HalfToFloat(Halves16(page, layout.k_scale)[c]);
     const float min = HalfToFloat(Halves16(page, layout.k_min)[c]);
@@ -149,7 +132,8 @@ void UnpackValues(const PageLayout& layout, const uint8_t* page, float* v) {
     return;
   }
   CodeRows rows;
-  WithRows(layout.v_bits, [&]<class Rows>(Rows) { Rows::Unpack(page + layout.v_codes, hs, rows.data()); });
+  WithRows<ScalarPlanes>(layout.v_bits,
+                         [&]<class Rows>(Rows) { Rows::Unpack(page + layout.v_codes, hs, rows.data()); });
   for (int64_t t = 0; t < kPageTokens; ++t) {
     for (int64_t group = 0; group < layout.v_groups; ++group) {
       const float scale = HalfToFloat(Halves16(page, layout.v_scale)[group * kPageTokens + t]);

@@ -18,7 +18,7 @@ struct GroupScale {
 // half a step from its code. Values that came out of the quantizer get their old scale back.
 inline GroupScale ChooseScale(float low, float high, int max_code) {
   GroupScale g;
-  g.min = HalfBelow(low);
+  g.min = HalfBelow(low + 0.0f);  // no negative zero: which zero is the lowest is anybody's guess
   const float span = high - HalfToFloat(g.min);
   g.scale = FloatToHalf(span / static_cast<float>(max_code));
   if (span > HalfToFloat(g.scale) * (static_cast<float>(max_code) + 0.5f)) ++g.scale;

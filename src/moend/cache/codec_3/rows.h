@@ -5,15 +5,16 @@
 
 namespace moend {
 
+template <class Planes>
 struct Rows3 {
   static constexpr int kMaxCode = 7;
   static void Pack(const uint8_t* rows, int64_t n_rows, uint8_t* packed) {
-    JoinRows<2>(rows, n_rows, packed);
-    JoinRows<1, 2>(rows, n_rows, packed + HighPlane(n_rows));
+    Planes::template Join<2>(rows, n_rows, packed);
+    Planes::template Join<1, 2>(rows, n_rows, packed + HighPlane(n_rows));
   }
   static void Unpack(const uint8_t* packed, int64_t n_rows, uint8_t* rows) {
-    SplitRows<2>(packed, n_rows, rows);
-    SplitRows<1, 2, true>(packed + HighPlane(n_rows), n_rows, rows);
+    Planes::template Split<2>(packed, n_rows, rows);
+    Planes::template Split<1, 2, true>(packed + HighPlane(n_rows), n_rows, rows);
   }
 
  private:

@@ -5,13 +5,14 @@
 
 namespace moend {
 
+template <class Planes>
 struct Rows4 {
   static constexpr int kMaxCode = 15;
   static void Pack(const uint8_t* rows, int64_t n_rows, uint8_t* packed) {
-    JoinRows<4>(rows, n_rows, packed);
+    Planes::template Join<4>(rows, n_rows, packed);
   }
   static void Unpack(const uint8_t* packed, int64_t n_rows, uint8_t* rows) {
-    SplitRows<4>(packed, n_rows, rows);
+    Planes::template Split<4>(packed, n_rows, rows);
   }
 };
 
