@@ -5,7 +5,7 @@
 namespace moend {
 namespace {
 
-constexpr int64_t kMaxExperts = 4096;
+constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxChunks = 1 << 30;
 constexpr double kMaxLoss = 1e30;
 

@@ -15,14 +15,20 @@ namespace moend {
 enum class Solver {
   kGreedy,  // the paper's: cheapest everywhere, then the upgrade with the best loss saved per byte, one at a
             // time
-  kHull,    // greedy on each layer's lower convex hull; optimal for the relaxed problem
-  kExact,   // dynamic programming over the byte budget, with the hull's dual bound for pruning
+  kHull,    // greedy on each layer's lower convex hull, optimal for the relaxed problem; then what is left of
+            // the budget goes to the single upgrades that save most
+  kExact,   // dynamic programming over Pareto optimal (bytes, loss) states, pruned with the dual bound; bytes
+            // are never rounded. Optimal up to a relative rounding of 1e-12 whenever lower_bound equals the
+            // loss. On tables that defeat every bound (all layers all-or-nothing, say) it keeps the most
+            // promising states only, and lower_bound says what may have been missed
 };
 enum class Metric { kKl, kL2 };
 
-// The variants of the paper, all at the same allocated bytes where they can meet the budget.
+// The variants of the paper, all at the same allocated bytes where they can meet the budget. A uniform keep
+// ratio is not a fixed number of tokens, as in the paper, but the best one for the budget: for 1d and
+// 2d_uniform the largest that fits (in steps of 1e-6), for 2d the one of the profile's with the least loss.
 enum class Variant {
-  kFull,       // nothing compressed
+  kFull,       // nothing compressed; needs no budget
   k1d,         // the same eviction in every layer, 16 bit
   k2dUniform,  // the same eviction in every layer, K 8 bit, V 4 bit
   k2d,         // the same eviction in every layer, bits routed by layer
@@ -49,16 +55,20 @@ struct SolveRequest {
 
 struct Solution {
   Plan plan;
-  double loss = 0;         // sum of the layers' predicted losses
+  double loss = 0;         // sum of the layers' predicted losses; NaN if the profile lacks the variant's bits
   double lower_bound = 0;  // no plan of these experts within the budget has a smaller loss (dual bound)
   double milliseconds = 0;
 };
 
-// kBudget names the smallest possible budget and the compression that it equals.
+// Bytes are those at request.context_length; the losses are the profile's, whatever length it was measured
+// at. Losses are cleaned before (see losses.h): negative ones count as 0, and an expert that keeps more and
+// stores more bits never counts as worse. kBudget names the smallest possible budget and the compression that
+// it equals.
 Expected<Solution> Solve(const Profile& profile, const SolveRequest& request);
 
 // The bare knapsack, for tests and other objectives: items[layer][choice] = {bytes, loss}. Returns a choice a
-// layer.
+// layer. Losses are finite, bytes >= 0. A choice that another one of its layer matches or beats in both is
+// never taken. `lower_bound`, if not null, gets the relaxed (for kExact: the proven) lower bound of the loss.
 struct Choice {
   int64_t bytes = 0;
   double loss = 0;

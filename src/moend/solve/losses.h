@@ -1,0 +1,24 @@
+// The losses that a Profile measured, made fit for solving.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "moend/solve/solve.h"
+
+namespace moend {
+
+// losses[layer][expert]. Negative measurements (rounding of a KL near 0) become 0. An expert that keeps at
+// least as many tokens, K bits and V bits as another cannot truly lose more; where noise measured it so, both
+// move to the middle: each loss becomes the mean of the smallest loss measured for itself or any lesser
+// expert and the largest measured for itself or any greater one. This is monotone, and equals isotonic
+// regression where two neighbours contradict each other.
+Expected<std::vector<std::vector<double>>> CleanLosses(const Profile& profile, Metric metric);
+
+// The loss of a layer at any keep ratio with the given bits: linear between the profile's keep ratios, the
+// nearest one's outside them. Nothing compressed loses nothing, measured or not. nullopt where the profile
+// has no expert of these bits.
+std::optional<double> LossAt(const std::vector<Expert>& experts, const std::vector<double>& losses,
+                             const Expert& expert);
+
+}  // namespace moend

@@ -1,0 +1,277 @@
+#include "moend/solve/solve.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <set>
+
+#include "moend/solve/losses.h"
+
+namespace moend {
+namespace {
+
+constexpr int64_t kMaxTokens = INT32_MAX;
+constexpr int64_t kKeepSteps = 1'000'000;  // grid of the uniform keep ratio: six decimals
+
+using Losses = std::vector<std::vector<double>>;
+
+template <class T, std::size_t N>
+Expected<T> Parse(const char* what, const std::string& name, const T (&values)[N]) {
+  std::string names;
+  for (const T value : values) {
+    if (name == Name(value)) return value;
+    names += (names.empty() ? "" : ", ") + std::string(Name(value));
+  }
+  return Fail(ErrorCode::kInvalidArgument, "there is no {} named \"{}\"; possible: {}", what, name, names);
+}
+
+Expected<void> Check(const Profile& profile, const SolveRequest& request) {
+  if (profile.chunks <= 0) {
+    return Fail(ErrorCode::kInvalidArgument,
+                "the profile holds no finished chunk yet; continue its calibration first");
+  }
+  if (request.context_length < 1 || request.context_length > kMaxTokens)
+    return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens; possible: 1 to {}",
+                request.context_length, kMaxTokens);
+  if (request.variant == Variant::kFull) return {};
+  const bool ratio = request.compression != 0, bytes = request.budget_bytes != 0;
+  if (ratio == bytes)
+    return Fail(ErrorCode::kInvalidArgument, "give either a compression or a budget in bytes");
+  if (ratio && !(request.compression > 0 && std::isfinite(request.compression)))
+    return Fail(ErrorCode::kInvalidArgument, "a compression of {}; it must be a number above 0",
+                request.compression);
+  if (request.budget_bytes < 0)
+    return Fail(ErrorCode::kInvalidArgument, "a budget of {} bytes", request.budget_bytes);
+  return {};
+}
+
+class Job {
+ public:
+  Job(const Profile& profile, const SolveRequest& request, const Losses& losses)
+      : profile_(profile),
+        request_(request),
+        losses_(losses),
+        full_bytes_(FullBytes(profile.model, request.context_length)) {
+    Plan& plan = solution_.plan;
+    plan.model = profile.model;
+    plan.variant = Name(request.variant);
+    plan.scorer = profile.scorer;
+    plan.metric = Name(request.metric);
+    plan.guard = profile.guard;
+    plan.context_length = request.context_length;
+    plan.budget_bytes = request.budget_bytes;
+    if (request.compression > 0) {
+      const double bytes = static_cast<double>(full_bytes_) / request.compression;
+      plan.budget_bytes = bytes < 0x1p62 ? static_cast<int64_t>(bytes) : int64_t{1} << 62;
+    }
+  }
+
+  Expected<Solution> Run() {
+    switch (request_.variant) {
+      case Variant::kFull:
+        MOEND_TRY(Full());
+        break;
+      case Variant::k1d:
+        MOEND_TRY(Uniform(16, 16));
+        break;
+      case Variant::k2dUniform:
+        MOEND_TRY(Uniform(8, 4));
+        break;
+      case Variant::k2d:
+        MOEND_TRY(RoutedBits());
+        break;
+      case Variant::k2dHetero:
+        MOEND_TRY(Routed(profile_.experts));
+        break;
+    }
+    MOEND_ASSIGN(solution_.plan.bytes, Bytes());
+    return std::move(solution_);
+  }
+
+ private:
+  Expected<int64_t> Bytes() const {
+    return PlanBytes(solution_.plan, request_.context_length, request_.score_bytes);
+  }
+
+  std::unexpected<Error> TooSmall(int64_t least) const {
+    // Rounded down, so that asking for the ratio that is named here succeeds.
+    const auto ratio = [this](int64_t bytes) {
+      return bytes > 0
+                 ? std::floor(100.0 * static_cast<double>(full_bytes_) / static_cast<double>(bytes)) / 100
+                 : 0.0;
+    };
+    const int64_t budget = solution_.plan.budget_bytes;
+    return Fail(
+        ErrorCode::kBudget,
+        "a budget of {} bytes ({}x) for {} tokens is below the smallest possible for {}: {} bytes ({}x)",
+        budget, ratio(budget), request_.context_length, Name(request_.variant), least, ratio(least));
+  }
+
+  // Gives every layer the expert and predicts its loss; a profile without such bits predicts nothing.
+  void SetAll(const Expert& expert) {
+    Plan& plan = solution_.plan;
+    plan.layers.assign(losses_.size(), expert);
+    plan.predicted.clear();
+    solution_.loss = 0;
+    for (const auto& losses : losses_) {
+      const auto loss = LossAt(profile_.experts, losses, expert);
+      if (!loss) {
+        plan.predicted.clear();
+        solution_.loss = std::numeric_limits<double>::quiet_NaN();
+        break;
+      }
+      plan.predicted.push_back(*loss);
+      solution_.loss += *loss;
+    }
+    solution_.lower_bound = solution_.loss;
+  }
+
+  Expected<void> Full() {
+    SetAll(Expert{});
+    MOEND_ASSIGN(solution_.plan.budget_bytes, Bytes());
+    return {};
+  }
+
+  // The largest keep ratio that fits, the same for all layers. Bytes grow with it, so it is found by halving.
+  Expected<void> Uniform(int k_bits, int v_bits) {
+    int64_t fits = 0, too_large = kKeepSteps + 1, least = 0;
+    while (too_large - fits > 1) {
+      // The full cache first: with room for it there is nothing to search.
+      const int64_t steps = too_large > kKeepSteps ? kKeepSteps : (fits + too_large) / 2;
+      SetAll({static_cast<double>(steps) / kKeepSteps, k_bits, v_bits});
+      MOEND_ASSIGN(least, Bytes());
+      (least <= solution_.plan.budget_bytes ? fits : too_large) = steps;
+    }
+    if (fits == 0) return TooSmall(least);
+    SetAll({static_cast<double>(fits) / kKeepSteps, k_bits, v_bits});
+    return {};
+  }
+
+  Expected<std::vector<int64_t>> ExpertBytes(const std::vector<Expert>& experts) const {
+    std::vector<int64_t> bytes;
+    for (const Expert& expert : experts) {
+      MOEND_ASSIGN(const int64_t b, LayerBytes(profile_.model.shape, expert, profile_.guard,
+                                               request_.context_length, request_.score_bytes));
+      bytes.push_back(b);
+    }
+    return bytes;
+  }
+
+  Expected<void> CheckFits(const std::vector<Expert>& experts) const {
+    MOEND_ASSIGN(const std::vector<int64_t> bytes, ExpertBytes(experts));
+    const int64_t least = *std::min_element(bytes.begin(), bytes.end());
+    if (least > solution_.plan.budget_bytes / profile_.model.n_layers)
+      return TooSmall(least * profile_.model.n_layers);
+    return {};
+  }
+
+  // Any of `experts`, a part of the profile's, in any layer.
+  Expected<void> Routed(const std::vector<Expert>& experts) {
+    MOEND_TRY(CheckFits(experts));
+    MOEND_ASSIGN(const std::vector<int64_t> bytes, ExpertBytes(experts));
+    std::vector<std::size_t> column;  // of each expert in the profile
+    for (const Expert& expert : experts) {
+      const auto it = std::find(profile_.experts.begin(), profile_.experts.end(), expert);
+      column.push_back(static_cast<std::size_t>(it - profile_.experts.begin()));
+    }
+    std::vector<std::vector<Choice>> items;
+    for (const auto& losses : losses_) {
+      auto& layer = items.emplace_back();
+      for (std::size_t e = 0; e < experts.size(); ++e) layer.push_back({bytes[e], losses[column[e]]});
+    }
+    Plan& plan = solution_.plan;
+    MOEND_ASSIGN(const std::vector<int> chosen,
+                 SolveKnapsack(items, plan.budget_bytes, request_.solver, &solution_.lower_bound));
+    plan.solver = Name(request_.solver);
+    plan.layers.clear();
+    plan.predicted.clear();
+    solution_.loss = 0;
+    for (std::size_t l = 0; l < items.size(); ++l) {
+      const auto e = static_cast<std::size_t>(chosen[l]);
+      plan.layers.push_back(experts[e]);
+      plan.predicted.push_back(items[l][e].loss);
+      solution_.loss += items[l][e].loss;
+    }
+    solution_.lower_bound = std::min(solution_.lower_bound, solution_.loss);
+    return {};
+  }
+
+  // One of the profile's keep ratios for all layers, any bits in each: the best over the ratios.
+  Expected<void> RoutedBits() {
+    MOEND_TRY(CheckFits(profile_.experts));
+    std::set<double> keeps;
+    for (const Expert& expert : profile_.experts) keeps.insert(expert.keep);
+    std::optional<Solution> best;
+    double lower_bound = std::numeric_limits<double>::infinity();
+    for (const double keep : keeps) {
+      std::vector<Expert> experts;
+      std::copy_if(profile_.experts.begin(), profile_.experts.end(), std::back_inserter(experts),
+                   [keep](const Expert& expert) { return expert.keep == keep; });
+      if (!CheckFits(experts)) continue;
+      MOEND_TRY(Routed(experts));
+      lower_bound = std::min(lower_bound, solution_.lower_bound);
+      if (!best || solution_.loss < best->loss) best = solution_;
+    }
+    solution_ = std::move(*best);
+    solution_.lower_bound = lower_bound;
+    return {};
+  }
+
+  const Profile& profile_;
+  const SolveRequest& request_;
+  const Losses& losses_;
+  const int64_t full_bytes_;
+  Solution solution_;
+};
+
+}  // namespace
+
+const char* Name(Solver solver) {
+  return solver == Solver::kGreedy ? "greedy" : solver == Solver::kHull ? "hull" : "exact";
+}
+
+const char* Name(Metric metric) {
+  return metric == Metric::kKl ? "kl" : "l2";
+}
+
+const char* Name(Variant variant) {
+  switch (variant) {
+    case Variant::kFull:
+      return "full";
+    case Variant::k1d:
+      return "1d";
+    case Variant::k2dUniform:
+      return "2d_uniform";
+    case Variant::k2d:
+      return "2d";
+    case Variant::k2dHetero:
+      break;
+  }
+  return "2d_hetero";
+}
+
+Expected<Solver> ParseSolver(const std::string& name) {
+  return Parse("solver", name, {Solver::kGreedy, Solver::kHull, Solver::kExact});
+}
+
+Expected<Metric> ParseMetric(const std::string& name) {
+  return Parse("metric", name, {Metric::kKl, Metric::kL2});
+}
+
+Expected<Variant> ParseVariant(const std::string& name) {
+  return Parse("variant", name,
+               {Variant::kFull, Variant::k1d, Variant::k2dUniform, Variant::k2d, Variant::k2dHetero});
+}
+
+Expected<Solution> Solve(const Profile& profile, const SolveRequest& request) {
+  const auto start = std::chrono::steady_clock::now();
+  MOEND_TRY(Check(profile, request));
+  MOEND_ASSIGN(const Losses losses, CleanLosses(profile, request.metric));
+  MOEND_ASSIGN(Solution solution, Job(profile, request, losses).Run());
+  solution.milliseconds =
+      std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  return solution;
+}
+
+}  // namespace moend
