@@ -1,0 +1,45 @@
+# The few commands that a person needs; CMake does the work. Everything here may be run again: what is done stays done.
+PRESET ?= release
+BUILD := $(if $(filter release,$(PRESET)),build,build-$(PRESET))
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: all setup build test check-format format demo bench asan tsan install clean
+
+all: build
+
+setup:
+	@scripts/setup
+
+# Binary: build/moend
+build: setup
+	@[ -e $(BUILD)/build.ninja ] || cmake --preset $(PRESET)
+	@cmake --build $(BUILD) -j $(JOBS)
+
+test: build check-format
+	@ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
+
+# Calibrates the reference model, solves for 14x, and asks eight questions about a text of 16,000 tokens.
+demo: build
+	@scripts/demo
+
+check-format:
+	@scripts/format --check
+format:
+	@scripts/format
+
+# Micro-benchmarks (Google Benchmark).
+bench: setup
+	@cmake --preset release -DMOEND_BUILD_BENCH=ON >/dev/null
+	@cmake --build build -j $(JOBS)
+	@scripts/bench
+
+asan tsan:
+	@$(MAKE) test PRESET=$(if $(filter asan,$@),asan-ubsan,tsan)
+
+# make install PREFIX=/usr/local
+PREFIX ?= /usr/local
+install: build
+	@cmake --install $(BUILD) --prefix $(PREFIX)
+
+clean:
+	@rm -rf build build-debug build-asan-ubsan build-tsan demo-out
