@@ -1,0 +1,10 @@
+# Joins page.html, page.css and page.js into one C++ string literal, whenever one of them changes.
+set(moend_page_dir ${CMAKE_CURRENT_LIST_DIR})
+foreach(part css js)
+  file(READ ${moend_page_dir}/page.${part} MOEND_PAGE_${part})
+endforeach()
+configure_file(${moend_page_dir}/page.html ${CMAKE_BINARY_DIR}/generated/page.html @ONLY)
+file(READ ${CMAKE_BINARY_DIR}/generated/page.html MOEND_PAGE)
+configure_file(${moend_page_dir}/page.inc.in ${CMAKE_BINARY_DIR}/generated/moend_page.inc @ONLY)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${moend_page_dir}/page.css ${moend_page_dir}/page.js)
+target_include_directories(moend_serve PRIVATE ${CMAKE_BINARY_DIR}/generated)

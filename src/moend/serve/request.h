@@ -1,0 +1,55 @@
+// OpenAI's request bodies, checked field by field. What is not supported is refused when it would change the
+// answer (n > 1, tools, suffix ...) and ignored when it would not (user, metadata ...).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "moend/engine/sampler.h"
+#include "moend/model/model.h"
+#include "moend/serve/json.h"
+
+namespace moend::serve {
+
+// How the next token is picked.
+struct PickOptions {
+  SamplerOptions sampler;
+  double frequency_penalty = 0, presence_penalty = 0;  // as OpenAI defines them, over generated tokens
+  std::vector<std::pair<int32_t, float>> logit_bias;   // added to the logits
+  int top_logprobs = -1;                               // -1: no log probabilities; 0: the chosen token's only
+};
+
+struct GenerationRequest {
+  bool chat = false;
+  std::vector<ChatMessage> messages;   // chat
+  std::string prompt;                  // completion: text,
+  std::vector<int32_t> prompt_tokens;  // or tokens
+  bool stream = false;
+  bool include_usage = false;  // stream: a last chunk with the usage
+  int64_t max_tokens = -1;     // -1: not given
+  PickOptions pick;
+  std::vector<std::string> stop;
+  bool cache_prompt = true;  // extension, as in llama-server: reuse and keep this prompt's cache
+  bool kv_layers = false;    // extension: the K/V block lists the layers
+};
+
+struct RequestDefaults {
+  SamplerOptions sampler;
+  int64_t n_vocab = 0;  // bound of token ids
+};
+
+ApiResult<GenerationRequest> ParseChatRequest(const Json& body, const Limits& limits,
+                                              const RequestDefaults& defaults);
+ApiResult<GenerationRequest> ParseCompletionRequest(const Json& body, const Limits& limits,
+                                                    const RequestDefaults& defaults);
+
+struct TokenizeRequest {
+  std::string content;
+  bool add_special = false, parse_special = true, with_pieces = false;
+};
+ApiResult<TokenizeRequest> ParseTokenizeRequest(const Json& body);
+ApiResult<std::vector<int32_t>> ParseDetokenizeRequest(const Json& body, int64_t n_vocab);
+
+}  // namespace moend::serve

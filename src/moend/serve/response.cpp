@@ -1,0 +1,176 @@
+#include "moend/serve/response.h"
+
+#include <random>
+
+namespace moend::serve {
+namespace {
+
+std::string Event(const OrderedJson& j) {
+  return "data: " + Dump(j) + "\n\n";
+}
+
+OrderedJson Bytes(std::string_view piece) {
+  OrderedJson bytes = OrderedJson::array();
+  for (const char c : piece) bytes.push_back(static_cast<unsigned char>(c));
+  return bytes;
+}
+
+OrderedJson ChatLogprobs(const std::vector<TokenReport>& tokens) {
+  OrderedJson content = OrderedJson::array();
+  for (const TokenReport& t : tokens) {
+    OrderedJson top = OrderedJson::array();
+    for (std::size_t i = 0; i < t.picked.top.size(); ++i)
+      top.push_back({{"token", t.top_pieces[i]},
+                     {"logprob", t.picked.top[i].second},
+                     {"bytes", Bytes(t.top_pieces[i])}});
+    content.push_back({{"token", t.piece},
+                       {"logprob", t.picked.logprob},
+                       {"bytes", Bytes(t.piece)},
+                       {"top_logprobs", std::move(top)}});
+  }
+  return {{"content", std::move(content)}, {"refusal", nullptr}};
+}
+
+OrderedJson CompletionLogprobs(const std::vector<TokenReport>& tokens, int64_t offset) {
+  OrderedJson out = {{"tokens", OrderedJson::array()},
+                     {"token_logprobs", OrderedJson::array()},
+                     {"top_logprobs", OrderedJson::array()},
+                     {"text_offset", OrderedJson::array()}};
+  for (const TokenReport& t : tokens) {
+    out["tokens"].push_back(t.piece);
+    out["token_logprobs"].push_back(t.picked.logprob);
+    OrderedJson top = OrderedJson::object();
+    for (std::size_t i = 0; i < t.picked.top.size(); ++i) top[t.top_pieces[i]] = t.picked.top[i].second;
+    out["top_logprobs"].push_back(std::move(top));
+    out["text_offset"].push_back(offset);
+    offset += std::ssize(t.piece);
+  }
+  return out;
+}
+
+OrderedJson Frame(const AnswerHead& head, bool chunk) {
+  OrderedJson j;
+  j["id"] = head.id;
+  j["object"] = head.chat ? (chunk ? "chat.completion.chunk" : "chat.completion") : "text_completion";
+  j["created"] = head.created;
+  j["model"] = head.model;
+  j["system_fingerprint"] = head.fingerprint;
+  return j;
+}
+
+OrderedJson Chunk(const AnswerHead& head, OrderedJson delta, OrderedJson logprobs, OrderedJson reason) {
+  OrderedJson j = Frame(head, true);
+  OrderedJson choice = {{"index", 0}};
+  if (head.chat) {
+    choice["delta"] = std::move(delta);
+  } else {
+    choice["text"] = std::move(delta);
+  }
+  choice["logprobs"] = std::move(logprobs);
+  choice["finish_reason"] = std::move(reason);
+  j["choices"] = OrderedJson::array({std::move(choice)});
+  if (head.include_usage) j["usage"] = nullptr;
+  return j;
+}
+
+double PerSecond(int64_t n, double ms) {
+  return ms > 0 ? static_cast<double>(n) * 1000 / ms : 0;
+}
+
+}  // namespace
+
+std::string RandomId(std::string_view prefix) {
+  constexpr std::string_view kAlphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+  thread_local std::mt19937_64 random{std::random_device{}()};
+  std::string id(prefix);
+  for (int i = 0; i < 24; ++i) id += kAlphabet[random() % kAlphabet.size()];
+  return id;
+}
+
+OrderedJson UsageJson(const Outcome& o) {
+  return {{"prompt_tokens", o.prompt_tokens},
+          {"completion_tokens", o.generated_tokens},
+          {"total_tokens", o.prompt_tokens + o.generated_tokens},
+          {"prompt_tokens_details", {{"cached_tokens", o.cached_tokens}}}};
+}
+
+OrderedJson TimingsJson(const Outcome& o, bool layers) {
+  const int64_t read = o.prompt_tokens - o.cached_tokens;
+  OrderedJson t = {{"cache_n", o.cached_tokens},
+                   {"prompt_n", read},
+                   {"prompt_ms", o.prompt_ms},
+                   {"prompt_per_second", PerSecond(read, o.prompt_ms)},
+                   {"predicted_n", o.generated_tokens},
+                   {"predicted_ms", o.predicted_ms},
+                   // The first token comes out of the prefill.
+                   {"predicted_per_second", PerSecond(o.generated_tokens - 1, o.predicted_ms)},
+                   {"queue_ms", o.queue_ms}};
+  OrderedJson& kv = t["kv"];
+  kv = {{"bytes", o.kv.bytes},
+        {"full_bytes", o.kv.bytes_full},
+        {"ratio", o.kv.compression()},
+        {"tokens", o.prompt_tokens + o.generated_tokens}};
+  if (layers) {
+    kv["layers"] = OrderedJson::array();
+    for (const LayerKvStats& l : o.kv.layers)
+      kv["layers"].push_back({{"keep", l.expert.keep},
+                              {"k_bits", l.expert.k_bits},
+                              {"v_bits", l.expert.v_bits},
+                              {"tokens", l.tokens},
+                              {"bytes", l.bytes}});
+  }
+  return t;
+}
+
+OrderedJson WholeAnswer(const AnswerHead& head, const Delta& all, const Outcome& o) {
+  OrderedJson j = Frame(head, false);
+  OrderedJson choice = {{"index", 0}};
+  OrderedJson logprobs = nullptr;
+  if (head.chat) {
+    choice["message"] = {{"role", "assistant"}, {"content", all.text}, {"refusal", nullptr}};
+    if (head.logprobs) logprobs = ChatLogprobs(all.tokens);
+  } else {
+    choice["text"] = all.text;
+    if (head.logprobs) logprobs = CompletionLogprobs(all.tokens, 0);
+  }
+  choice["logprobs"] = std::move(logprobs);
+  choice["finish_reason"] = o.finish_reason;
+  j["choices"] = OrderedJson::array({std::move(choice)});
+  j["usage"] = UsageJson(o);
+  j["timings"] = TimingsJson(o, head.kv_layers);
+  return j;
+}
+
+std::string FirstChunk(const AnswerHead& head) {
+  if (!head.chat) return {};
+  return Event(Chunk(head, {{"role", "assistant"}, {"content", ""}}, nullptr, nullptr));
+}
+
+std::string DeltaChunk(const AnswerHead& head, const Delta& delta, int64_t text_offset) {
+  OrderedJson logprobs = nullptr;
+  if (head.logprobs)
+    logprobs = head.chat ? ChatLogprobs(delta.tokens) : CompletionLogprobs(delta.tokens, text_offset);
+  OrderedJson content = delta.text;
+  if (head.chat) content = OrderedJson{{"content", delta.text}};
+  return Event(Chunk(head, std::move(content), std::move(logprobs), nullptr));
+}
+
+std::string LastChunks(const AnswerHead& head, const Outcome& o) {
+  OrderedJson last =
+      Chunk(head, head.chat ? OrderedJson::object() : OrderedJson(""), nullptr, o.finish_reason);
+  last["timings"] = TimingsJson(o, head.kv_layers);
+  std::string out = Event(last);
+  if (head.include_usage) {
+    OrderedJson usage = Frame(head, true);
+    usage["choices"] = OrderedJson::array();
+    usage["usage"] = UsageJson(o);
+    out += Event(usage);
+  }
+  return out + "data: [DONE]\n\n";
+}
+
+std::string ErrorChunk(const ApiError& error) {
+  return "data: " + ToJson(error) + "\n\n";
+}
+
+}  // namespace moend::serve

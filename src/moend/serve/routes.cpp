@@ -1,0 +1,123 @@
+// The routes that answer at once.
+#include "moend/serve/page/page.h"
+#include "moend/serve/server.h"
+
+namespace moend::serve {
+namespace {
+
+constexpr const char* kJson = "application/json";
+
+const char* Name(Phase phase) {
+  switch (phase) {
+    case Phase::kQueued:
+      return "queued";
+    case Phase::kPrefill:
+      return "prefill";
+    case Phase::kDecode:
+      return "decode";
+    case Phase::kDone:
+      return "done";
+  }
+  return "done";
+}
+
+OrderedJson ModelJson(const std::string& name, const BackendInfo& info, int64_t created) {
+  return {{"id", name},
+          {"object", "model"},
+          {"created", created},
+          {"owned_by", "moend"},
+          {"max_model_len", info.n_ctx},
+          {"meta",
+           {{"n_vocab", info.n_vocab},
+            {"n_ctx_train", info.n_ctx_train},
+            {"n_params", info.n_params},
+            {"size", info.model_bytes},
+            {"plan", info.plan_name}}}};
+}
+
+}  // namespace
+
+void Server::Models(const Ready& ready, const httplib::Request&, httplib::Response& response) {
+  const auto created = std::chrono::system_clock::to_time_t(started_);
+  const OrderedJson list = {
+      {"object", "list"},
+      {"data", OrderedJson::array({ModelJson(ready.model, ready.backend->info(), created)})}};
+  response.set_content(Dump(list), kJson);
+}
+
+void Server::Model(const Ready& ready, const httplib::Request& request, httplib::Response& response) {
+  const std::string name = request.matches[1];
+  if (name != ready.model)
+    return SendError(response, {.status = 404,
+                                .message = "the model of this server is " + ready.model,
+                                .param = "model",
+                                .code = "model_not_found"});
+  response.set_content(
+      Dump(ModelJson(name, ready.backend->info(), std::chrono::system_clock::to_time_t(started_))), kJson);
+}
+
+void Server::Slots(const Ready& ready, const httplib::Request& request, httplib::Response& response) {
+  const std::string scope = ScopeOf(request);
+  OrderedJson list = OrderedJson::array();
+  for (const SlotReport& s : ready.scheduler->slots()) {
+    OrderedJson slot = {
+        {"id", list.size()}, {"n_ctx", ready.backend->info().n_ctx}, {"is_processing", s.busy}};
+    if (s.busy && s.scope == scope) {  // another key's request is nobody's business
+      slot["state"] = Name(s.phase);
+      slot["prompt_tokens"] = s.prompt_tokens;
+      slot["cached_tokens"] = s.cached_tokens;
+      slot["generated_tokens"] = s.generated_tokens;
+      slot["prefill_progress"] = s.prefill_progress;
+      slot["kv"] = {{"bytes", s.kv_bytes}, {"full_bytes", s.kv_full_bytes}};
+    }
+    list.push_back(std::move(slot));
+  }
+  response.set_content(Dump(list), kJson);
+}
+
+void Server::MetricsText(const Ready&, const httplib::Request&, httplib::Response& response) {
+  if (!options_.metrics)
+    return SendError(response, {.status = 404,
+                                .message = "metrics are off; start the server with --metrics",
+                                .code = "metrics_off"});
+  response.set_content(metrics_.Render(gauges()), "text/plain; version=0.0.4");
+}
+
+void Server::Tokenize(const Ready& ready, const httplib::Request& request, httplib::Response& response) {
+  auto body = ParseBody(request.body, options_.limits);
+  if (!body) return SendError(response, body.error());
+  auto r = ParseTokenizeRequest(*body);
+  if (!r) return SendError(response, r.error());
+  auto tokens = ready.backend->Tokenize(r->content, r->add_special, r->parse_special);
+  if (!tokens) return SendError(response, FromError(tokens.error()));
+  OrderedJson out = {{"tokens", OrderedJson::array()}, {"count", tokens->size()}};
+  for (const int32_t t : *tokens) {
+    if (r->with_pieces) {
+      out["tokens"].push_back({{"id", t}, {"piece", ready.backend->Piece(t)}});
+    } else {
+      out["tokens"].push_back(t);
+    }
+  }
+  response.set_content(Dump(out), kJson);
+}
+
+void Server::Detokenize(const Ready& ready, const httplib::Request& request, httplib::Response& response) {
+  auto body = ParseBody(request.body, options_.limits);
+  if (!body) return SendError(response, body.error());
+  auto tokens = ParseDetokenizeRequest(*body, ready.defaults.n_vocab);
+  if (!tokens) return SendError(response, tokens.error());
+  response.set_content(Dump({{"content", ready.backend->Detokenize(*tokens)}}), kJson);
+}
+
+void Server::Page(const Ready&, const httplib::Request&, httplib::Response& response) {
+  // Nothing is loaded from anywhere, and the page may talk to this server only.
+  response.set_header("Content-Security-Policy",
+                      "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+                      "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+                      "frame-ancestors 'none'");
+  response.set_header("X-Content-Type-Options", "nosniff");
+  response.set_header("Referrer-Policy", "no-referrer");
+  response.set_content(PageHtml(), "text/html; charset=utf-8");
+}
+
+}  // namespace moend::serve

@@ -1,0 +1,134 @@
+// Continuous batching: one thread owns all contexts. It admits waiting requests in fair order, reads their
+// prompts one at a time, and between two blocks of a prompt, and otherwise all the time, decodes one token of
+// every running stream in one step. All K/V memory is under one budget: a request starts only when its worst
+// case fits beside the worst cases of the running ones; idle contexts make room by being compressed further,
+// then by being dropped.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "moend/engine/text_stream.h"
+#include "moend/serve/backend.h"
+#include "moend/serve/fair_queue.h"
+#include "moend/serve/job.h"
+#include "moend/serve/limits.h"
+#include "moend/serve/log.h"
+#include "moend/serve/metrics.h"
+#include "moend/serve/prefix_cache.h"
+#include "moend/serve/prefix_store.h"
+
+namespace moend::serve {
+
+struct SchedulerOptions {
+  int64_t slots = 8;                // requests running at once
+  int64_t kv_budget_bytes = 0;      // 0: no bound
+  int64_t min_prefix_tokens = 256;  // shorter contexts are not kept
+};
+
+// What /slots shows.
+struct SlotReport {
+  bool busy = false;
+  std::string scope;
+  Phase phase = Phase::kDone;
+  int64_t prompt_tokens = 0, cached_tokens = 0, generated_tokens = 0;
+  double prefill_progress = 0;
+  int64_t kv_bytes = 0, kv_full_bytes = 0;
+};
+
+class Scheduler {
+ public:
+  // `store` may be null. backend, store and metrics must outlive the scheduler.
+  Scheduler(Backend& backend, PrefixStore* store, const Limits& limits, const SchedulerOptions& options,
+            Metrics& metrics, Log log);
+  ~Scheduler();
+
+  // 429 when the queue is full, 503 when draining, 400 when the request can never fit the budget.
+  ApiResult<void> Submit(std::shared_ptr<Job> job);
+
+  // Refuses new requests, lets the accepted ones finish until the deadline, cancels the rest, ends the
+  // thread.
+  void Drain(std::chrono::steady_clock::time_point deadline);
+
+  std::vector<SlotReport> slots() const;
+  Gauges gauges() const;
+
+ private:
+  using Clock = Job::Clock;
+
+  struct Stream {  // a request with a slot
+    std::shared_ptr<Job> job;
+    std::unique_ptr<Context> context;
+    std::shared_ptr<Prefix> parent;  // forked from; keeps the eviction order honest
+    Picker picker;
+    TextStream text;
+    int64_t slot = 0;
+    int64_t bound = 0;   // most bytes that the context will take
+    int64_t shared = 0;  // bytes that it shared with its parent when it was forked
+    int64_t cached = 0, generated = 0;
+    int32_t next = 0;  // picked, not yet decoded
+    double progress = 0;
+    Clock::time_point started, first_token;
+    explicit Stream(std::shared_ptr<Job> j)
+        : job(std::move(j)), picker(job->pick), text(job->stop), started(Clock::now()) {}
+  };
+
+  void Run();
+  bool Turn();  // false: nothing to do
+  // scheduler_admit.cpp
+  bool Admit();
+  bool AskStore();
+  void Begin(std::shared_ptr<Job> job, std::shared_ptr<Prefix> parent);
+  Expected<void> Prefill(Stream& stream);
+  bool Between(Stream& stream, double progress);
+  void KeepPrefix(Stream& stream);
+  void KeepLoaded(const SavedPrefix& saved);
+  // Makes idle contexts other than `keep` smaller or fewer until `bytes` more fit.
+  bool MakeRoom(int64_t bytes, const Prefix* keep);
+  int64_t Committed() const;
+  // scheduler.cpp
+  void DecodeStep();
+  bool Advance(Stream& stream);  // picks a token; false when the stream has ended
+  void FinishStream(Stream& stream, const std::string& reason);
+  void FailStream(Stream& stream, const ApiError& error);
+  void FailJob(Job& job, const ApiError& error);
+  void Reap();
+  void Publish();
+
+  Backend& backend_;
+  PrefixStore* store_;
+  Limits limits_;
+  SchedulerOptions options_;
+  Metrics& metrics_;
+  Log log_;
+
+  // The thread's own.
+  std::vector<std::unique_ptr<Stream>> streams_;
+  Stream* reading_ = nullptr;     // the one whose prompt is being read; not among streams_
+  std::shared_ptr<Job> pending_;  // taken from the queue, not yet begun
+  enum class Lookup { kNotAsked, kAsked, kAnswered };
+  Lookup lookup_ = Lookup::kNotAsked;
+  PrefixCache prefixes_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  FairQueue<std::shared_ptr<Job>> queue_;
+  uint64_t question_ = 0;
+  std::optional<SavedPrefix> loaded_;
+  bool answered_ = false;  // by the store
+  std::atomic<bool> draining_{false}, stop_{false};
+  bool ended_ = false, idle_ = true;
+  std::vector<SlotReport> slots_;
+  Gauges gauges_;
+  Clock::time_point published_{};
+  std::thread thread_;
+};
+
+}  // namespace moend::serve
