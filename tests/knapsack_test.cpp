@@ -219,8 +219,10 @@ TEST(KnapsackTest, HopelessTablesStayValid) {
     for (const int64_t more : {int64_t{100'000}, int64_t{10'000'000}, int64_t{40'000'000}}) {
       double relaxed = 0, bound = 0;
       const auto hull = SolveKnapsack(table, least + more, Solver::kHull, &relaxed);
+      const auto greedy = SolveKnapsack(table, least + more, Solver::kGreedy, nullptr);
       const auto exact = SolveKnapsack(table, least + more, Solver::kExact, &bound);
-      ASSERT_TRUE(hull && exact);
+      ASSERT_TRUE(hull && greedy && exact);
+      EXPECT_LE(Loss(table, *exact), Loss(table, *greedy) + 1e-6);
       ExpectFeasible(table, *exact, least + more);
       EXPECT_LE(Loss(table, *exact), Loss(table, *hull) + 1e-6);
       EXPECT_LE(bound, Loss(table, *exact));

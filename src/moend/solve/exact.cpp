@@ -1,7 +1,7 @@
 // Exact multiple-choice knapsack. Layers are decided one after the other; a state is what the layers decided
 // so far cost and lose. Of these, only the Pareto optimal ones whose relaxed completion still promises less
 // than the best known solution go on. Bytes are never rounded to a grid. What makes it fast:
-//   - the hull solution is nearly optimal, so the promise leaves little room;
+//   - the greedy solutions are nearly optimal, so the promise leaves little room;
 //   - an item that alone wastes more than this room is in no better solution and is dropped beforehand;
 //   - every state is also completed greedily, which improves the best known solution on the way.
 #include <algorithm>
@@ -58,6 +58,8 @@ class Exact {
  public:
   Exact(const std::vector<Items>& layers, int64_t budget)
       : layers_(layers), budget_(budget), best_(SolveHull(layers, budget)) {
+    if (auto greedy = SolveGreedy(layers, budget); TotalLoss(layers_, greedy) < TotalLoss(layers_, best_))
+      best_ = std::move(greedy);
     best_loss_ = TotalLoss(layers_, best_);
     double scale = 0;
     for (const Items& items : layers_)

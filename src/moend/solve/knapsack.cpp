@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <queue>
 
 namespace moend {
 namespace {
@@ -33,21 +34,30 @@ Upgrade BestUpgrade(const Items& items, int from, int64_t room, bool per_byte) {
   return best;
 }
 
-// Upgrades one layer at a time, always the one with the highest score, until nothing fits.
+// Upgrades one layer at a time, always the one with the highest score, until nothing fits. As the room only
+// shrinks, so do the scores; a layer's turn is the time to find out.
 void Climb(const std::vector<Items>& layers, int64_t room, bool per_byte, std::vector<int>& chosen) {
-  std::vector<Upgrade> best(layers.size());
-  for (std::size_t l = 0; l < layers.size(); ++l) best[l] = BestUpgrade(layers[l], chosen[l], room, per_byte);
-  for (;;) {
-    std::size_t top = layers.size();
-    for (std::size_t l = 0; l < layers.size(); ++l) {
-      if (best[l].to >= 0 && best[l].bytes > room)  // the room has shrunk since
-        best[l] = BestUpgrade(layers[l], chosen[l], room, per_byte);
-      if (best[l].to >= 0 && (top == layers.size() || best[l].score > best[top].score)) top = l;
+  struct Candidate {
+    Upgrade upgrade;
+    std::size_t layer;
+    bool operator<(const Candidate& o) const {
+      return upgrade.score != o.upgrade.score ? upgrade.score < o.upgrade.score : layer > o.layer;
     }
-    if (top == layers.size()) return;
-    chosen[top] = best[top].to;
-    room -= best[top].bytes;
-    best[top] = BestUpgrade(layers[top], chosen[top], room, per_byte);
+  };
+  std::priority_queue<Candidate> queue;
+  const auto offer = [&](std::size_t l) {
+    const Upgrade best = BestUpgrade(layers[l], chosen[l], room, per_byte);
+    if (best.to >= 0) queue.push({best, l});
+  };
+  for (std::size_t l = 0; l < layers.size(); ++l) offer(l);
+  while (!queue.empty()) {
+    const auto [upgrade, l] = queue.top();
+    queue.pop();
+    if (upgrade.bytes <= room) {
+      chosen[l] = upgrade.to;
+      room -= upgrade.bytes;
+    }
+    offer(l);
   }
 }
 

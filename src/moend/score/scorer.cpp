@@ -1,0 +1,82 @@
+#include "moend/score/scorer.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "moend/score/scorers.h"
+
+namespace moend {
+namespace {
+
+struct Entry {
+  std::string_view name;
+  std::unique_ptr<Scorer> (*make)();
+};
+
+constexpr Entry kScorers[] = {
+    {"streaming", MakeStreaming}, {"snapkv", MakeSnapKv},   {"h2o", MakeH2o},
+    {"tova", MakeTova},           {"keydiff", MakeKeyDiff}, {"expected", MakeExpectedAttention},
+    {"knorm", MakeKeyNorm},       {"random", MakeRandom},
+};
+
+// Orders like (score, position), with NaN below everything; every key is unique.
+uint64_t SortKey(float score, std::size_t position) {
+  const auto bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 becomes +0
+  const uint32_t ordered = std::isnan(score) ? 0 : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return uint64_t{ordered} << 32 | static_cast<uint32_t>(position);
+}
+
+}  // namespace
+
+Expected<std::unique_ptr<Scorer>> MakeScorer(std::string_view name) {
+  for (const Entry& entry : kScorers) {
+    if (entry.name == name) return entry.make();
+  }
+  return Fail(ErrorCode::kNotFound, "there is no scorer named \"{}\"; possible: {}", name,
+              fmt::join(ScorerNames(), ", "));
+}
+
+std::vector<std::string> ScorerNames() {
+  std::vector<std::string> names;
+  for (const Entry& entry : kScorers) names.emplace_back(entry.name);
+  return names;
+}
+
+void MakeFinite(std::span<float> scores) {
+  for (float& s : scores) {
+    if (!std::isfinite(s)) s = std::numeric_limits<float>::lowest();
+  }
+}
+
+std::vector<uint32_t> SelectKept(std::span<const float> scores, const Protected& guard, int64_t count) {
+  const auto n = static_cast<int64_t>(scores.size());
+  const int64_t sinks = std::clamp<int64_t>(guard.sinks, 0, n);
+  const int64_t newest = std::max(sinks, n - std::max<int64_t>(guard.window, 0));  // the window starts here
+  const int64_t wanted = std::clamp<int64_t>(count - sinks - (n - newest), 0, newest - sinks);
+
+  // The smallest key that is kept of those between the sinks and the window.
+  uint64_t limit = std::numeric_limits<uint64_t>::max();
+  std::vector<uint64_t> keys;
+  keys.reserve(static_cast<std::size_t>(newest - sinks));
+  for (auto t = static_cast<std::size_t>(sinks); t < static_cast<std::size_t>(newest); ++t)
+    keys.push_back(SortKey(scores[t], t));
+  if (wanted > 0) {
+    std::vector<uint64_t> order = keys;
+    const auto last = order.begin() + static_cast<std::ptrdiff_t>(wanted - 1);
+    std::nth_element(order.begin(), last, order.end(), std::greater<>());
+    limit = *last;
+  }
+  std::vector<uint32_t> kept;
+  kept.reserve(static_cast<std::size_t>(n - (newest - sinks) + wanted));
+  for (int64_t t = 0; t < n; ++t) {
+    const bool between = t >= sinks && t < newest;
+    if (!between || keys[static_cast<std::size_t>(t - sinks)] >= limit)
+      kept.push_back(static_cast<uint32_t>(t));
+  }
+  return kept;
+}
+
+}  // namespace moend
