@@ -32,7 +32,7 @@ std::vector<std::vector<float>> LibllamaLogits(const std::string& path, std::spa
   llama_context_params params = llama_context_default_params();
   params.n_ctx = static_cast<uint32_t>(tokens.size() + 8);
   params.n_batch = params.n_ubatch = static_cast<uint32_t>(block);
-  params.n_threads = params.n_threads_batch = 2;
+  params.n_threads = params.n_threads_batch = 1;  // spinning threads crawl on a busy machine
   params.type_k = params.type_v = GGML_TYPE_F16;
   params.flash_attn_type = flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   const llama_context_ptr context(llama_init_from_model(model.get(), params));

@@ -33,6 +33,6 @@ class DenseHook final : public AttentionHook {
 
 // Logits of every position, [tokens][n_vocab], read in blocks of `block` tokens; empty if ggml fails.
 std::vector<std::vector<float>> PlainLogits(const Model& model, std::span<const int32_t> tokens,
-                                            int64_t block, int n_threads = 2);
+                                            int64_t block, int n_threads = 1);
 
 }  // namespace moend::test

@@ -119,10 +119,12 @@ class Weights {
   Weights(const TestModelOptions& o, Writer& out) : o_(o), out_(out), random_(o.seed) {}
 
   void AddAll() {
-    Matrix("token_embd.weight", o_.n_embd, o_.n_vocab, std::sqrt(static_cast<float>(o_.n_embd)));
-    Vector("output_norm.weight", o_.n_embd, 1.0f, 0.1f);
     // Logits of a spread of about 3: some tokens are likely, none is certain.
-    if (!o_.tied) Matrix("output.weight", o_.n_embd, o_.n_vocab, 3.0f);
+    constexpr float kLogitSpread = 3.0f;
+    Matrix("token_embd.weight", o_.n_embd, o_.n_vocab,
+           o_.tied ? kLogitSpread : std::sqrt(static_cast<float>(o_.n_embd)));
+    Vector("output_norm.weight", o_.n_embd, 1.0f, 0.1f);
+    if (!o_.tied) Matrix("output.weight", o_.n_embd, o_.n_vocab, kLogitSpread);
     if (o_.rope_factors) {
       std::vector<float> factors;  // as llama-3.1: long waves are stretched by 8, short ones not
       for (int64_t i = 0; i < o_.head_size / 2; ++i)
