@@ -1,0 +1,16 @@
+# cmake -DOUT=<file.cpp> "-DFILES=name=path;..." -P EmbedText.cmake
+# Writes moend::eval::assets::<name>, the text of each file (empty for an empty path), as string literals.
+set(code "#include \"moend/eval/report_assets.h\"\n\nnamespace moend::eval::assets {\n\n")
+foreach(entry IN LISTS FILES)
+  string(FIND "${entry}" "=" at)
+  string(SUBSTRING "${entry}" 0 ${at} name)
+  math(EXPR at "${at} + 1")
+  string(SUBSTRING "${entry}" ${at} -1 path)
+  set(text "")
+  if(path)
+    file(READ "${path}" text)
+  endif()
+  string(APPEND code "const std::string_view ${name} = R\"moend_asset(${text})moend_asset\";\n\n")
+endforeach()
+string(APPEND code "}  // namespace moend::eval::assets\n")
+file(WRITE "${OUT}" "${code}")
