@@ -1,0 +1,156 @@
+#include "moend/plan/describe.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "moend/plan/heat_map.h"
+#include "moend/plan/json_reader.h"
+
+namespace moend {
+namespace {
+
+constexpr double kMib = 1 << 20;
+
+std::string ModelLines(const Fingerprint& model) {
+  return fmt::format("{}\n{}, {} layers, {} KV heads of {}\n",
+                     model.name.empty() ? "a nameless model" : Printable(model.name, 60),
+                     Printable(model.architecture, 16), model.n_layers, model.shape.n_kv_heads,
+                     model.shape.head_size);
+}
+
+std::string GuardText(const Protected& guard) {
+  return fmt::format("{} sinks and the newest {} tokens", guard.sinks, guard.window);
+}
+
+// Largest over smallest loss of one expert among the layers; nothing where it was not measured or loses
+// nothing.
+std::string Spread(const Profile& profile, const Expert& expert, double ProfileCell::*metric) {
+  const auto it = std::find(profile.experts.begin(), profile.experts.end(), expert);
+  if (it == profile.experts.end()) return "";
+  const auto e = static_cast<std::size_t>(it - profile.experts.begin());
+  double least = HUGE_VAL, most = 0;
+  for (const auto& row : profile.cells) {
+    if (e >= row.size()) return "";
+    least = std::min(least, row[e].*metric);
+    most = std::max(most, row[e].*metric);
+  }
+  return least > 0 ? fmt::format("{:.3g}x", most / least) : "";
+}
+
+// How different the layers are, one axis at a time while the other two are left at their best.
+std::string Spreads(const Profile& profile, const TextStyle& style) {
+  Expert best = profile.experts.front();
+  for (const Expert& e : profile.experts) {
+    best.keep = std::max(best.keep, e.keep);
+    best.k_bits = std::max(best.k_bits, e.k_bits);
+    best.v_bits = std::max(best.v_bits, e.v_bits);
+  }
+  std::vector<std::string> parts;
+  for (const Expert& e : profile.experts) {
+    const bool keep = e.keep != best.keep, k = e.k_bits != best.k_bits, v = e.v_bits != best.v_bits;
+    if (keep + k + v != 1) continue;
+    const std::string kl = Spread(profile, e, &ProfileCell::kl), l2 = Spread(profile, e, &ProfileCell::l2);
+    if (kl.empty() && l2.empty()) continue;
+    const std::string what = keep ? fmt::format("keep {:.3g}%", 100 * e.keep)
+                             : k  ? fmt::format("K {} bit", e.k_bits)
+                                  : fmt::format("V {} bit", e.v_bits);
+    parts.push_back(fmt::format("{}: kl {}, l2 {}", what, kl.empty() ? "-" : kl, l2.empty() ? "-" : l2));
+  }
+  if (parts.empty()) return "";
+  std::size_t widest = 0;
+  for (const std::string& part : parts) widest = std::max(widest, part.size());
+  const auto room = static_cast<std::size_t>(std::max(style.width, kMinTextWidth));
+  const std::size_t columns = std::max<std::size_t>(1, room / (widest + 3));
+  std::string out = "\nhow far the layers are apart (largest / smallest loss)\n";
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const bool last = i + 1 == parts.size() || (i + 1) % columns == 0;
+    out += last ? parts[i] + "\n" : fmt::format("{:<{}}", parts[i], widest + 3);
+  }
+  return out;
+}
+
+// The scorer's state a slot that plan.bytes counted: the plan does not say, the sum does.
+int64_t ScoreBytes(const Plan& plan) {
+  const auto without = PlanBytes(plan, plan.context_length, 0);
+  return without && *without != plan.bytes ? 4 : 0;
+}
+
+std::string Bar(double share, int width, bool color) {
+  const int length = share > 0 ? std::clamp(static_cast<int>(std::lround(share * width)), 1, width) : 0;
+  const std::string blocks(static_cast<std::size_t>(length), color ? ' ' : '#');
+  return color && length > 0 ? fmt::format("\x1b[48;5;161m{}\x1b[0m", blocks) : blocks;
+}
+
+std::string LayerRow(const Plan& plan, std::size_t l, int64_t score_bytes, double most, int bar_width,
+                     bool color) {
+  const Expert& e = plan.layers[l];
+  const auto bytes = LayerBytes(plan.model.shape, e, plan.guard, plan.context_length, score_bytes);
+  std::string row = fmt::format("{:>5}  {:>7.3g}%  {:>9}  {:>6}  {:>6}  {:>10}", l, 100 * e.keep,
+                                KeptTokens(e.keep, plan.guard, plan.context_length), e.k_bits, e.v_bits,
+                                bytes ? fmt::format("{:.3f}", static_cast<double>(*bytes) / kMib) : "?");
+  if (l >= plan.predicted.size()) return row + "\n";
+  row += fmt::format("  {:>10.3g}", plan.predicted[l]);
+  const std::string bar = Bar(most > 0 ? plan.predicted[l] / most : 0, bar_width, color);
+  return row + (bar.empty() ? "" : "  " + bar) + "\n";
+}
+
+std::string Totals(const Plan& plan) {
+  const int64_t full = FullBytes(plan.model, plan.context_length);
+  double kept = 0;  // numbers, of K and V
+  for (const Expert& e : plan.layers) {
+    kept += static_cast<double>(KeptTokens(e.keep, plan.guard, plan.context_length)) * 2.0 *
+            static_cast<double>(plan.model.shape.n_kv_heads * plan.model.shape.head_size);
+  }
+  const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / kMib; };
+  std::string out = fmt::format("{:.3f} MiB of {:.3f} MiB uncompressed", mib(plan.bytes), mib(full));
+  if (plan.bytes > 0 && kept > 0) {
+    out += fmt::format(": {:.2f}x smaller\n{:.2f} bits an element seen, {:.2f} an element kept",
+                       static_cast<double>(full) / static_cast<double>(plan.bytes),
+                       16.0 * static_cast<double>(plan.bytes) / static_cast<double>(full),
+                       8.0 * static_cast<double>(plan.bytes) / kept);
+  }
+  out += fmt::format("\nbudget {:.3f} MiB", mib(plan.budget_bytes));
+  if (!plan.predicted.empty()) {
+    double loss = 0;
+    for (const double x : plan.predicted) loss += x;
+    out += fmt::format(", predicted {} {:.4g} in all",
+                       plan.metric.empty() ? "loss" : Printable(plan.metric, 8), loss);
+  }
+  return out + "\n";
+}
+
+}  // namespace
+
+std::string DescribeProfile(const Profile& profile, const TextStyle& style) {
+  std::string out = fmt::format("profile of {}", ModelLines(profile.model));
+  out += fmt::format("scorer {}; {} protected\n", Printable(profile.scorer, 24), GuardText(profile.guard));
+  out += fmt::format("{} of {} chunks of {} tokens, the last {} of each measured\n\n", profile.chunks,
+                     profile.chunks_wanted, profile.length, profile.evaluated);
+  if (profile.chunks == 0 || profile.experts.empty()) return out + "no chunk is finished yet\n";
+  out += HeatMap(profile, &ProfileCell::kl, "kl: KL divergence of the logits in nats a token", style) + "\n";
+  out += HeatMap(profile, &ProfileCell::l2, "l2: relative error of the layer's attention output", style);
+  return out + Spreads(profile, style);
+}
+
+std::string DescribePlan(const Plan& plan, const TextStyle& style) {
+  std::string out = fmt::format("plan for {}", ModelLines(plan.model));
+  out += fmt::format("{} tokens of context; {} protected\n", plan.context_length, GuardText(plan.guard));
+  out += fmt::format("variant {}; scorer {}", Printable(plan.variant, 20), Printable(plan.scorer, 16));
+  if (!plan.solver.empty()) out += fmt::format("; solver {}", Printable(plan.solver, 16));
+  out += fmt::format("\n\n{:>5}  {:>8}  {:>9}  {:>6}  {:>6}  {:>10}", "layer", "keep", "tokens", "K bits",
+                     "V bits", "MiB");
+  if (!plan.predicted.empty())
+    out += fmt::format("  {:>10}", plan.metric.empty() ? "predicted" : "pred. " + Printable(plan.metric, 4));
+  out += "\n";
+  double most = 0;
+  for (const double x : plan.predicted) most = std::max(most, x);
+  const int bar = std::clamp(std::max(style.width, kMinTextWidth) - 70, 0, 30);
+  const int64_t score_bytes = ScoreBytes(plan);
+  for (std::size_t l = 0; l < plan.layers.size(); ++l)
+    out += LayerRow(plan, l, score_bytes, most, bar, style.color);
+  return out + "\n" + Totals(plan);
+}
+
+}  // namespace moend
