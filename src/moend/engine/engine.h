@@ -29,9 +29,9 @@ struct EngineOptions {
 using Progress = std::function<bool(double)>;
 
 struct SessionOptions {
-  int64_t n_ctx = 0;               // most tokens, prompt and generated; 0: what the model was trained for
-  std::string scorer;              // empty: the plan's
-  std::shared_ptr<Ledger> ledger;  // counts the K/V bytes; null: one of the session's own
+  int64_t n_ctx = 0;        // most tokens, prompt and generated; 0: what the model was trained for
+  std::string scorer = {};  // empty: the plan's
+  std::shared_ptr<Ledger> ledger = {};  // counts the K/V bytes; null: one of the session's own
 };
 
 struct LayerKvStats {
