@@ -74,7 +74,8 @@ void AddTokenizer(const TestModelOptions& o, gguf_context* file) {
   for (const std::string& t : tokens) token_texts.push_back(t.c_str());
   for (const std::string& m : merges) merge_texts.push_back(m.c_str());
   gguf_set_val_str(file, "tokenizer.ggml.model", "gpt2");
-  gguf_set_val_str(file, "tokenizer.ggml.pre", o.architecture == "llama" ? "gpt-2" : "qwen2");
+  const std::string usual = o.architecture == "llama" ? "gpt-2" : "qwen2";
+  gguf_set_val_str(file, "tokenizer.ggml.pre", (o.pre_tokenizer.empty() ? usual : o.pre_tokenizer).c_str());
   gguf_set_arr_str(file, "tokenizer.ggml.tokens", token_texts.data(), token_texts.size());
   gguf_set_arr_data(file, "tokenizer.ggml.token_type", GGUF_TYPE_INT32, types.data(), types.size());
   gguf_set_arr_str(file, "tokenizer.ggml.merges", merge_texts.data(), merge_texts.size());

@@ -28,6 +28,7 @@ struct TestModelOptions {
   // Every eighth channel of the K projection is this much larger, as in models with outlier channels.
   float k_outlier = 1.0f;
   bool chat_template = false;  // ChatML
+  std::string pre_tokenizer;   // tokenizer.ggml.pre; empty takes the usual one of the architecture
   uint64_t seed = 1;
 };
 

@@ -1,5 +1,6 @@
 #include "moend/model/gguf.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 #include <utility>
@@ -154,6 +155,9 @@ class GgufParser {
       if (count > left()) return CutOff(fmt::format("{} with {} elements", value_at, count));
       if (type == static_cast<uint32_t>(GgufType::kArray))
         return Bad("has an array of arrays under key {}; no model that moend runs has one", Printable(key));
+      if (count > static_cast<uint64_t>(kMaxGgufArray))
+        return Bad("is damaged: key {} has {} elements, at most {} are possible", Printable(key), count,
+                   kMaxGgufArray);
       value.is_array = true;
       value.count = static_cast<int64_t>(count);
     }

@@ -105,5 +105,7 @@ class GgufFile {
 // quadratic look-ups of other readers of the same file short.
 inline constexpr int64_t kMaxGgufKeys = 1 << 12;
 inline constexpr int64_t kMaxGgufTensors = 1 << 14;
+// Most elements of an array; the longest real ones have an entry for each token or merge.
+inline constexpr int64_t kMaxGgufArray = 1 << 24;
 
 }  // namespace moend

@@ -3,9 +3,14 @@
 #include <llama-cpp.h>
 #include <llama.h>
 
+#include <algorithm>
 #include <climits>
 #include <exception>
 #include <mutex>
+#include <new>
+
+#include "moend/model/big_stack.h"
+#include "moend/model/vocabulary.h"
 
 namespace moend {
 namespace {
@@ -32,36 +37,26 @@ void StartLibllama() {
 // Some of them throw, which must not cross the library's border.
 class LlamaTokenizer final : public Tokenizer {
  public:
-  LlamaTokenizer(llama_model_ptr model, std::string path)
-      : model_(std::move(model)), vocab_(llama_model_get_vocab(model_.get())), path_(std::move(path)) {
+  LlamaTokenizer(llama_model_ptr model, std::string path, bool splits_by_regex)
+      : model_(std::move(model)),
+        vocab_(llama_model_get_vocab(model_.get())),
+        path_(std::move(path)),
+        splits_by_regex_(splits_by_regex) {
     if (const char* text = llama_model_chat_template(model_.get(), nullptr)) template_ = text;
   }
 
   Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special,
                                           bool parse_special) const override {
-    // A token can take less than a byte of text only for the few special ones at the ends.
-    constexpr std::size_t kMaxText = INT_MAX / 2;
-    if (text.size() > kMaxText)
+    const std::size_t limit = splits_by_regex_ ? kMaxRegexText : kMaxText;
+    if (text.size() > limit)
       return Fail(ErrorCode::kTooLong,
-                  "a text of {} bytes is longer than the {} that can be tokenized at once", text.size(),
-                  kMaxText);
-    try {
-      const auto length = static_cast<int32_t>(text.size());
-      std::vector<int32_t> tokens(text.size() / 3 + 16);
-      int32_t n = llama_tokenize(vocab_, text.data(), length, tokens.data(),
-                                 static_cast<int32_t>(tokens.size()), add_special, parse_special);
-      if (n < 0 && n != INT_MIN) {
-        tokens.resize(static_cast<std::size_t>(-n));
-        n = llama_tokenize(vocab_, text.data(), length, tokens.data(), -n, add_special, parse_special);
-      }
-      if (n < 0)
-        return Fail(ErrorCode::kInternal, "the tokenizer of {} gave up on a text of {} bytes", path_, length);
-      tokens.resize(static_cast<std::size_t>(n));
-      return tokens;
-    } catch (const std::exception& e) {
-      return Fail(ErrorCode::kCorrupt, "the tokenizer of {} lacks a token that a text of {} bytes needs ({})",
-                  path_, text.size(), e.what());
-    }
+                  "a text of {} bytes is longer than the {} that the tokenizer of {} takes at once",
+                  text.size(), limit, path_);
+    if (!splits_by_regex_ || text.size() <= kFewBytes) return TokenizeHere(text, add_special, parse_special);
+    Expected<std::vector<int32_t>> tokens;
+    MOEND_TRY(RunWithStack(kBaseStack + kStackPerByte * static_cast<int64_t>(text.size()),
+                           [&] { tokens = TokenizeHere(text, add_special, parse_special); }));
+    return tokens;
   }
 
   std::string Piece(int32_t token, bool special) const override {
@@ -107,7 +102,17 @@ class LlamaTokenizer final : public Tokenizer {
     if (template_.empty())
       return Fail(ErrorCode::kUnsupported, "{} has no chat template; give it plain text instead", path_);
     std::vector<llama_chat_message> chat;
-    for (const ChatMessage& m : messages) chat.push_back({m.role.c_str(), m.content.c_str()});
+    std::size_t bytes = 0;
+    for (const ChatMessage& m : messages) {
+      // libllama reads up to a zero byte and would drop the rest.
+      if (m.role.find('\0') != std::string::npos || m.content.find('\0') != std::string::npos)
+        return Fail(ErrorCode::kInvalidArgument, "message {} of the chat has a zero byte", chat.size() + 1);
+      chat.push_back({m.role.c_str(), m.content.c_str()});
+      bytes += m.role.size() + m.content.size();
+    }
+    if (bytes > kMaxText)
+      return Fail(ErrorCode::kTooLong, "a chat of {} bytes is longer than the {} that can be formatted",
+                  bytes, kMaxText);
     try {
       // The first call only measures.
       int32_t n = llama_chat_apply_template(template_.c_str(), chat.data(), chat.size(),
@@ -139,9 +144,38 @@ class LlamaTokenizer final : public Tokenizer {
   }
 
  private:
+  static constexpr std::size_t kMaxText = INT_MAX / 4;
+  // See SplitsByRegex: measured are 330 bytes of stack for each byte of a word, which the text may be one of.
+  static constexpr std::size_t kFewBytes = 1024, kMaxRegexText = 1 << 20;
+  static constexpr int64_t kBaseStack = 1 << 20, kStackPerByte = 2048;
+
+  Expected<std::vector<int32_t>> TokenizeHere(std::string_view text, bool add_special,
+                                              bool parse_special) const {
+    try {
+      const auto length = static_cast<int32_t>(text.size());
+      std::vector<int32_t> tokens(text.size() / 3 + 16);
+      int32_t n = llama_tokenize(vocab_, text.data(), length, tokens.data(),
+                                 static_cast<int32_t>(tokens.size()), add_special, parse_special);
+      if (n < 0 && n != INT_MIN) {
+        tokens.resize(static_cast<std::size_t>(-n));
+        n = llama_tokenize(vocab_, text.data(), length, tokens.data(), -n, add_special, parse_special);
+      }
+      if (n < 0)
+        return Fail(ErrorCode::kInternal, "the tokenizer of {} gave up on a text of {} bytes", path_, length);
+      tokens.resize(static_cast<std::size_t>(n));
+      return tokens;
+    } catch (const std::bad_alloc&) {
+      return Fail(ErrorCode::kOutOfMemory, "no memory to tokenize a text of {} bytes", text.size());
+    } catch (const std::exception& e) {
+      return Fail(ErrorCode::kCorrupt, "the tokenizer of {} lacks a token that a text of {} bytes needs ({})",
+                  path_, text.size(), e.what());
+    }
+  }
+
   llama_model_ptr model_;
   const llama_vocab* vocab_;
   std::string path_, template_;
+  bool splits_by_regex_;
 };
 
 }  // namespace
@@ -164,7 +198,10 @@ Expected<std::unique_ptr<Tokenizer>> LoadTokenizer(const GgufFile& file, int64_t
   if (!model)
     return Fail(ErrorCode::kCorrupt, "{}: libllama cannot read its tokenizer: {}", file.path(),
                 last_log_error.empty() ? "it gives no reason" : Printable(last_log_error));
-  auto tokenizer = std::make_unique<LlamaTokenizer>(std::move(model), file.path());
+  MOEND_ASSIGN(const std::string_view kind, file.String("tokenizer.ggml.model"));
+  MOEND_ASSIGN(const std::string_view pre, file.String("tokenizer.ggml.pre", ""));
+  auto tokenizer =
+      std::make_unique<LlamaTokenizer>(std::move(model), file.path(), kind == "gpt2" && SplitsByRegex(pre));
   MOEND_TRY(tokenizer->CheckLoaded(n_vocab));
   return tokenizer;
 }

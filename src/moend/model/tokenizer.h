@@ -9,10 +9,6 @@
 
 namespace moend {
 
-// Checks what libllama takes on trust in the tokenizer's keys: it stops the process, or reads past an array,
-// where they contradict each other. `n_vocab` is the number of rows of the embedding.
-Expected<void> CheckVocabulary(const GgufFile& file, int64_t n_vocab);
-
 // CheckVocabulary first, then libllama reads the file. kCorrupt / kUnsupported carry libllama's own words.
 Expected<std::unique_ptr<Tokenizer>> LoadTokenizer(const GgufFile& file, int64_t n_vocab);
 
