@@ -125,11 +125,14 @@ void CheckPage(const PageLayout& l, const Tokens& x, uint64_t live, const uint8_
     }
   }
   for (int64_t t = 0; t < 64; ++t) {
+    double low = INFINITY, high = -INFINITY;
     for (int64_t c = 0; c < hs; ++c) {
-      double low = INFINITY, high = -INFINITY;
-      for (int64_t i = c / width * width; i < (c / width + 1) * width; ++i) {
-        low = std::min<double>(low, x.v[t * hs + i]);
-        high = std::max<double>(high, x.v[t * hs + i]);
+      if (c % width == 0) {
+        low = INFINITY, high = -INFINITY;
+        for (int64_t i = c; i < c + width; ++i) {
+          low = std::min<double>(low, x.v[t * hs + i]);
+          high = std::max<double>(high, x.v[t * hs + i]);
+        }
       }
       if (is_live(t)) {
         const double bound = l.v_bits == 16 ? RoundTripBound(16, x.v[t * hs + c], x.v[t * hs + c])
@@ -194,9 +197,10 @@ TEST(Half, RoundsToNearestEven) {
 
 TEST(Codec, RoundTripIsWithinTheBound) {
   std::mt19937_64 random(3);
-  for (int64_t hs : kHeadSizes) {
-    for (int k_bits : kBitWidths) {
-      for (const auto& [name, fill] : Fills()) {
+  for (int k_bits : kBitWidths) {
+    for (const auto& [name, fill] : Fills()) {
+      for (int round = 0; round < 4; ++round) {
+        const int64_t hs = kHeadSizes[random() % std::size(kHeadSizes)];
         const int v_bits = kBitWidths[random() % kBitWidths.size()];
         const PageLayout l = *MakePageLayout(hs, k_bits, v_bits);
         const Tokens x = Make(hs, random(), fill);

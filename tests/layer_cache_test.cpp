@@ -2,180 +2,14 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <bit>
-#include <cmath>
 #include <cstring>
-#include <map>
-#include <random>
-#include <set>
 #include <thread>
 #include <vector>
 
-#include "moend/base/half.h"
-#include "moend/cache/codec.h"
-#include "moend/plan/layout.h"
+#include "tests/support/layer_model.h"
 
-namespace moend {
+namespace moend::test {
 namespace {
-
-using Random = std::mt19937_64;
-
-int64_t Pick(Random& random, int64_t low, int64_t high) {
-  return std::uniform_int_distribution<int64_t>(low, high)(random);
-}
-
-// Element of K (side 0) or V (side 1): a fixed function of where it is, so that any token can be checked.
-float Value(int side, int64_t head, int64_t position, int64_t channel) {
-  uint64_t x = static_cast<uint64_t>(((position * 17 + head) * 257 + channel) * 2 + side);
-  x = (x ^ (x >> 31)) * 0x9E3779B97F4A7C15u;
-  x = (x ^ (x >> 29)) * 0xBF58476D1CE4E5B9u;
-  const float unit = static_cast<float>(x >> 40) * 0x1p-24f;
-  return HalfToFloat(FloatToHalf((unit * 2 - 1) * (channel % 7 == 3 ? 8.0f : 1.0f)));
-}
-
-struct Dense {
-  std::vector<uint16_t> k, v;
-  DenseView view;
-};
-
-Dense MakeDense(int64_t hs, int64_t head, int64_t n) {
-  Dense d;
-  d.k.resize((n + 63) / 64 * 64 * hs);
-  d.v.resize(n * hs);
-  for (int64_t p = 0; p < n; ++p) {
-    for (int64_t c = 0; c < hs; ++c) {
-      d.k[p / 64 * 64 * hs + c * 64 + p % 64] = FloatToHalf(Value(0, head, p, c));
-      d.v[p * hs + c] = FloatToHalf(Value(1, head, p, c));
-    }
-  }
-  d.view = {hs, d.k.data(), d.v.data(), n};
-  return d;
-}
-
-void Append(LayerCache& cache, int64_t n) {
-  const int64_t heads = cache.shape().n_kv_heads, hs = cache.shape().head_size, first = cache.tokens_seen();
-  std::vector<float> k(n * heads * hs), v(n * heads * hs);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t c = 0; c < hs; ++c) {
-        k[(i * heads + h) * hs + c] = Value(0, h, first + i, c);
-        v[(i * heads + h) * hs + c] = Value(1, h, first + i, c);
-      }
-    }
-  }
-  const auto done = cache.Append(k.data(), v.data(), n);
-  ASSERT_TRUE(done) << done.error().message;
-}
-
-// Everything a cache must hold: for each head the positions, in order, and how far values may be off. Each
-// packing adds at most half a step of a group that spans the values' range, widened by the error so far.
-struct Model {
-  std::vector<std::set<uint32_t>> positions;
-  int packings = 1;
-};
-
-// The error of `packings` packings to `bits` of values within [-8, 8].
-double ErrorBound(int bits, int packings) {
-  double reach = 8, error = 0;
-  for (int i = 0; i < packings; ++i) {
-    const double bound = RoundTripBound(bits, -reach, reach);
-    error += bound;
-    reach += bound;
-    if (bits == 16) break;  // half floats come back as they are
-  }
-  return error;
-}
-
-void Check(const LayerCache& cache, const Model& model) {
-  const KvShape shape = cache.shape();
-  const int64_t hs = shape.head_size;
-  const double k_bound = ErrorBound(cache.expert().k_bits, model.packings),
-               v_bound = ErrorBound(cache.expert().v_bits, model.packings);
-  std::vector<float> k(64 * hs), v(64 * hs);
-  for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
-    const auto positions = cache.positions(h);
-    const std::set<uint32_t> unordered(positions.begin(), positions.end());
-    ASSERT_EQ(unordered, model.positions[h]);
-    ASSERT_EQ(positions.size(), unordered.size());
-    ASSERT_EQ(static_cast<int64_t>(positions.size()), cache.tokens(h));
-
-    const StreamView view = cache.view(h);
-    ASSERT_LE(view.n_raw, RawCapacity(cache.guard()));
-    ASSERT_LT(view.n_raw, cache.guard().sinks + cache.guard().window + 64);
-    std::size_t next = 0;
-    int64_t dead = 0;
-    for (int64_t page = 0; page < view.n_pages; ++page) {
-      UnpackPage(view.layout, view.pages[page], k.data(), v.data());
-      dead += 64 - std::popcount(view.live[page]);
-      for (int64_t t = 0; t < 64; ++t) {
-        if (!(view.live[page] >> t & 1)) continue;
-        ASSERT_LT(next, positions.size());
-        const uint32_t position = positions[next];
-        if (next > 0) {
-          ASSERT_LT(positions[next - 1], position);
-        }
-        ++next;
-        for (int64_t c = 0; c < hs; ++c) {
-          ASSERT_NEAR(k[t * hs + c], Value(0, h, position, c), k_bound) << "position " << position;
-          ASSERT_NEAR(v[t * hs + c], Value(1, h, position, c), v_bound) << "position " << position;
-        }
-      }
-    }
-    ASSERT_LT(dead, 64);
-    ASSERT_EQ(static_cast<int64_t>(positions.size() - next), view.n_raw);
-    for (int64_t i = 0; i < view.n_raw; ++i) {
-      const uint32_t position = positions[next + i];
-      if (i > 0) {
-        ASSERT_LT(positions[next + i - 1], position);
-      }
-      if (i < cache.guard().sinks) {
-        ASSERT_EQ(position, i);
-      }
-      for (int64_t c = 0; c < hs; ++c) {
-        ASSERT_EQ(HalfToFloat(view.raw_k[(i / 16 * hs + c) * 16 + i % 16]), Value(0, h, position, c));
-        ASSERT_EQ(HalfToFloat(view.raw_v[i * hs + c]), Value(1, h, position, c));
-      }
-    }
-    for (int64_t i = 0; i < (view.n_raw + 15) / 16 * 16 * hs; ++i)
-      ASSERT_TRUE(std::isfinite(HalfToFloat(view.raw_k[i])));
-  }
-}
-
-Model Everything(int64_t heads, int64_t n) {
-  Model model;
-  model.positions.resize(heads);
-  for (auto& set : model.positions)
-    for (int64_t p = 0; p < n; ++p) set.insert(set.end(), static_cast<uint32_t>(p));
-  return model;
-}
-
-std::vector<float> RandomScores(Random& random, int64_t n) {
-  std::vector<float> scores(n);
-  for (float& s : scores) s = static_cast<float>(random() % 50);  // with ties
-  return scores;
-}
-
-// What Evict must do, the slow way.
-void EvictModel(Model& model, const LayerCache& cache, int64_t head, const std::vector<float>& scores,
-                int64_t count) {
-  const StreamView view = cache.view(head);
-  const auto positions = cache.positions(head);
-  std::vector<std::pair<float, uint32_t>> live;
-  std::size_t next = 0;
-  for (int64_t slot = 0; slot < view.n_pages * 64; ++slot)
-    if (view.live[slot / 64] >> (slot % 64) & 1) live.emplace_back(scores[slot], positions[next++]);
-  std::sort(live.begin(), live.end());
-  for (int64_t i = 0; i < std::min<int64_t>(count, static_cast<int64_t>(live.size())); ++i)
-    model.positions[head].erase(live[i].second);
-}
-
-LayerCache MakeCache(std::shared_ptr<Ledger> ledger, const KvShape& shape, const Expert& expert,
-                     const Protected& guard = {}, bool keep_scores = false) {
-  auto cache = LayerCache::Create(std::move(ledger), shape, expert, guard, keep_scores);
-  EXPECT_TRUE(cache) << cache.error().message;
-  return std::move(*cache);
-}
 
 TEST(LayerCache, EmptyHoldsNothing) {
   auto ledger = std::make_shared<Ledger>();
@@ -259,14 +93,6 @@ TEST(LayerCache, FillEqualsAppendWhenEverythingStays) {
         ASSERT_EQ(std::memcmp(a.pages[i], b.pages[i], a.layout.bytes), 0);
     }
   }
-}
-
-std::vector<uint32_t> RandomKept(Random& random, const Protected& guard, int64_t n, int64_t count) {
-  std::set<uint32_t> kept;
-  for (int64_t p = 0; p < std::min(n, guard.sinks); ++p) kept.insert(static_cast<uint32_t>(p));
-  for (int64_t p = std::max<int64_t>(0, n - guard.window); p < n; ++p) kept.insert(static_cast<uint32_t>(p));
-  while (static_cast<int64_t>(kept.size()) < count) kept.insert(static_cast<uint32_t>(random() % n));
-  return {kept.begin(), kept.end()};
 }
 
 TEST(LayerCache, FillKeepsWhatWasSelected) {
@@ -445,82 +271,6 @@ TEST(LayerCache, EverythingPagedCanBeEvicted) {
   Check(cache, model);
 }
 
-// Prefill, then a long generation with an eviction every kEvictInterval tokens: the budget holds at each.
-TEST(LayerCache, BudgetHoldsThroughALongGeneration) {
-  Random random(3);
-  for (int round = 0; round < 40; ++round) {
-    const KvShape shape{Pick(random, 1, 2), 16 * Pick(random, 1, 4)};
-    const Protected guard{Pick(random, 0, 20), Pick(random, 0, 70)};
-    const Expert expert{static_cast<double>(Pick(random, 1, 20)) / 20, kBitWidths[random() % 5],
-                        kBitWidths[random() % 5]};
-    auto ledger = std::make_shared<Ledger>();
-    LayerCache cache = MakeCache(ledger, shape, expert, guard, true);
-    const int64_t page = cache.view(0).layout.bytes;
-    if (random() % 4) {
-      const int64_t n = Pick(random, 1, 700);
-      std::vector<Dense> dense;
-      std::vector<DenseView> views;
-      std::vector<std::vector<uint32_t>> kept;
-      for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
-        dense.push_back(MakeDense(shape.head_size, h, n));
-        kept.push_back(RandomKept(random, guard, n, KeptTokens(expert.keep, guard, n)));
-      }
-      for (auto& d : dense) views.push_back(d.view);
-      ASSERT_TRUE(cache.Fill(views, kept, {}));
-    }
-    for (int step = 0; step < 6; ++step) {
-      for (int64_t left = kEvictInterval; left > 0;) {
-        const int64_t m = Pick(random, 1, std::min<int64_t>(left, 50));
-        Append(cache, m);
-        left -= m;
-        const int64_t pages = shape.n_kv_heads * (page + 4 * TableEntryBytes(4));
-        ASSERT_LE(cache.bytes(), *LayerBytes(shape, expert, guard, cache.tokens_seen(), 4) + 3 * pages);
-      }
-      for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
-        const int64_t excess = cache.Excess(h);
-        const int64_t paged = cache.tokens(h) - cache.view(h).n_raw;
-        ASSERT_GE(excess, 0);
-        ASSERT_LE(excess, paged);
-        ASSERT_TRUE(cache.Evict(h, RandomScores(random, cache.view(h).n_pages * 64), excess));
-        ASSERT_LE(cache.tokens(h),
-                  std::max(KeptTokens(expert.keep, guard, cache.tokens_seen()), cache.view(h).n_raw));
-        ASSERT_EQ(cache.view(h).n_pages, (paged - excess + 63) / 64);
-        ASSERT_LE(cache.view(h).n_pages, KeptPages(expert.keep, guard, cache.tokens_seen()));
-        ASSERT_EQ(cache.Excess(h), 0);
-      }
-      ASSERT_EQ(cache.bytes(), ledger->live());
-      ASSERT_LE(cache.bytes(), *LayerBytes(shape, expert, guard, cache.tokens_seen(), 4));
-      if (expert.keep == 1.0) {
-        ASSERT_EQ(cache.tokens(0), cache.tokens_seen());
-      }
-    }
-  }
-}
-
-// Where eviction leaves no remainder LayerBytes is not just a bound.
-TEST(LayerCache, LayerBytesIsExactInTheFullState) {
-  Random random(4);
-  for (int round = 0; round < 60; ++round) {
-    const KvShape shape{Pick(random, 1, 3), 16 * Pick(random, 1, 6)};
-    const Protected guard{Pick(random, 0, 30), Pick(random, 0, 70)};
-    const Expert expert{static_cast<double>(Pick(random, 1, 10)) / 10, kBitWidths[random() % 5],
-                        kBitWidths[random() % 5]};
-    const bool keep_scores = random() % 2;
-    auto ledger = std::make_shared<Ledger>();
-    LayerCache cache = MakeCache(ledger, shape, expert, guard, keep_scores);
-    // At a multiple of pages the raw part is at its least but its memory is all there.
-    const int64_t n = guard.sinks + guard.window + 64 * Pick(random, 1, 12);
-    Append(cache, n);
-    for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
-      const int64_t excess = cache.view(h).n_pages * 64 - KeptPages(expert.keep, guard, n) * 64;
-      ASSERT_TRUE(cache.Evict(h, RandomScores(random, cache.view(h).n_pages * 64), excess));
-    }
-    ASSERT_EQ(cache.bytes(), *LayerBytes(shape, expert, guard, n, keep_scores ? 4 : 0));
-    ASSERT_EQ(cache.bytes(), ledger->live());
-    ASSERT_EQ(ledger->allocations() > 0, true);
-  }
-}
-
 TEST(LayerCache, EvictionNeedsNoMemoryBeyondWhatItFrees) {
   Random random(5);
   auto ledger = std::make_shared<Ledger>();
@@ -614,8 +364,6 @@ TEST(LayerCache, RepackChangesBitsAndNothingElse) {
       EXPECT_EQ(packed->expert(), (Expert{0.25, k_bits, v_bits}));
       EXPECT_EQ(packed->scores(0)[3], 7.0f);
       EXPECT_EQ(packed->tokens_seen(), 500);
-      model.packings = 1;
-      if (k_bits != 16 && v_bits != 16 && (k_bits < 8 || v_bits < 4)) model.packings = 3;
       const StreamView a = cache.view(0), b = packed->view(0);
       ASSERT_EQ(a.n_pages, b.n_pages);
       EXPECT_TRUE(std::equal(a.live, a.live + a.n_pages, b.live));
@@ -636,60 +384,5 @@ TEST(LayerCache, RepackChangesBitsAndNothingElse) {
   }
 }
 
-// Any sequence of operations against a model that knows only which positions must be there.
-TEST(LayerCache, RandomOperationsAgreeWithTheModel) {
-  for (uint64_t seed = 0; seed < 60; ++seed) {
-    SCOPED_TRACE(seed);
-    Random random(seed);
-    const int64_t sizes[] = {16, 64, 80, 96, 128, 256};
-    const KvShape shape{Pick(random, 1, 3), sizes[random() % (seed % 8 ? 4 : 6)]};
-    const Protected guard{Pick(random, 0, 20), Pick(random, 0, 40)};
-    const bool keep_scores = random() % 2;
-    auto ledger = std::make_shared<Ledger>();
-    Expert expert{static_cast<double>(Pick(random, 1, 100)) / 100, kBitWidths[seed % 5],
-                  kBitWidths[seed / 5 % 5]};
-    LayerCache cache = MakeCache(ledger, shape, expert, guard, keep_scores);
-    Model model = Everything(shape.n_kv_heads, 0);
-    for (int step = 0; step < 25; ++step) {
-      switch (random() % 5) {
-        case 0:
-        case 1: {
-          const int64_t first = cache.tokens_seen(),
-                        n = random() % 3 ? Pick(random, 0, 150) : Pick(random, 0, 5);
-          Append(cache, n);
-          for (auto& set : model.positions)
-            for (int64_t p = first; p < first + n; ++p) set.insert(static_cast<uint32_t>(p));
-          break;
-        }
-        case 2: {
-          const int64_t h = Pick(random, 0, shape.n_kv_heads - 1);
-          const auto scores = RandomScores(random, cache.view(h).n_pages * 64);
-          const int64_t count = random() % 2 ? cache.Excess(h) : Pick(random, 0, 150);
-          EvictModel(model, cache, h, scores, count);
-          ASSERT_TRUE(cache.Evict(h, scores, count));
-          ++model.packings;
-          break;
-        }
-        case 3: {
-          auto fork = cache.Fork();
-          ASSERT_TRUE(fork);
-          if (random() % 2) std::swap(cache, *fork);
-          Append(*fork, 70);
-          ASSERT_TRUE(fork->Evict(0, RandomScores(random, fork->view(0).n_pages * 64), 90));
-          break;
-        }
-        default: {
-          auto packed = cache.Repack({0.5, expert.k_bits, expert.v_bits});
-          ASSERT_TRUE(packed);
-          cache = std::move(*packed);
-        }
-      }
-      ASSERT_EQ(cache.bytes(), ledger->live());
-      Check(cache, model);
-      if (HasFatalFailure()) return;
-    }
-  }
-}
-
 }  // namespace
-}  // namespace moend
+}  // namespace moend::test

@@ -17,15 +17,18 @@ void PackPage(const PageLayout& layout, const float* k, const float* v, uint64_t
 // Gives back all 64 slots (dead ones too, with whatever they hold), token major. Either output may be null.
 void UnpackPage(const PageLayout& layout, const uint8_t* page, float* k, float* v);
 
-#define MOEND_DECLARE_CODEC                                                                     \
-  /* One side of a page. K is channel major here, [head_size][64], as a page's K groups are; */ \
-  /* V is token major, [64][head_size]. */                                                      \
-  void PackKeys(const PageLayout& layout, const float* k, uint64_t live, uint8_t* page);        \
-  void PackValues(const PageLayout& layout, const float* v, uint64_t live, uint8_t* page);      \
-  void UnpackKeys(const PageLayout& layout, const uint8_t* page, float* k);                     \
-  void UnpackValues(const PageLayout& layout, const uint8_t* page, float* v);                   \
-  /* Half floats to floats, and back with FloatToFiniteHalf(). */                               \
-  void HalvesToFloats(const uint16_t* halves, int64_t n, float* floats);                        \
+#define MOEND_DECLARE_CODEC                                                                             \
+  /* One side of a page. K is channel major here, [head_size][64], as a page's K groups are; */         \
+  /* V is token major, [64][head_size]. */                                                              \
+  void PackKeys(const PageLayout& layout, const float* k, uint64_t live, uint8_t* page);                \
+  void PackValues(const PageLayout& layout, const float* v, uint64_t live, uint8_t* page);              \
+  void UnpackKeys(const PageLayout& layout, const uint8_t* page, float* k);                             \
+  void UnpackValues(const PageLayout& layout, const uint8_t* page, float* v);                           \
+  /* Codes of less than 16 bits as bytes, in the rows that plan/layout.h describes: [head_size][64]. */ \
+  void PackCodes(int bits, const uint8_t* rows, int64_t head_size, uint8_t* packed);                    \
+  void UnpackCodes(int bits, const uint8_t* packed, int64_t head_size, uint8_t* rows);                  \
+  /* Half floats to floats, and back with FloatToFiniteHalf(). */                                       \
+  void HalvesToFloats(const uint16_t* halves, int64_t n, float* floats);                                \
   void FloatsToHalves(const float* floats, int64_t n, uint16_t* halves);
 
 MOEND_DECLARE_CODEC

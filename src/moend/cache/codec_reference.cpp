@@ -81,6 +81,14 @@ void EncodeValues(const PageLayout& layout, const float* v, uint64_t live, int m
 
 namespace reference {
 
+void PackCodes(int bits, const uint8_t* rows, int64_t head_size, uint8_t* packed) {
+  WithRows<ScalarPlanes>(bits, [&]<class Rows>(Rows) { Rows::Pack(rows, head_size, packed); });
+}
+
+void UnpackCodes(int bits, const uint8_t* packed, int64_t head_size, uint8_t* rows) {
+  WithRows<ScalarPlanes>(bits, [&]<class Rows>(Rows) { Rows::Unpack(packed, head_size, rows); });
+}
+
 void PackKeys(const PageLayout& layout, const float* k, uint64_t live, uint8_t* page) {
   if (layout.k_bits == 16) {
     for (int64_t i = 0; i < layout.head_size * kPageTokens; ++i)
@@ -114,9 +122,7 @@ void UnpackKeys(const PageLayout& layout, const uint8_t* page, float* k) {
     return;
   }
   CodeRows rows;
-  WithRows<ScalarPlanes>(layout.k_bits, [&]<class Rows>(Rows) {
-    Rows::Unpack(page + layout.k_codes, layout.head_size, rows.data());
-  });
+  UnpackCodes(layout.k_bits, page + layout.k_codes, layout.head_size, rows.data());
   for (int64_t c = 0; c < layout.head_size; ++c) {
     const float scale = HalfToFloat(Halves16(page, layout.k_scale)[c]);
     const float min = HalfToFloat(Halves16(page, layout.k_min)[c]);
@@ -132,8 +138,7 @@ void UnpackValues(const PageLayout& layout, const uint8_t* page, float* v) {
     return;
   }
   CodeRows rows;
-  WithRows<ScalarPlanes>(layout.v_bits,
-                         [&]<class Rows>(Rows) { Rows::Unpack(page + layout.v_codes, hs, rows.data()); });
+  UnpackCodes(layout.v_bits, page + layout.v_codes, hs, rows.data());
   for (int64_t t = 0; t < kPageTokens; ++t) {
     for (int64_t group = 0; group < layout.v_groups; ++group) {
       const float scale = HalfToFloat(Halves16(page, layout.v_scale)[group * kPageTokens + t]);

@@ -5,7 +5,7 @@
 #include <bit>
 
 #include "moend/cache/codec.h"
-#include "moend/cache/raw_tokens.h"
+#include "moend/cache/value_transfer.h"
 
 namespace moend {
 namespace {
@@ -87,7 +87,8 @@ struct Rebuild {
   const std::vector<float>& old_scores;
   const std::vector<char>& shared;
   std::vector<PageRef> spare;  // pages to write to
-  PageScratch from, to;
+  Buffer<float> from, to;      // K, [head_size][64]
+  ValueTransfer values;
   PageTable& table;
   std::size_t open = SIZE_MAX;  // old page that `from` holds
   std::array<float, kPageTokens> scores = {};
@@ -103,12 +104,12 @@ struct Rebuild {
   void Take(std::size_t page, int64_t slot, int64_t i) {
     const int64_t hs = layout.head_size;
     if (open != page) {
-      UnpackKeys(layout, old[page].data(), from.k.data());
-      UnpackValues(layout, old[page].data(), from.v.data());
+      UnpackKeys(layout, old[page].data(), from.data());
+      values.Open(old[page].data());
       open = page;
     }
-    for (int64_t c = 0; c < hs; ++c) to.k[c * kPageTokens + i] = from.k[c * kPageTokens + slot];
-    std::copy_n(from.v.data() + slot * hs, hs, to.v.data() + i * hs);
+    for (int64_t c = 0; c < hs; ++c) to[c * kPageTokens + i] = from[c * kPageTokens + slot];
+    values.Move(slot, i);
     if (!old_scores.empty()) scores[i] = old_scores[page * kPageTokens + slot];
   }
   void Close(std::size_t page) {
@@ -118,8 +119,8 @@ struct Rebuild {
   void Emit(int64_t n) {
     PageRef page = std::move(spare.back());
     spare.pop_back();
-    PackKeys(layout, to.k.data(), FirstSlots(n), page.data());
-    PackValues(layout, to.v.data(), FirstSlots(n), page.data());
+    PackKeys(layout, to.data(), FirstSlots(n), page.data());
+    values.Flush(page.data());
     std::fill(scores.begin() + n, scores.end(), 0.0f);
     Push(std::move(page), FirstSlots(n), scores.data());
   }
@@ -161,9 +162,12 @@ Expected<void> Compact(PageTable& table, std::span<const uint64_t> live) {
   Walk(plan, live, count);
   std::vector<float> old_scores;
   if (table.scores()) old_scores.assign(table.scores(), table.scores() + table.size() * kPageTokens);
-  MOEND_ASSIGN(auto from, PageScratch::Create(layout.head_size));
-  MOEND_ASSIGN(auto to, PageScratch::Create(layout.head_size));
-  Rebuild rebuild{layout, {}, live, old_scores, shared, {}, std::move(from), std::move(to), table};
+  MOEND_ASSIGN(auto from, Buffer<float>::Create(nullptr, layout.head_size * kPageTokens));
+  MOEND_ASSIGN(auto to, Buffer<float>::Create(nullptr, layout.head_size * kPageTokens));
+  std::fill_n(to.data(), to.size(), 0.0f);
+  MOEND_ASSIGN(auto values, ValueTransfer::Create(layout));
+  Rebuild rebuild{layout, {}, live, old_scores, shared, {}, std::move(from), std::move(to), std::move(values),
+                  table};
   rebuild.old.reserve(n);
   rebuild.spare.reserve(n + static_cast<std::size_t>(count.fresh));
   for (int64_t i = 0; i < count.fresh; ++i) {

@@ -60,6 +60,17 @@ Expected<LayerCache> LayerCache::Create(std::shared_ptr<Ledger> ledger, const Kv
   });
 }
 
+void LayerCache::Impl::Clear() {
+  for (CacheHead& head : heads) {
+    head.table.Clear();
+    head.positions = {};
+    head.paged = 0;
+    head.filled = false;
+  }
+  raw = RawTokens(shape);
+  tokens_seen = n_raw = 0;
+}
+
 Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int64_t m) {
   // First everything that can fail.
   const bool packs = n_raw + m == RawLimit();

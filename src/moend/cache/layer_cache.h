@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "moend/attention/params.h"
@@ -83,6 +85,9 @@ class LayerCache {
   int64_t bytes() const;               // allocated by this cache; a shared page counts in each sharer
 
  private:
+  friend Expected<std::string> SerializeCache(const LayerCache& cache);
+  friend Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::string_view blob,
+                                               std::string_view source);
   LayerCache();
   std::unique_ptr<Impl> impl_;
 };

@@ -55,7 +55,7 @@ Expected<void> LayerCache::BeginFill(int64_t n_tokens, int64_t n_kept) {
                 "{} of {} tokens cannot be kept; at least the {} protected ones must be, at most all", n_kept,
                 n_tokens, std::min(n_tokens, guarded));
   const int64_t pages = std::max<int64_t>(0, n_kept - guarded) / kPageTokens;
-  MOEND_TRY(s.raw.Reserve(s.ledger, n_kept - pages * kPageTokens));
+  MOEND_TRY(CatchBadAlloc([&] { return s.raw.Reserve(s.ledger, n_kept - pages * kPageTokens); }));
   s.filling = true;
   s.fill_tokens = n_tokens;
   s.fill_kept = n_kept;
@@ -115,22 +115,20 @@ Expected<void> LayerCache::FillHead(int64_t h, const DenseView& from, std::span<
 
 Expected<void> LayerCache::EndFill() {
   Impl& s = *impl_;
-  if (!s.filling) return Fail(ErrorCode::kInvalidArgument, "the cache is not being filled");
-  const int64_t filled =
-      std::count_if(s.heads.begin(), s.heads.end(), [](auto& head) { return head.filled; });
-  if (filled < s.shape.n_kv_heads) {
-    // What was filled is of no use without the rest.
-    MOEND_TRY(CatchBadAlloc([&]() -> Expected<void> {
-      MOEND_ASSIGN(impl_, Impl::Create(s.ledger, s.shape, s.expert, s.guard, s.keep_scores));
-      return {};
-    }));
-    return Fail(ErrorCode::kInvalidArgument, "only {} of {} KV heads were filled", filled,
-                impl_->shape.n_kv_heads);
-  }
-  s.filling = false;
-  s.tokens_seen = s.fill_tokens;
-  s.n_raw = s.fill_kept - s.heads[0].paged;
-  return {};
+  return CatchBadAlloc([&]() -> Expected<void> {
+    if (!s.filling) return Fail(ErrorCode::kInvalidArgument, "the cache is not being filled");
+    s.filling = false;
+    const int64_t filled =
+        std::count_if(s.heads.begin(), s.heads.end(), [](auto& head) { return head.filled; });
+    if (filled < s.shape.n_kv_heads) {
+      s.Clear();  // what was filled is of no use without the rest
+      return Fail(ErrorCode::kInvalidArgument, "only {} of {} KV heads were filled", filled,
+                  s.shape.n_kv_heads);
+    }
+    s.tokens_seen = s.fill_tokens;
+    s.n_raw = s.fill_kept - s.heads[0].paged;
+    return {};
+  });
 }
 
 Expected<void> LayerCache::Fill(std::span<const DenseView> heads, std::span<const std::vector<uint32_t>> kept,

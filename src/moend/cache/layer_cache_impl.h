@@ -48,17 +48,20 @@ struct LayerCache::Impl {
   int64_t RawLimit() const { return guard.sinks + guard.window + kPageTokens; }
   int64_t SinksSeen() const { return std::min(guard.sinks, n_raw); }
 
+  // Back to an empty cache; needs no memory.
+  void Clear();
+
   // Appends m tokens that fit below RawLimit(), and packs when it is reached.
   Expected<void> AppendChunk(const float* k, const float* v, int64_t m);
 };
 
-// Runs f, whose standard containers may throw.
+// Runs f, whose standard containers may throw. The message is short enough to need no memory itself.
 template <class F>
 auto CatchBadAlloc(F f) -> decltype(f()) {
   try {
     return f();
   } catch (const std::bad_alloc&) {
-    return Fail(ErrorCode::kOutOfMemory, "the system refused memory for the tables of the K/V cache");
+    return std::unexpected(Error{ErrorCode::kOutOfMemory, "out of memory"});
   }
 }
 

@@ -39,8 +39,10 @@ PageTable::PageTable(PageTable&& o) noexcept
       capacity_(std::exchange(o.capacity_, 0)),
       size_(std::exchange(o.size_, 0)) {}
 
-PageTable::~PageTable() {
+void PageTable::Clear() {
   for (int64_t i = 0; i < size_; ++i) PageRef::Adopt(ledger_, layout_, pages()[i]);
+  memory_ = {};
+  capacity_ = size_ = 0;
 }
 
 Expected<void> PageTable::Fit(int64_t pages) {

@@ -53,7 +53,7 @@ class PageTable {
       : ledger_(std::move(ledger)), layout_(layout), keep_scores_(keep_scores) {}
   PageTable(PageTable&& o) noexcept;
   PageTable& operator=(PageTable&&) = delete;
-  ~PageTable();
+  ~PageTable() { Clear(); }
 
   int64_t size() const { return size_; }
   const PageLayout& layout() const { return layout_; }
@@ -76,6 +76,9 @@ class PageTable {
 
   // Drops entries from `size` on. Their references are the caller's business.
   void Truncate(int64_t size) { size_ = size; }
+
+  // Lets go of everything.
+  void Clear();
 
   // Another table of the same pages, each with a reference more.
   Expected<PageTable> Share() const;

@@ -30,6 +30,8 @@ class RawTokens {
 
   const uint16_t* keys(int64_t head) const { return memory_.data() + head * HeadStride(); }
   const uint16_t* values(int64_t head) const { return keys(head) + capacity_ * shape_.head_size; }
+  uint16_t* keys(int64_t head) { return memory_.data() + head * HeadStride(); }
+  uint16_t* values(int64_t head) { return keys(head) + capacity_ * shape_.head_size; }
   int64_t bytes() const { return memory_.size() * static_cast<int64_t>(sizeof(uint16_t)); }
 
   // k, v: [head_size]
@@ -44,14 +46,8 @@ class RawTokens {
 
   Expected<RawTokens> Copy(const std::shared_ptr<Ledger>& ledger) const;
 
-  uint16_t* data() { return memory_.data(); }
-  const uint16_t* data() const { return memory_.data(); }
-  int64_t size() const { return memory_.size(); }  // half floats
-
  private:
   int64_t HeadStride() const { return 2 * capacity_ * shape_.head_size; }
-  uint16_t* keys(int64_t head) { return memory_.data() + head * HeadStride(); }
-  uint16_t* values(int64_t head) { return keys(head) + capacity_ * shape_.head_size; }
   // Where token's channel 0 is in K; channels are kRawBlockTokens apart.
   int64_t KeyOffset(int64_t token) const {
     return token / kRawBlockTokens * kRawBlockTokens * shape_.head_size + token % kRawBlockTokens;

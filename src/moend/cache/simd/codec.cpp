@@ -95,6 +95,14 @@ void EncodeValues(const PageLayout& layout, const float* HWY_RESTRICT v, uint64_
   }
 }
 
+void PackCodes(int bits, const uint8_t* rows, int64_t head_size, uint8_t* packed) {
+  WithRows<VectorPlanes>(bits, [&]<class Rows>(Rows) { Rows::Pack(rows, head_size, packed); });
+}
+
+void UnpackCodes(int bits, const uint8_t* packed, int64_t head_size, uint8_t* rows) {
+  WithRows<VectorPlanes>(bits, [&]<class Rows>(Rows) { Rows::Unpack(packed, head_size, rows); });
+}
+
 void FloatsToHalves(const float* HWY_RESTRICT floats, int64_t n, uint16_t* HWY_RESTRICT halves) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
@@ -187,9 +195,7 @@ void UnpackKeys(const PageLayout& layout, const uint8_t* page, float* k) {
   if (layout.k_bits == 16)
     return HalvesToFloats(Halves(page, layout.k_codes), layout.head_size * kPageTokens, k);
   CodeRows rows;
-  WithRows<VectorPlanes>(layout.k_bits, [&]<class Rows>(Rows) {
-    Rows::Unpack(page + layout.k_codes, layout.head_size, rows.bytes);
-  });
+  UnpackCodes(layout.k_bits, page + layout.k_codes, layout.head_size, rows.bytes);
   DecodeKeys(layout, page, rows.bytes, k);
 }
 
@@ -197,9 +203,7 @@ void UnpackValues(const PageLayout& layout, const uint8_t* page, float* v) {
   if (layout.v_bits == 16)
     return HalvesToFloats(Halves(page, layout.v_codes), layout.head_size * kPageTokens, v);
   CodeRows rows;
-  WithRows<VectorPlanes>(layout.v_bits, [&]<class Rows>(Rows) {
-    Rows::Unpack(page + layout.v_codes, layout.head_size, rows.bytes);
-  });
+  UnpackCodes(layout.v_bits, page + layout.v_codes, layout.head_size, rows.bytes);
   DecodeValues(layout, page, rows.bytes, v);
 }
 
@@ -214,6 +218,8 @@ HWY_EXPORT(PackKeys);
 HWY_EXPORT(PackValues);
 HWY_EXPORT(UnpackKeys);
 HWY_EXPORT(UnpackValues);
+HWY_EXPORT(PackCodes);
+HWY_EXPORT(UnpackCodes);
 HWY_EXPORT(HalvesToFloats);
 HWY_EXPORT(FloatsToHalves);
 }  // namespace codec_simd
@@ -233,6 +239,14 @@ void UnpackKeys(const PageLayout& layout, const uint8_t* page, float* k) {
 void UnpackValues(const PageLayout& layout, const uint8_t* page, float* v) {
   using namespace codec_simd;
   HWY_DYNAMIC_DISPATCH(UnpackValues)(layout, page, v);
+}
+void PackCodes(int bits, const uint8_t* rows, int64_t head_size, uint8_t* packed) {
+  using namespace codec_simd;
+  HWY_DYNAMIC_DISPATCH(PackCodes)(bits, rows, head_size, packed);
+}
+void UnpackCodes(int bits, const uint8_t* packed, int64_t head_size, uint8_t* rows) {
+  using namespace codec_simd;
+  HWY_DYNAMIC_DISPATCH(UnpackCodes)(bits, packed, head_size, rows);
 }
 void HalvesToFloats(const uint16_t* halves, int64_t n, float* floats) {
   using namespace codec_simd;
