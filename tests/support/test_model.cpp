@@ -1,7 +1,6 @@
 #include "tests/support/test_model.h"
 
 #include <ggml-cpp.h>
-#include <gguf.h>
 
 #include <algorithm>
 #include <cmath>
@@ -30,6 +29,20 @@ struct Writer {
     gguf_add_tensor(file.get(), t);
   }
   bool Write(const std::string& path) const { return gguf_write_to_file(file.get(), path.c_str(), false); }
+};
+
+// A GGUF file read as a whole.
+struct Source {
+  explicit Source(const std::string& path) {
+    ggml_context* ctx = nullptr;
+    file.reset(gguf_init_from_file(path.c_str(), {/*no_alloc=*/false, &ctx}));
+    context.reset(ctx);
+    for (int64_t i = 0; file && i < gguf_get_n_tensors(file.get()); ++i)
+      tensors.push_back(ggml_get_tensor(ctx, gguf_get_tensor_name(file.get(), i)));
+  }
+  gguf_context_ptr file;
+  ggml_context_ptr context;
+  std::vector<ggml_tensor*> tensors;
 };
 
 // The character that byte-level BPE writes for a byte: printable ones stand for themselves, the others are
@@ -205,21 +218,33 @@ bool WriteTestModel(const TestModelOptions& options, const std::string& path) {
 }
 
 bool ConvertModel(const std::string& from, const std::string& to, ggml_type type) {
-  ggml_context* tensors = nullptr;
-  const gguf_context_ptr source(gguf_init_from_file(from.c_str(), {/*no_alloc=*/false, &tensors}));
-  const ggml_context_ptr owner(tensors);
-  if (!source) return false;
+  const Source source(from);
+  if (!source.file) return false;
   Writer out;
-  gguf_set_kv(out.file.get(), source.get());
-  for (int64_t i = 0; i < gguf_get_n_tensors(source.get()); ++i) {
-    const char* name = gguf_get_tensor_name(source.get(), i);
-    const ggml_tensor* t = ggml_get_tensor(tensors, name);
+  gguf_set_kv(out.file.get(), source.file.get());
+  for (ggml_tensor* t : source.tensors) {
     std::vector<float> values(static_cast<std::size_t>(ggml_nelements(t)));
     if (t->type == GGML_TYPE_F32)
       std::copy_n(static_cast<const float*>(t->data), values.size(), values.data());
     else
       ggml_get_type_traits(t->type)->to_float(t->data, values.data(), ggml_nelements(t));
-    out.Add(name, ggml_n_dims(t) == 1 ? GGML_TYPE_F32 : type, values, t->ne[0]);
+    out.Add(t->name, ggml_n_dims(t) == 1 ? GGML_TYPE_F32 : type, values, t->ne[0]);
+  }
+  return out.Write(to);
+}
+
+bool EditModel(const std::string& from, const std::string& to, const std::function<void(gguf_context*)>& keys,
+               const std::function<std::string(const std::string&)>& name) {
+  const Source source(from);
+  if (!source.file) return false;
+  Writer out;
+  gguf_set_kv(out.file.get(), source.file.get());
+  if (keys) keys(out.file.get());
+  for (ggml_tensor* t : source.tensors) {
+    const std::string new_name = name ? name(t->name) : t->name;
+    if (new_name.empty()) continue;
+    ggml_set_name(t, new_name.c_str());
+    gguf_add_tensor(out.file.get(), t);
   }
   return out.Write(to);
 }

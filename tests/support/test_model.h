@@ -2,8 +2,10 @@
 #pragma once
 
 #include <ggml.h>
+#include <gguf.h>
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -39,6 +41,11 @@ bool WriteTestModel(const TestModelOptions& options, const std::string& path);
 
 // The same model with every matrix stored as `type`; both paths name whole GGUF files.
 bool ConvertModel(const std::string& from, const std::string& to, ggml_type type);
+
+// The same model with other keys and tensor names, for files that are wrong on purpose. `keys` may be empty;
+// `name` gives a tensor's new name, empty to leave the tensor out.
+bool EditModel(const std::string& from, const std::string& to, const std::function<void(gguf_context*)>& keys,
+               const std::function<std::string(const std::string&)>& name = {});
 
 // Tokens without order, the same for the same seed; special tokens do not occur.
 std::vector<int32_t> RandomTokens(int64_t n, uint64_t seed);
