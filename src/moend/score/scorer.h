@@ -52,7 +52,17 @@ class Scorer {
   virtual void ScoreCached(const CachedScoreInput& in, std::span<float> scores) const = 0;
 };
 
-// "streaming", "snapkv", "h2o", "keydiff", "tova", "random", ...; kNotFound lists the names.
+// By name; kNotFound lists the names. What is not finite scores lowest.
+//   streaming  the position: older is less important (StreamingLLM, arXiv 2309.17453)
+//   snapkv     attention of the newest 32 queries, maximum over 7 neighbours (arXiv 2404.14469)
+//   h2o        attention from all queries so far, a plain sum as in the paper: it favours old tokens and
+//   counts
+//              on a wide Protected::window (arXiv 2306.14048)
+//   tova       attention of the newest query (arXiv 2401.06104)
+//   keydiff    minus the cosine similarity to the mean key (arXiv 2504.15364)
+//   expected   attention expected from normally distributed queries (after arXiv 2510.00636)
+//   knorm      minus the length of the key (arXiv 2406.11430)
+//   random     a fixed hash of the position
 Expected<std::unique_ptr<Scorer>> MakeScorer(std::string_view name);
 std::vector<std::string> ScorerNames();
 
