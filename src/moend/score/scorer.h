@@ -56,8 +56,7 @@ class Scorer {
 //   streaming  the position: older is less important (StreamingLLM, arXiv 2309.17453)
 //   snapkv     attention of the newest 32 queries, maximum over 7 neighbours (arXiv 2404.14469)
 //   h2o        attention from all queries so far, a plain sum as in the paper: it favours old tokens and
-//   counts
-//              on a wide Protected::window (arXiv 2306.14048)
+//              counts on a wide Protected::window (arXiv 2306.14048)
 //   tova       attention of the newest query (arXiv 2401.06104)
 //   keydiff    minus the cosine similarity to the mean key (arXiv 2504.15364)
 //   expected   attention expected from normally distributed queries (after arXiv 2510.00636)
