@@ -21,7 +21,7 @@
 namespace moend {
 
 struct CalibrateOptions {
-  std::string scorer = "snapkv";
+  std::string scorer = kDefaultScorer;
   Protected guard;
   int64_t length = 8192;        // tokens of a chunk; fewer when the text is shorter
   int64_t evaluated = 256;      // of which the last ones are measured

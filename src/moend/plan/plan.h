@@ -13,6 +13,10 @@
 
 namespace moend {
 
+// The scorer unless another is asked for. Of all it keeps answers best when the question comes after the compression:
+// 4k facts and records with one plan of 28x: keydiff 0.37, streaming 0.17, snapkv 0.08, expected attention 0.01.
+inline constexpr const char* kDefaultScorer = "keydiff";
+
 // Tells models apart: a Plan or Profile is refused by any other model.
 struct Fingerprint {
   std::string architecture;  // "llama", "qwen2", "qwen3"
@@ -32,7 +36,7 @@ struct ProfileCell {
 struct Profile {
   static constexpr int kSchema = 1;
   Fingerprint model;
-  std::string scorer = "snapkv";
+  std::string scorer = kDefaultScorer;
   Protected guard;
   int64_t length = 0;     // tokens of a calibration chunk
   int64_t evaluated = 0;  // of which the last ones, after compression, were measured
@@ -46,7 +50,7 @@ struct Plan {
   static constexpr int kSchema = 1;
   Fingerprint model;
   std::string variant = "2d_hetero";  // full, 1d, 2d_uniform, 2d, 2d_hetero
-  std::string scorer = "snapkv";
+  std::string scorer = kDefaultScorer;
   std::string solver;  // greedy, hull, exact; empty when nothing was solved
   std::string metric;  // kl or l2
   Protected guard;
