@@ -13,8 +13,9 @@
 
 namespace moend {
 
-// The scorer unless another is asked for. Of all it keeps answers best when the question comes after the compression:
-// 4k facts and records with one plan of 28x: keydiff 0.37, streaming 0.17, snapkv 0.08, expected attention 0.01.
+// The scorer unless another is asked for. Of all it keeps answers best when the question comes after the
+// compression: 4k facts and records with one plan of 28x: keydiff 0.37, streaming 0.17, snapkv 0.08, expected
+// attention 0.01.
 inline constexpr const char* kDefaultScorer = "keydiff";
 
 // Tells models apart: a Plan or Profile is refused by any other model.
