@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <tuple>
 
 #include "moend/base/half.h"
 #include "tests/support/layer_model.h"
@@ -158,6 +159,45 @@ TEST(Serialize, OtherVersionsAreNamed) {
   EXPECT_EQ(loaded.error().code, ErrorCode::kMismatch);
   EXPECT_NE(loaded.error().message.find("old.kv"), std::string::npos);
   EXPECT_NE(loaded.error().message.find("version 2"), std::string::npos);
+}
+
+TEST(Serialize, TablesThatContradictEachOtherAreRefused) {
+  LayerCache cache = MakeCache(nullptr, {1, 16}, {0.5, 4, 4}, {2, 4});
+  const int64_t n = 2 + 4 + 64 * 4;
+  Append(cache, n);
+  std::vector<float> scores(64 * 4);
+  for (std::size_t i = 0; i < scores.size(); ++i) scores[i] = static_cast<float>(i);
+  ASSERT_TRUE(cache.Evict(0, scores, 30));  // positions 2 to 31
+  const std::string blob = *SerializeCache(cache);
+  const int64_t bitmap = 80 + 8, live = bitmap + BitmapBytes(n);
+  const auto flip = [](std::string& bytes, int64_t at, int64_t bit) {
+    bytes[static_cast<std::size_t>(at + bit / 8)] ^= static_cast<char>(1 << bit % 8);
+  };
+  const auto is_refused = [](std::string& bytes) {
+    Seal(bytes);
+    const auto loaded = DeserializeCache(nullptr, bytes, "x");
+    return !loaded && loaded.error().code == ErrorCode::kCorrupt;
+  };
+  // One position for another: an ordinary one is no contradiction, a protected one or one beyond the end is.
+  for (const auto& [gone, there, refused] : std::vector<std::tuple<int64_t, int64_t, bool>>{
+           {40, 5, false}, {1, 5, true}, {n - 1, 5, true}, {n - 4, 5, true}, {40, n, true}}) {
+    std::string bytes = blob;
+    flip(bytes, bitmap, gone);
+    flip(bytes, bitmap, there);
+    EXPECT_EQ(is_refused(bytes), refused) << gone << " for " << there;
+  }
+  // 30 slots are dead; 34 more are a page's worth, which eviction would have given back.
+  for (const int64_t more : {33, 34}) {
+    std::string bytes = blob;
+    for (int64_t i = 0; i < more; ++i) {
+      flip(bytes, bitmap, 100 + i);
+      flip(bytes, live, 128 + i);
+    }
+    EXPECT_EQ(is_refused(bytes), more == 34);
+  }
+  std::string bytes = blob;
+  flip(bytes, live, 128);  // a slot less than positions
+  EXPECT_TRUE(is_refused(bytes));
 }
 
 TEST(Serialize, NumbersThatAreNotFiniteAreRefused) {
