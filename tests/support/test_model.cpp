@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <random>
@@ -25,7 +26,10 @@ struct Writer {
     ggml_tensor* t =
         rows == 1 ? ggml_new_tensor_1d(ctx, type, row_size) : ggml_new_tensor_2d(ctx, type, row_size, rows);
     ggml_set_name(t, name.c_str());
-    ggml_quantize_chunk(type, values.data(), t->data, 0, rows, row_size, nullptr);
+    if (!ggml_is_quantized(type) && type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16)
+      std::memset(t->data, 0, bytes);  // integers: for models to be refused
+    else
+      ggml_quantize_chunk(type, values.data(), t->data, 0, rows, row_size, nullptr);
     gguf_add_tensor(file.get(), t);
   }
   bool Write(const std::string& path) const { return gguf_write_to_file(file.get(), path.c_str(), false); }

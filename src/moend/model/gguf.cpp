@@ -66,6 +66,8 @@ int64_t ElementBytes(GgufType type) {
 }
 
 constexpr uint64_t kMaxNameBytes = 65535;  // of a key, by the format
+// Small enough that an offset, a size and an offset into the header add up without overflow.
+constexpr uint64_t kFarthest = INT64_MAX / 4;
 constexpr uint64_t kMinAlignment = 8, kMaxAlignment = 1 << 20;
 
 }  // namespace
@@ -240,13 +242,14 @@ class GgufParser {
     if (tensor.ne[0] % block != 0)
       return Bad("is damaged: tensor {} has rows of {}, which type {} stores in blocks of {}", name,
                  tensor.ne[0], ggml_type_name(tensor.type), block);
-    if (elements / block > INT64_MAX / 2 / block_bytes)
+    if (elements / block > static_cast<int64_t>(kFarthest) / block_bytes)
       return Bad("is damaged: tensor {} of shape {} has more bytes than any file", name,
                  ShapeText(tensor.ne));
     tensor.bytes = elements / block * block_bytes;
     if (offset % alignment_ != 0)
       return Bad("is damaged: tensor {} starts at offset {}, not a multiple of {}", name, offset, alignment_);
-    if (offset > size()) return CutOff(fmt::format("tensor {} at offset {} of the data", name, offset));
+    if (offset > kFarthest)
+      return Bad("is damaged: tensor {} starts at the impossible offset {}", name, offset);
     tensor.offset = static_cast<int64_t>(offset);
 
     if (!out_.tensor_index_.emplace(tensor.name, static_cast<int64_t>(out_.tensors_.size())).second)
@@ -261,7 +264,7 @@ class GgufParser {
     const auto file_bytes = static_cast<int64_t>(size());
     const auto data = static_cast<int64_t>((at_ + alignment_ - 1) / alignment_ * alignment_);
     for (GgufTensor& tensor : out_.tensors_) {
-      tensor.offset += data;  // both are at most a file's size
+      tensor.offset += data;  // at most kFarthest each
       if (tensor.offset > file_bytes || tensor.bytes > file_bytes - tensor.offset)
         return Bad("is cut off: tensor {} ends at byte {} but the file has {} bytes; download it again",
                    Printable(tensor.name),

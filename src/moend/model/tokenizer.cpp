@@ -15,14 +15,22 @@
 namespace moend {
 namespace {
 
-// libllama and ggml log through one callback of the process. Errors are kept for the message of the call
-// that failed on this thread; all else goes nowhere.
-thread_local std::string last_log_error;
+// libllama and ggml log through one callback of the process. The first error since it was cleared, which is
+// the one that names the cause, is kept for the message of the call that failed on this thread; all else goes
+// nowhere.
+thread_local std::string first_log_error;
 
 void KeepErrors(ggml_log_level level, const char* text, void* /*user*/) {
-  if (level != GGML_LOG_LEVEL_ERROR || !text) return;
-  last_log_error = text;
-  while (!last_log_error.empty() && last_log_error.back() == '\n') last_log_error.pop_back();
+  if (level != GGML_LOG_LEVEL_ERROR || !text || !first_log_error.empty()) return;
+  first_log_error = text;
+  while (!first_log_error.empty() && first_log_error.back() == '\n') first_log_error.pop_back();
+}
+
+// "llama_model_load: error loading model: error loading model vocabulary: <cause>" without the way there.
+std::string Cause(std::string_view log) {
+  for (std::string_view way : {"error loading model: ", "error loading model vocabulary: "})
+    if (const auto at = log.find(way); at != std::string_view::npos) log.remove_prefix(at + way.size());
+  return log.empty() ? "it gives no reason" : Printable(log);
 }
 
 void StartLibllama() {
@@ -183,7 +191,7 @@ class LlamaTokenizer final : public Tokenizer {
 Expected<std::unique_ptr<Tokenizer>> LoadTokenizer(const GgufFile& file, int64_t n_vocab) {
   MOEND_TRY(CheckVocabulary(file, n_vocab));
   StartLibllama();
-  last_log_error.clear();
+  first_log_error.clear();
   ggml_backend_dev_t no_devices[] = {nullptr};
   llama_model_params params = llama_model_default_params();
   params.vocab_only = true;
@@ -193,11 +201,11 @@ Expected<std::unique_ptr<Tokenizer>> LoadTokenizer(const GgufFile& file, int64_t
   try {
     model.reset(llama_model_load_from_file(file.path().c_str(), params));
   } catch (const std::exception& e) {
-    last_log_error = e.what();
+    first_log_error = e.what();
   }
   if (!model)
     return Fail(ErrorCode::kCorrupt, "{}: libllama cannot read its tokenizer: {}", file.path(),
-                last_log_error.empty() ? "it gives no reason" : Printable(last_log_error));
+                Cause(first_log_error));
   MOEND_ASSIGN(const std::string_view kind, file.String("tokenizer.ggml.model"));
   MOEND_ASSIGN(const std::string_view pre, file.String("tokenizer.ggml.pre", ""));
   auto tokenizer =
