@@ -7,6 +7,7 @@
 #define MOEND_ATTENTION_SIMD_COMMON_INL_H_
 #endif
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include <bit>
@@ -74,6 +75,26 @@ HWY_INLINE VF ByteToFloat(VU words) {
   return hn::ConvertTo(DF(), hn::BitCast(DI(), byte));
 }
 
+// Bytes that will be read next, brought near while others are worked on: the hardware does not look beyond a
+// memory page, and the packed pages lie anywhere.
+class Ahead {
+ public:
+  Ahead() = default;
+  // Spread over `steps` calls of Next().
+  Ahead(const uint8_t* begin, const uint8_t* end, int64_t steps)
+      : at_(begin), end_(end), lines_((end - begin + steps * kLine - 1) / (steps * kLine)) {}
+
+  HWY_INLINE void Next() {
+    for (int64_t i = 0; i < lines_ && at_ < end_; ++i, at_ += kLine) hwy::Prefetch(at_);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const uint8_t* at_ = nullptr;
+  const uint8_t* end_ = nullptr;
+  int64_t lines_ = 0;
+};
+
 HWY_INLINE float Sum(VF v) {
   return hn::GetLane(hn::SumOfLanes(DF(), v));
 }
@@ -81,25 +102,35 @@ HWY_INLINE float Max(VF v) {
   return hn::GetLane(hn::MaxOfLanes(DF(), v));
 }
 
-// e^x for x <= 88, within 1 ulp where the result is normal, 0 where it is not; NaN stays NaN.
+// e^x for x <= 88, within 1 ulp where the result is normal, about 0 where it is not; NaN stays NaN.
 HWY_INLINE VF Exp(VF x) {
   const DF df;
-  const DI di;
+  const VF log2_e = hn::Set(df, 1.44269504f);
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+  // Scaling by 2^n flushes to 0 by itself; the bound keeps -inf from becoming NaN, and lets NaN pass.
+  x = VF{_mm512_max_ps(_mm512_set1_ps(-104.5f), x.raw)};
+  const VF n{_mm512_roundscale_ps(hn::Mul(x, log2_e).raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+#else
   const VF lowest = hn::Set(df, -87.33f);
-  const auto n = hn::NearestInt(hn::Mul(hn::Max(x, lowest), hn::Set(df, 1.44269504f)));
-  const VF nf = hn::ConvertTo(df, n);
+  const auto integer = hn::NearestInt(hn::Mul(hn::Max(x, lowest), log2_e));
+  const VF n = hn::ConvertTo(df, integer);
+#endif
   // n * ln 2 in two parts, the first exact in float.
-  VF r = hn::NegMulAdd(nf, hn::Set(df, 0.693145752f), x);
-  r = hn::NegMulAdd(nf, hn::Set(df, 1.42860677e-6f), r);
-  // (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2, interpolated in Chebyshev nodes.
+  VF r = hn::NegMulAdd(n, hn::Set(df, 0.693145752f), x);
+  r = hn::NegMulAdd(n, hn::Set(df, 1.42860677e-6f), r);
+  // 1 + r + r^2 g(r), g = (e^r - 1 - r) / r^2 interpolated in Chebyshev nodes of |r| <= ln(2) / 2.
   VF p = hn::MulAdd(hn::Set(df, 1.392621346632e-3f), r, hn::Set(df, 8.363202971576e-3f));
   p = hn::MulAdd(p, r, hn::Set(df, 4.1666554437686e-2f));
   p = hn::MulAdd(p, r, hn::Set(df, 0.16666576845994f));
   p = hn::MulAdd(p, r, hn::Set(df, 0.5f));
-  p = hn::MulAdd(hn::Mul(p, r), r, r);
-  p = hn::Add(p, hn::Set(df, 1.0f));
-  const VF scale = hn::BitCast(df, hn::ShiftLeft<23>(hn::Add(n, hn::Set(di, 127))));
-  return hn::IfThenZeroElse(hn::Lt(x, lowest), hn::Mul(p, scale));
+  p = hn::MulAdd(p, r, hn::Set(df, 1.0f));
+  p = hn::MulAdd(p, r, hn::Set(df, 1.0f));
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+  return VF{_mm512_scalef_ps(p.raw, n.raw)};
+#else
+  const auto power = hn::ShiftLeft<23>(hn::Add(integer, hn::Set(DI(), 127)));
+  return hn::IfThenZeroElse(hn::Lt(x, lowest), hn::Mul(p, hn::BitCast(df, power)));
+#endif
 }
 
 // Lanes whose token is in `live`; vector v of the page's 64 tokens.

@@ -10,6 +10,7 @@
 #include "moend/attention/simd/score_pass-inl.h"
 #include "moend/attention/simd/softmax-inl.h"
 #include "moend/attention/simd/value_pass-inl.h"
+#include "moend/attention/simd/vnni-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moend::simd {
@@ -22,18 +23,68 @@ struct Scratch {
   float* scaled_q;  // [rows][head_size]
   float* constant;  // [rows]
   float* factor;    // [rows]
+  float* scale;     // [rows]
 
   Scratch(float* workspace, int64_t rows, int64_t head_size)
       : scores(workspace),
         scaled_p(scores + rows * kPageTokens),
         scaled_q(scaled_p + rows * kPageTokens),
         constant(scaled_q + rows * head_size),
-        factor(constant + rows) {}
+        factor(constant + rows),
+        scale(factor + rows) {}
 };
 
 void SoftmaxRows(uint64_t live, int64_t rows, const Scratch& s, SoftmaxState state) {
   for (int64_t r = 0; r < rows; ++r)
     s.factor[r] = SoftmaxRow(s.scores + r * kPageTokens, live, state.max[r], state.sum[r]);
+}
+
+// The part of a page that the score pass reads, to be brought near during another pass of `steps` steps.
+Ahead AheadK(const PageLayout& layout, const uint8_t* page, int64_t steps) {
+  return Ahead(page, page + layout.v_codes, steps);
+}
+
+Ahead AheadV(const PageLayout& layout, const uint8_t* page, int64_t steps) {
+  return Ahead(page + layout.v_codes, page + layout.bytes, steps);
+}
+
+// Steps that ScorePage and ValuePage take at least, each a call of Ahead::Next().
+int64_t ScoreSteps(const PageLayout& layout) {
+  return layout.k_bits == 16 ? layout.head_size : layout.head_size / 4;
+}
+
+int64_t ValueSteps(const PageLayout& layout) {
+  const int64_t blocks = (layout.head_size + kValueVectors * kLanes - 1) / (kValueVectors * kLanes);
+  return blocks * (layout.v_bits == 16 ? kPageTokens : kPageTokens / 4);
+}
+
+void ScorePage(const PageLayout& layout, const uint8_t* page, const QueryRows& q, Ahead ahead,
+               const Scratch& s) {
+  if (layout.k_bits == 16) {
+    const HalfK k = PageHalfK(AsHalves(page + layout.k_codes));
+    ScoreHalfRows(k, layout.head_size, q.q, q.rows, ahead, s.scores);
+    return;
+  }
+#if MOEND_HAVE_VNNI
+  ScorePageFixed(layout, page, q.q, q.rows, s.scaled_q, s.scale, s.constant, ahead, s.scores);
+#else
+  ScorePageCodes(layout, page, q.q, q.rows, s.scaled_q, s.constant, ahead, s.scores);
+#endif
+}
+
+void ValuePage(const PageLayout& layout, const uint8_t* page, int64_t rows, Ahead ahead, const Scratch& s,
+               float* out) {
+  if (layout.v_bits == 16) {
+    for (int64_t r = 0; r < rows; ++r) s.constant[r] = 0.0f;
+    const ValueRows block{s.scores, s.factor, s.constant, out, layout.head_size};
+    ValueHalfRows(AsHalves(page + layout.v_codes), kPageTokens, block, rows, ahead);
+    return;
+  }
+#if MOEND_HAVE_VNNI
+  ValuePageFixed(layout, page, s.scores, s.factor, rows, s.scaled_p, s.constant, ahead, out);
+#else
+  ValuePageCodes(layout, page, s.scores, s.factor, rows, s.scaled_p, s.constant, ahead, out);
+#endif
 }
 
 // 64 raw tokens at a time, from token `begin`.
@@ -47,11 +98,11 @@ void AttendRaw(const StreamView& kv, int64_t begin, const QueryRows& q, SoftmaxS
     const int64_t block = HWY_MIN(begin / kRawBlockTokens + i, (kv.n_raw - 1) / kRawBlockTokens);
     k.tokens16[i] = kv.raw_k + block * head_size * kRawBlockTokens;
   }
-  ScoreHalfRows(k, head_size, q.q, q.rows, s.scores);
+  ScoreHalfRows(k, head_size, q.q, q.rows, Ahead(), s.scores);
   SoftmaxRows(FirstLive(n), q.rows, s, state);
   for (int64_t r = 0; r < q.rows; ++r) s.constant[r] = 0.0f;
   ValueHalfRows(kv.raw_v + begin * head_size, n,
-                ValueRows{s.scores, s.factor, s.constant, state.out, head_size}, q.rows);
+                ValueRows{s.scores, s.factor, s.constant, state.out, head_size}, q.rows, Ahead());
 }
 
 void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
@@ -61,9 +112,11 @@ void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_en
   for (int64_t i = page_begin; i < page_end; ++i) {
     if (kv.live[i] == 0) continue;
     const uint8_t* page = kv.pages[i];
-    ScorePage(layout, page, q.q, q.rows, s.scaled_q, s.constant, s.scores);
+    ScorePage(layout, page, q, AheadV(layout, page, ScoreSteps(layout)), s);
     SoftmaxRows(kv.live[i], q.rows, s, state);
-    ValuePage(layout, page, s.scores, s.factor, q.rows, s.scaled_p, s.constant, state.out);
+    Ahead next;
+    if (i + 1 < page_end) next = AheadK(layout, kv.pages[i + 1], ValueSteps(layout));
+    ValuePage(layout, page, q.rows, next, s, state.out);
   }
   if (!raw) return;
   for (int64_t t = 0; t < kv.n_raw; t += kPageTokens) AttendRaw(kv, t, q, state, s);
@@ -74,7 +127,9 @@ void ColumnSumsStreamFused(const StreamView& kv, const QueryRows& q, const float
   const Scratch s(workspace, q.rows, kv.layout.head_size);
   for (int64_t i = 0; i < kv.n_pages; ++i) {
     if (kv.live[i] == 0) continue;
-    ScorePage(kv.layout, kv.pages[i], q.q, q.rows, s.scaled_q, s.constant, s.scores);
+    Ahead next;
+    if (i + 1 < kv.n_pages) next = AheadK(kv.layout, kv.pages[i + 1], ScoreSteps(kv.layout));
+    ScorePage(kv.layout, kv.pages[i], q, next, s);
     for (int64_t r = 0; r < q.rows; ++r)
       AddWeights(s.scores + r * kPageTokens, kv.live[i], max[r], sum[r], sums + i * kPageTokens);
   }

@@ -37,7 +37,8 @@ HWY_INLINE void StoreScores(const VF (&acc)[kRows][kPassVectors], int token, flo
 
 // scores[r][64] = q[r] . k
 template <int kRows>
-void ScoreHalf(const HalfK& k, int64_t head_size, const float* HWY_RESTRICT q, float* HWY_RESTRICT scores) {
+void ScoreHalf(const HalfK& k, int64_t head_size, const float* HWY_RESTRICT q, Ahead& ahead,
+               float* HWY_RESTRICT scores) {
   const DF df;
   for (int token = 0; token < kPageTokens; token += kPassVectors * kLanes) {
     const uint16_t* HWY_RESTRICT from[kPassVectors];
@@ -48,6 +49,7 @@ void ScoreHalf(const HalfK& k, int64_t head_size, const float* HWY_RESTRICT q, f
       MOEND_UNROLL for (int r = 0; r < kRows; ++r) acc[r][v] = hn::Zero(df);
     }
     for (int64_t c = 0; c < head_size; ++c) {
+      ahead.Next();
       VF kv[kPassVectors];
       MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) kv[v] = LoadHalf(from[v] + c * k.channel_stride);
       MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -62,7 +64,7 @@ void ScoreHalf(const HalfK& k, int64_t head_size, const float* HWY_RESTRICT q, f
 // scores[r][64] = constant[r] + q[r] . codes, q already times the K scale.
 template <int kBits, int kRows>
 void ScoreCodes(const uint8_t* HWY_RESTRICT codes, int64_t head_size, const float* HWY_RESTRICT q,
-                const float* HWY_RESTRICT constant, float* HWY_RESTRICT scores) {
+                const float* HWY_RESTRICT constant, Ahead& ahead, float* HWY_RESTRICT scores) {
   const DF df;
   for (int token = 0; token < kPageTokens; token += kPassVectors * kLanes) {
     VF acc[kRows][kPassVectors];
@@ -70,6 +72,7 @@ void ScoreCodes(const uint8_t* HWY_RESTRICT codes, int64_t head_size, const floa
       MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) acc[r][v] = hn::Set(df, constant[r]);
     }
     for (int64_t c = 0; c < head_size; c += 4) {
+      ahead.Next();
       MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) {
         const int t = kLanes == 16 ? v * kLanes : token + v * kLanes;
         const VU words = CodeWords<kBits>(codes, head_size, c + t / 16, t % 16);
@@ -105,18 +108,19 @@ HWY_INLINE void FoldKScale(const PageLayout& layout, const uint8_t* page, const 
   }
 }
 
-HWY_INLINE void ScoreHalfRows(const HalfK& k, int64_t head_size, const float* q, int64_t rows,
+HWY_INLINE void ScoreHalfRows(const HalfK& k, int64_t head_size, const float* q, int64_t rows, Ahead ahead,
                               float* scores) {
   ForRowBlocks<kScoreRows>(rows, [&](auto n, int64_t r) {
-    ScoreHalf<n()>(k, head_size, q + r * head_size, scores + r * kPageTokens);
+    ScoreHalf<n()>(k, head_size, q + r * head_size, ahead, scores + r * kPageTokens);
   });
 }
 
 template <int kBits>
 HWY_INLINE void ScoreCodeRows(const uint8_t* codes, int64_t head_size, const float* scaled,
-                              const float* constant, int64_t rows, float* scores) {
+                              const float* constant, int64_t rows, Ahead ahead, float* scores) {
   ForRowBlocks<kScoreRows>(rows, [&](auto n, int64_t r) {
-    ScoreCodes<kBits, n()>(codes, head_size, scaled + r * head_size, constant + r, scores + r * kPageTokens);
+    ScoreCodes<kBits, n()>(codes, head_size, scaled + r * head_size, constant + r, ahead,
+                           scores + r * kPageTokens);
   });
 }
 
@@ -124,20 +128,17 @@ HWY_INLINE HalfK PageHalfK(const uint16_t* k) {
   return HalfK{{k, k + 16, k + 32, k + 48}, kPageTokens};
 }
 
-// scores[rows][64] of one page. scaled: rows * head_size floats of scratch, constant: rows.
-HWY_INLINE void ScorePage(const PageLayout& layout, const uint8_t* page, const float* q, int64_t rows,
-                          float* scaled, float* constant, float* scores) {
+// scores[rows][64] of one page with codes of at most 8 bits. scaled: rows * head_size floats of scratch,
+// constant: rows.
+HWY_INLINE void ScorePageCodes(const PageLayout& layout, const uint8_t* page, const float* q, int64_t rows,
+                               float* scaled, float* constant, Ahead ahead, float* scores) {
   const int64_t head_size = layout.head_size;
   const uint8_t* codes = page + layout.k_codes;
-  if (layout.k_bits == 16) {
-    ScoreHalfRows(PageHalfK(AsHalves(codes)), head_size, q, rows, scores);
-    return;
-  }
   FoldKScale(layout, page, q, rows, scaled, constant);
-  if (layout.k_bits == 8) ScoreCodeRows<8>(codes, head_size, scaled, constant, rows, scores);
-  if (layout.k_bits == 4) ScoreCodeRows<4>(codes, head_size, scaled, constant, rows, scores);
-  if (layout.k_bits == 3) ScoreCodeRows<3>(codes, head_size, scaled, constant, rows, scores);
-  if (layout.k_bits == 2) ScoreCodeRows<2>(codes, head_size, scaled, constant, rows, scores);
+  if (layout.k_bits == 8) ScoreCodeRows<8>(codes, head_size, scaled, constant, rows, ahead, scores);
+  if (layout.k_bits == 4) ScoreCodeRows<4>(codes, head_size, scaled, constant, rows, ahead, scores);
+  if (layout.k_bits == 3) ScoreCodeRows<3>(codes, head_size, scaled, constant, rows, ahead, scores);
+  if (layout.k_bits == 2) ScoreCodeRows<2>(codes, head_size, scaled, constant, rows, ahead, scores);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -48,11 +48,12 @@ HWY_INLINE void StoreOut(const VF (&acc)[kRows][kVectors], int64_t channel, cons
 // v: f16 [tokens][head_size]
 template <int kRows, int kVectors>
 HWY_INLINE void ValueHalf(const uint16_t* HWY_RESTRICT v16, int64_t tokens, int64_t channel,
-                          const ValueRows& rows) {
+                          const ValueRows& rows, Ahead& ahead) {
   const DF df;
   VF acc[kRows][kVectors];
   LoadOut<kRows, kVectors>(rows, channel, acc);
   for (int64_t t = 0; t < tokens; ++t) {
+    ahead.Next();
     const uint16_t* HWY_RESTRICT from = v16 + t * rows.head_size + channel;
     VF value[kVectors];
     MOEND_UNROLL for (int v = 0; v < kVectors; ++v) value[v] = LoadHalf(from + v * kLanes);
@@ -66,13 +67,15 @@ HWY_INLINE void ValueHalf(const uint16_t* HWY_RESTRICT v16, int64_t tokens, int6
 
 // rows.p already times the V scale of the channel's group.
 template <int kBits, int kRows, int kVectors>
-HWY_INLINE void ValueCodes(const uint8_t* HWY_RESTRICT codes, int64_t channel, const ValueRows& rows) {
+HWY_INLINE void ValueCodes(const uint8_t* HWY_RESTRICT codes, int64_t channel, const ValueRows& rows,
+                           Ahead& ahead) {
   const DF df;
   VF acc[kRows][kVectors];
   LoadOut<kRows, kVectors>(rows, channel, acc);
   for (int64_t quads = 0; quads < 16; quads += 4) {
     MOEND_UNROLL for (int i = 0; i < 4; ++i) {
       const int64_t quad = quads + i;
+      ahead.Next();
       MOEND_UNROLL for (int v = 0; v < kVectors; ++v) {
         const int64_t c = channel + v * kLanes;
         const VU words =
@@ -108,25 +111,29 @@ HWY_INLINE ValueRows From(const ValueRows& rows, int64_t r) {
 }
 
 template <int kRows>
-HWY_NOINLINE void ValueHalfBlock(const uint16_t* v16, int64_t tokens, const ValueRows& rows) {
+HWY_NOINLINE void ValueHalfBlock(const uint16_t* v16, int64_t tokens, const ValueRows& rows, Ahead& ahead) {
   ForChannelBlocks(0, rows.head_size,
-                   [&](auto n, int64_t c) { ValueHalf<kRows, n()>(v16, tokens, c, rows); });
+                   [&](auto n, int64_t c) { ValueHalf<kRows, n()>(v16, tokens, c, rows, ahead); });
 }
 
 template <int kBits, int kRows>
-HWY_NOINLINE void ValueCodeBlock(const uint8_t* codes, int64_t begin, int64_t end, const ValueRows& rows) {
-  ForChannelBlocks(begin, end, [&](auto n, int64_t c) { ValueCodes<kBits, kRows, n()>(codes, c, rows); });
+HWY_NOINLINE void ValueCodeBlock(const uint8_t* codes, int64_t begin, int64_t end, const ValueRows& rows,
+                                 Ahead& ahead) {
+  ForChannelBlocks(begin, end,
+                   [&](auto n, int64_t c) { ValueCodes<kBits, kRows, n()>(codes, c, rows, ahead); });
 }
 
-HWY_INLINE void ValueHalfRows(const uint16_t* v16, int64_t tokens, const ValueRows& rows, int64_t n_rows) {
-  ForRowBlocks<4>(n_rows, [&](auto n, int64_t r) { ValueHalfBlock<n()>(v16, tokens, From(rows, r)); });
+HWY_INLINE void ValueHalfRows(const uint16_t* v16, int64_t tokens, const ValueRows& rows, int64_t n_rows,
+                              Ahead ahead) {
+  ForRowBlocks<4>(n_rows, [&](auto n, int64_t r) { ValueHalfBlock<n()>(v16, tokens, From(rows, r), ahead); });
 }
 
 template <int kBits>
 HWY_INLINE void ValueCodeRows(const uint8_t* codes, int64_t begin, int64_t end, const ValueRows& rows,
-                              int64_t n_rows) {
-  ForRowBlocks<4>(n_rows,
-                  [&](auto n, int64_t r) { ValueCodeBlock<kBits, n()>(codes, begin, end, From(rows, r)); });
+                              int64_t n_rows, Ahead& ahead) {
+  ForRowBlocks<4>(n_rows, [&](auto n, int64_t r) {
+    ValueCodeBlock<kBits, n()>(codes, begin, end, From(rows, r), ahead);
+  });
 }
 
 // scaled[rows][64] = p * v_scale; constant[rows] = p . v_min, for one group of channels.
@@ -147,26 +154,22 @@ HWY_INLINE void FoldVScale(const PageLayout& layout, const uint8_t* page, int64_
   }
 }
 
-// out[rows][head_size] = out * factor[rows] + p[rows][64] . V. scaled: rows * 64 floats of scratch,
-// constant: rows.
-HWY_INLINE void ValuePage(const PageLayout& layout, const uint8_t* page, const float* p, const float* factor,
-                          int64_t rows, float* scaled, float* constant, float* out) {
+// out[rows][head_size] = out * factor[rows] + p[rows][64] . V for codes of at most 8 bits. scaled: rows * 64
+// floats of scratch, constant: rows.
+HWY_INLINE void ValuePageCodes(const PageLayout& layout, const uint8_t* page, const float* p,
+                               const float* factor, int64_t rows, float* scaled, float* constant, Ahead ahead,
+                               float* out) {
   const uint8_t* codes = page + layout.v_codes;
-  if (layout.v_bits == 16) {
-    for (int64_t r = 0; r < rows; ++r) constant[r] = 0.0f;
-    ValueHalfRows(AsHalves(codes), kPageTokens, ValueRows{p, factor, constant, out, layout.head_size}, rows);
-    return;
-  }
   const ValueRows block{scaled, factor, constant, out, layout.head_size};
   const int64_t width = layout.head_size / layout.v_groups;
   for (int64_t g = 0; g < layout.v_groups; ++g) {
     FoldVScale(layout, page, g, p, rows, scaled, constant);
     const int64_t begin = g * width;
     const int64_t end = begin + width;
-    if (layout.v_bits == 8) ValueCodeRows<8>(codes, begin, end, block, rows);
-    if (layout.v_bits == 4) ValueCodeRows<4>(codes, begin, end, block, rows);
-    if (layout.v_bits == 3) ValueCodeRows<3>(codes, begin, end, block, rows);
-    if (layout.v_bits == 2) ValueCodeRows<2>(codes, begin, end, block, rows);
+    if (layout.v_bits == 8) ValueCodeRows<8>(codes, begin, end, block, rows, ahead);
+    if (layout.v_bits == 4) ValueCodeRows<4>(codes, begin, end, block, rows, ahead);
+    if (layout.v_bits == 3) ValueCodeRows<3>(codes, begin, end, block, rows, ahead);
+    if (layout.v_bits == 2) ValueCodeRows<2>(codes, begin, end, block, rows, ahead);
   }
 }
 

@@ -1,0 +1,14 @@
+// What this machine can do at most, measured, so that a kernel's speed can be told as a share of it.
+#pragma once
+
+namespace moend::bench {
+
+struct Ceilings {
+  double bytes_per_second = 0;  // reading a buffer that is far larger than the caches
+  double flops_per_second = 0;  // float32 multiply-add (2 operations each), registers only
+};
+
+// `threads` threads at once; the sum over them. Best of several runs, about half a second.
+Ceilings MeasureCeilings(int threads);
+
+}  // namespace moend::bench
