@@ -68,20 +68,25 @@ std::string CheckAll(std::span<const uint8_t> bytes) {
   return "";
 }
 
-// The smallest model with every kind of key: about 30 KB, of which 7 are header.
+TestModelOptions SmallOptions() {
+  TestModelOptions o;
+  o.n_layers = 1;
+  o.n_embd = 32;
+  o.n_heads = 2;
+  o.n_kv_heads = 1;
+  o.head_size = 16;
+  o.n_ff = 32;
+  o.n_vocab = kLeastVocab;
+  o.n_ctx_train = 128;
+  return o;
+}
+
+// The smallest model with every kind of key: about 50 KB, of which 11 are header.
 const Bytes& SmallModel() {
   static const Bytes bytes = [] {
     const TempDir dir;
     const std::string path = dir / "small.gguf", full = dir / "full.gguf";
-    TestModelOptions o;
-    o.n_layers = 1;
-    o.n_embd = 32;
-    o.n_heads = 2;
-    o.n_kv_heads = 1;
-    o.head_size = 16;
-    o.n_ff = 32;
-    o.n_vocab = kLeastVocab;
-    o.n_ctx_train = 128;
+    TestModelOptions o = SmallOptions();
     o.rope_scaling = "yarn";
     o.rope_factor = 2;
     o.rope_original_context = 64;
@@ -98,6 +103,19 @@ const Bytes& SmallModel() {
       gguf_set_arr_data(file, "tokenizer.ggml.scores", GGUF_TYPE_FLOAT32, scores.data(), scores.size());
     });
     return ReadAll(full);
+  }();
+  return bytes;
+}
+
+// Another architecture with the other kind of tokenizer.
+const Bytes& OtherModel() {
+  static const Bytes bytes = [] {
+    const TempDir dir;
+    TestModelOptions o = SmallOptions();
+    o.architecture = "qwen3";
+    o.sentencepiece = true;
+    o.tied = true;
+    return WriteTestModel(o, dir / "other.gguf") ? ReadAll(dir / "other.gguf") : Bytes();
   }();
   return bytes;
 }
@@ -207,6 +225,7 @@ TEST(Gguf, ReadsASmallModel) {
   ASSERT_FALSE(SmallModel().empty());
   EXPECT_EQ(CheckAll(SmallModel()), "");
   EXPECT_TRUE(Ordeal().Try(SmallModel()));
+  EXPECT_TRUE(Ordeal().Try(OtherModel()));
   const Exact copy(SmallModel());
   const auto file = GgufFile::Parse(copy.span(), "test.gguf");
   ASSERT_TRUE(file) << file.error().message;
@@ -291,11 +310,11 @@ TEST(Gguf, SurvivesHostileNumbers) {
 }
 
 TEST(Gguf, SurvivesRandomDamage) {
-  const Bytes& whole = SmallModel();
-  const std::size_t header = Header(whole).end;
   std::mt19937_64 random(2);
   Ordeal ordeal;
   for (int i = 0; i < 3000; ++i) {
+    const Bytes& whole = i % 2 ? OtherModel() : SmallModel();
+    const std::size_t header = Header(whole).end;
     Bytes bytes = whole;
     const uint64_t kind = random() % 4;
     if (kind == 3) {

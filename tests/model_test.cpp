@@ -302,15 +302,34 @@ TEST_F(ModelTest, TokenizesAndBack) {
   EXPECT_EQ(t.Piece(265, false), "");
 }
 
-TEST_F(ModelTest, TokenizerTakesAnything) {
-  const auto model = Load(Write({}));
+TEST_F(ModelTest, TokenizesWithSentencePieces) {
+  TestModelOptions o;
+  o.sentencepiece = true;
+  const auto model = Load(Write(o));
+  ASSERT_TRUE(model);
+  const Tokenizer& t = model->tokenizer();
+  EXPECT_EQ(t.bos(), 1);
+  EXPECT_TRUE(t.IsEndOfGeneration(2));
+  const auto tokens = t.Tokenize("the in", true, false);
+  ASSERT_TRUE(tokens);
+  EXPECT_EQ(*tokens, (std::vector<int32_t>{1, 261, 263, 262}));
+  EXPECT_EQ(t.Detokenize(*tokens, false), " the in");
+  EXPECT_EQ(t.Detokenize(*t.Tokenize("\xff\n7", false, false), false), "\xff\n7");
+}
+
+class TakesAnything : public ModelTest, public testing::WithParamInterface<bool> {};
+
+TEST_P(TakesAnything, AnyText) {
+  TestModelOptions o;
+  o.sentencepiece = GetParam();
+  const auto model = Load(Write(o));
   ASSERT_TRUE(model);
   const Tokenizer& t = model->tokenizer();
   std::string all;
   for (int i = 0; i < 512; ++i) all += static_cast<char>(i * 37);
   for (const std::string& text :
-       {all, std::string("\xff\xfe\xc3"), std::string("a\0b", 3), std::string(200'000, ' '),
-        std::string(200'000, '!'), std::string(200'000, '\xf0')}) {
+       {all, std::string("\xff\xfe\xc3"), std::string("a\0b", 3), std::string(50'000, ' '),
+        std::string(50'000, '!'), std::string(50'000, '\xf0')}) {
     const auto tokens = t.Tokenize(text, true, true);
     ASSERT_TRUE(tokens) << tokens.error().message;
     for (int32_t id : *tokens) ASSERT_TRUE(id >= 0 && id < 320);
@@ -321,6 +340,9 @@ TEST_F(ModelTest, TokenizerTakesAnything) {
     EXPECT_EQ(t.Detokenize(std::vector<int32_t>{id, 'a', id}, true), t.Piece('a', true));
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Tokenizers, TakesAnything, testing::Bool(),
+                         [](const auto& info) { return info.param ? "SentencePieces" : "BytePairs"; });
 
 // The pre-tokenizer "default" goes through std::regex, which recurses for every character of a word.
 TEST_F(ModelTest, LongWordsDoNotOverflowTheStack) {

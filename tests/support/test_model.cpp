@@ -64,9 +64,32 @@ std::string ByteToken(int byte) {
   return {static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 0x3f))};
 }
 
-void AddTokenizer(const TestModelOptions& o, gguf_context* file) {
-  std::vector<std::string> tokens, merges;
-  for (int b = 0; b < 256; ++b) tokens.push_back(ByteToken(b));
+enum TokenType : int32_t { kNormal = 1, kUnknown = 2, kControl = 3, kUnused = 5, kByte = 6 };
+
+// Tokens as they go into the file.
+struct Vocabulary {
+  std::vector<std::string> texts;
+  std::vector<int32_t> types;
+  std::vector<float> scores;
+  void Add(std::string text, TokenType type, float score = 0.0f) {
+    texts.push_back(std::move(text));
+    types.push_back(type);
+    scores.push_back(score);
+  }
+  uint32_t size() const { return static_cast<uint32_t>(texts.size()); }
+  void Write(gguf_context* file, int64_t n_vocab) {
+    while (size() < n_vocab) Add("<unused" + std::to_string(size()) + ">", kUnused);
+    std::vector<const char*> pointers;
+    for (const std::string& t : texts) pointers.push_back(t.c_str());
+    gguf_set_arr_str(file, "tokenizer.ggml.tokens", pointers.data(), pointers.size());
+    gguf_set_arr_data(file, "tokenizer.ggml.token_type", GGUF_TYPE_INT32, types.data(), types.size());
+  }
+};
+
+void AddBytePairs(const TestModelOptions& o, gguf_context* file) {
+  Vocabulary v;
+  std::vector<std::string> merges;
+  for (int b = 0; b < 256; ++b) v.Add(ByteToken(b), kNormal);
   const std::string space = ByteToken(' ');
   for (const auto& [left, right] : {std::pair<std::string, std::string>{space, "t"},
                                     {"h", "e"},
@@ -77,27 +100,48 @@ void AddTokenizer(const TestModelOptions& o, gguf_context* file) {
                                     {"e", "r"},
                                     {"o", "n"}}) {
     merges.push_back(left + " " + right);
-    tokens.push_back(left + right);
+    v.Add(left + right, kNormal);
   }
-  const std::size_t special = tokens.size();
-  for (const char* text : {"<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"}) tokens.emplace_back(text);
-  while (static_cast<int64_t>(tokens.size()) < o.n_vocab)
-    tokens.push_back("<unused" + std::to_string(tokens.size()) + ">");
-
-  std::vector<int32_t> types(tokens.size(), 1);  // normal ones
-  for (std::size_t i = special; i < tokens.size(); ++i)
-    types[i] = i < special + 4 ? 3 : 5;  // control, unused
-  std::vector<const char*> token_texts, merge_texts;
-  for (const std::string& t : tokens) token_texts.push_back(t.c_str());
+  const uint32_t special = v.size();
+  for (const char* text : {"<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"}) v.Add(text, kControl);
+  v.Write(file, o.n_vocab);
+  std::vector<const char*> merge_texts;
   for (const std::string& m : merges) merge_texts.push_back(m.c_str());
-  gguf_set_val_str(file, "tokenizer.ggml.model", "gpt2");
   const std::string usual = o.architecture == "llama" ? "gpt-2" : "qwen2";
+  gguf_set_val_str(file, "tokenizer.ggml.model", "gpt2");
   gguf_set_val_str(file, "tokenizer.ggml.pre", (o.pre_tokenizer.empty() ? usual : o.pre_tokenizer).c_str());
-  gguf_set_arr_str(file, "tokenizer.ggml.tokens", token_texts.data(), token_texts.size());
-  gguf_set_arr_data(file, "tokenizer.ggml.token_type", GGUF_TYPE_INT32, types.data(), types.size());
   gguf_set_arr_str(file, "tokenizer.ggml.merges", merge_texts.data(), merge_texts.size());
-  gguf_set_val_u32(file, "tokenizer.ggml.bos_token_id", static_cast<uint32_t>(special));
-  gguf_set_val_u32(file, "tokenizer.ggml.eos_token_id", static_cast<uint32_t>(special + 1));
+  gguf_set_val_u32(file, "tokenizer.ggml.bos_token_id", special);
+  gguf_set_val_u32(file, "tokenizer.ggml.eos_token_id", special + 1);
+}
+
+void AddSentencePieces(const TestModelOptions& o, gguf_context* file) {
+  Vocabulary v;
+  v.Add("<unk>", kUnknown);
+  v.Add("<s>", kControl);
+  v.Add("</s>", kControl);
+  for (int b = 0; b < 256; ++b) {
+    constexpr const char* kHex = "0123456789ABCDEF";
+    v.Add({'<', '0', 'x', kHex[b >> 4], kHex[b & 15], '>'}, kByte);
+  }
+  const std::string space = "\u2581";
+  float score = 0;
+  for (const std::string& piece :
+       {space + "t", std::string("he"), space + "the", std::string("in"), space, std::string("e"),
+        std::string("t"), std::string("h"), std::string("i"), std::string("n")})
+    v.Add(piece, kNormal, score -= 1.0f);
+  v.Write(file, o.n_vocab);
+  gguf_set_val_str(file, "tokenizer.ggml.model", "llama");
+  gguf_set_arr_data(file, "tokenizer.ggml.scores", GGUF_TYPE_FLOAT32, v.scores.data(), v.scores.size());
+  gguf_set_val_u32(file, "tokenizer.ggml.bos_token_id", 1);
+  gguf_set_val_u32(file, "tokenizer.ggml.eos_token_id", 2);
+}
+
+void AddTokenizer(const TestModelOptions& o, gguf_context* file) {
+  if (o.sentencepiece)
+    AddSentencePieces(o, file);
+  else
+    AddBytePairs(o, file);
   gguf_set_val_bool(file, "tokenizer.ggml.add_bos_token", true);
   if (o.chat_template)
     gguf_set_val_str(

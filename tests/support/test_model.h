@@ -30,11 +30,12 @@ struct TestModelOptions {
   // Every eighth channel of the K projection is this much larger, as in models with outlier channels.
   float k_outlier = 1.0f;
   bool chat_template = false;  // ChatML
+  bool sentencepiece = false;  // tokenizer of the kind "llama" instead of "gpt2"
   std::string pre_tokenizer;   // tokenizer.ggml.pre; empty takes the usual one of the architecture
   uint64_t seed = 1;
 };
 
-inline constexpr int64_t kLeastVocab = 272;  // bytes, merges and special tokens
+inline constexpr int64_t kLeastVocab = 288;  // bytes, merges and special tokens
 
 // Whether the file could be written.
 bool WriteTestModel(const TestModelOptions& options, const std::string& path);

@@ -15,7 +15,8 @@ namespace moend {
 // Called by ggml's threads while a graph runs, for each layer in this order, each step after all threads
 // finished the one before: Store on one thread; Attend on every thread; Combine on every thread. q: f32
 // [n][n_heads][head_size] and k, v: f32 [n][n_kv_heads][head_size], post bias, norm and RoPE; q is not yet
-// scaled. out: f32 [n][n_heads][head_size]; complete after Combine.
+// scaled. out: f32 [n][n_heads][head_size]; complete after Combine. k and v are valid during Store only, q
+// during Store and Attend: out may take their place in memory.
 class AttentionHook {
  public:
   virtual ~AttentionHook() = default;

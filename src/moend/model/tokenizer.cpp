@@ -161,7 +161,7 @@ class LlamaTokenizer final : public Tokenizer {
                                               bool parse_special) const {
     try {
       const auto length = static_cast<int32_t>(text.size());
-      std::vector<int32_t> tokens(text.size() / 3 + 16);
+      std::vector<int32_t> tokens(text.size() + 16);  // mostly enough at once
       int32_t n = llama_tokenize(vocab_, text.data(), length, tokens.data(),
                                  static_cast<int32_t>(tokens.size()), add_special, parse_special);
       if (n < 0 && n != INT_MIN) {
