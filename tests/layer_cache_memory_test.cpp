@@ -29,27 +29,30 @@ void* Get(std::size_t size) {
 
 }  // namespace
 
-void* operator new(std::size_t size) {
+// Not inlined, or GCC 12 sees a free() of what came from an operator new and warns.
+#define MOEND_NOINLINE __attribute__((noinline))
+
+MOEND_NOINLINE void* operator new(std::size_t size) {
   if (void* p = Get(size)) return p;
   throw std::bad_alloc();
 }
-void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+MOEND_NOINLINE void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
   return Get(size);
 }
-void* operator new(std::size_t size, std::align_val_t align, const std::nothrow_t&) noexcept {
+MOEND_NOINLINE void* operator new(std::size_t size, std::align_val_t align, const std::nothrow_t&) noexcept {
   const auto a = static_cast<std::size_t>(align);
   return MayAllocate() ? std::aligned_alloc(a, (size + a - 1) / a * a) : nullptr;
 }
-void operator delete(void* p) noexcept {
+MOEND_NOINLINE void operator delete(void* p) noexcept {
   std::free(p);
 }
-void operator delete(void* p, std::size_t) noexcept {
+MOEND_NOINLINE void operator delete(void* p, std::size_t) noexcept {
   std::free(p);
 }
-void operator delete(void* p, std::align_val_t) noexcept {
+MOEND_NOINLINE void operator delete(void* p, std::align_val_t) noexcept {
   std::free(p);
 }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept {
+MOEND_NOINLINE void operator delete(void* p, std::size_t, std::align_val_t) noexcept {
   std::free(p);
 }
 
