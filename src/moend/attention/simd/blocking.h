@@ -19,9 +19,9 @@ inline constexpr int64_t kRowsPerBlock = 48;
 inline constexpr int64_t kRowsPerTile = 192;
 
 // Scratch of the fused path, in floats: scores [rows][64], probabilities times V scale [rows][64], scaled
-// queries [rows][head_size] and three numbers a row.
+// queries [rows][head_size] and four numbers a row.
 constexpr int64_t FusedWorkspaceFloats(int64_t head_size) {
-  return kFusedRows * (2 * kPageTokens + head_size + 3);
+  return kFusedRows * (2 * kPageTokens + head_size + 4);
 }
 
 }  // namespace moend::simd

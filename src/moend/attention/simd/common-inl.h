@@ -102,6 +102,33 @@ HWY_INLINE float Max(VF v) {
   return hn::GetLane(hn::MaxOfLanes(DF(), v));
 }
 
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+// Four vectors to one of four sums or maxima at once: a third of the instructions of four reductions.
+template <class Op>
+HWY_INLINE __m128 ReduceRows(__m512 a, __m512 b, __m512 c, __m512 d, const Op& op) {
+  const __m512d ab = _mm512_castps_pd(op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+  const __m512d cd = _mm512_castps_pd(op(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+  const __m512 rows =
+      op(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m512 half = op(rows, _mm512_shuffle_f32x4(rows, rows, 0x4e));
+  return _mm512_castps512_ps128(op(half, _mm512_shuffle_f32x4(half, half, 0xb1)));
+}
+
+// out[kRows] = sum or maximum of each vector.
+template <int kRows, class Op>
+HWY_INLINE __m128 ReduceRows(const VF (&v)[kRows], const Op& op) {
+  constexpr int kLast = kRows - 1;
+  return ReduceRows(v[0].raw, v[HWY_MIN(1, kLast)].raw, v[HWY_MIN(2, kLast)].raw, v[kLast].raw, op);
+}
+
+HWY_INLINE __m512 AddOp(__m512 a, __m512 b) {
+  return _mm512_add_ps(a, b);
+}
+HWY_INLINE __m512 MaxOp(__m512 a, __m512 b) {
+  return _mm512_max_ps(a, b);
+}
+#endif
+
 // e^x for x <= 88, within 1 ulp where the result is normal, about 0 where it is not; NaN stays NaN.
 HWY_INLINE VF Exp(VF x) {
   const DF df;

@@ -23,6 +23,7 @@ struct Scratch {
   float* scaled_q;  // [rows][head_size]
   float* constant;  // [rows]
   float* factor;    // [rows]
+  float* peak;      // [rows]
   float* scale;     // [rows]
 
   Scratch(float* workspace, int64_t rows, int64_t head_size)
@@ -31,12 +32,13 @@ struct Scratch {
         scaled_q(scaled_p + rows * kPageTokens),
         constant(scaled_q + rows * head_size),
         factor(constant + rows),
-        scale(factor + rows) {}
+        peak(factor + rows),
+        scale(peak + rows) {}
 };
 
-void SoftmaxRows(uint64_t live, int64_t rows, const Scratch& s, SoftmaxState state) {
-  for (int64_t r = 0; r < rows; ++r)
-    s.factor[r] = SoftmaxRow(s.scores + r * kPageTokens, live, state.max[r], state.sum[r]);
+void SoftmaxPage(uint64_t live, int64_t rows, const Scratch& s, SoftmaxState state) {
+  SoftmaxRows(
+      s.scores, rows, [live](int64_t) { return live; }, state.max, state.sum, PageWeights{s.factor, s.peak});
 }
 
 // The part of a page that the score pass reads, to be brought near during another pass of `steps` steps.
@@ -81,7 +83,8 @@ void ValuePage(const PageLayout& layout, const uint8_t* page, int64_t rows, Ahea
     return;
   }
 #if MOEND_HAVE_VNNI
-  ValuePageFixed(layout, page, s.scores, s.factor, rows, s.scaled_p, s.constant, ahead, out);
+  ValuePageFixed(layout, page, s.scores, PageWeights{s.factor, s.peak}, rows, s.scaled_p, s.scale, s.constant,
+                 ahead, out);
 #else
   ValuePageCodes(layout, page, s.scores, s.factor, rows, s.scaled_p, s.constant, ahead, out);
 #endif
@@ -99,7 +102,7 @@ void AttendRaw(const StreamView& kv, int64_t begin, const QueryRows& q, SoftmaxS
     k.tokens16[i] = kv.raw_k + block * head_size * kRawBlockTokens;
   }
   ScoreHalfRows(k, head_size, q.q, q.rows, Ahead(), s.scores);
-  SoftmaxRows(FirstLive(n), q.rows, s, state);
+  SoftmaxPage(FirstLive(n), q.rows, s, state);
   for (int64_t r = 0; r < q.rows; ++r) s.constant[r] = 0.0f;
   ValueHalfRows(kv.raw_v + begin * head_size, n,
                 ValueRows{s.scores, s.factor, s.constant, state.out, head_size}, q.rows, Ahead());
@@ -113,7 +116,7 @@ void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_en
     if (kv.live[i] == 0) continue;
     const uint8_t* page = kv.pages[i];
     ScorePage(layout, page, q, AheadV(layout, page, ScoreSteps(layout)), s);
-    SoftmaxRows(kv.live[i], q.rows, s, state);
+    SoftmaxPage(kv.live[i], q.rows, s, state);
     Ahead next;
     if (i + 1 < page_end) next = AheadK(layout, kv.pages[i + 1], ValueSteps(layout));
     ValuePage(layout, page, q.rows, next, s, state.out);

@@ -37,18 +37,15 @@ void ScoreTileRows(const Tile& tile, const float* q, int64_t rows) {
 template <class Live>
 HWY_INLINE void AttendTile(const Tile& tile, const QueryRows& q, int64_t begin, int64_t end, const Live& live,
                            SoftmaxState state) {
-  float factor[kRowsPerBlock];
+  float factor[kRowsPerBlock], peak[kRowsPerBlock];
   for (int64_t from = begin; from < end; from += kRowsPerBlock) {
     const int64_t rows = HWY_MIN(end - from, kRowsPerBlock);
     ScoreTileRows(tile, q.q + from * tile.head_size, rows);
     int64_t tokens = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      const uint64_t seen = live(from + r);
-      float* scores = tile.scores + r * kPageTokens;
-      if (seen == 0) std::memset(scores, 0, kPageTokens * sizeof(float));
-      factor[r] = SoftmaxRow(scores, seen, state.max[from + r], state.sum[from + r]);
-      tokens = HWY_MAX(tokens, LiveEnd(seen));
-    }
+    for (int64_t r = 0; r < rows; ++r) tokens = HWY_MAX(tokens, LiveEnd(live(from + r)));
+    SoftmaxRows(
+        tile.scores, rows, [&](int64_t r) { return live(from + r); }, state.max + from, state.sum + from,
+        PageWeights{factor, peak});
     ForRowBlocks<kTileRows>(rows, [&](auto n, int64_t r) {
       ValueTile<n()>(tile.scores + r * kPageTokens, tile.v, tokens, tile.head_size, factor + r,
                      state.out + (from + r) * tile.head_size);

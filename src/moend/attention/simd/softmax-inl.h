@@ -12,35 +12,117 @@ HWY_BEFORE_NAMESPACE();
 namespace moend::simd {
 namespace HWY_NAMESPACE {
 
-// Scores [64] become exp(score - new max); dead tokens become 0. Updates max and sum of the row and returns
-// the factor that what was summed before must be multiplied with.
-HWY_INLINE float SoftmaxRow(float* HWY_RESTRICT scores, uint64_t live, float& max, float& sum) {
-  if (live == 0) return 1.0f;
+// Of each row: what the sums over earlier pages must be multiplied with, and the largest exp(score - max) of
+// this page.
+struct PageWeights {
+  float* factor;
+  float* peak;
+};
+
+HWY_INLINE void LoadScores(const float* HWY_RESTRICT scores, uint64_t live, VF (&s)[kPageVectors]) {
   const DF df;
-  VF s[kPageVectors];
-  MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) s[v] = hn::LoadU(df, scores + v * kLanes);
-  if (live != kAllLive) {
-    const VF dead = hn::Set(df, -kInfinity);
-    MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) s[v] = hn::IfThenElse(LiveLanes(live, v), s[v], dead);
-  }
-  VF high = s[0];
-  MOEND_UNROLL for (int v = 1; v < kPageVectors; ++v) high = hn::Max(high, s[v]);
-  const float old_max = max;
-  const float new_max = HWY_MAX(old_max, Max(high));
-  // Only -inf so far: any finite base gives exp(-inf) = 0 where -inf - -inf would be NaN.
-  const float base = new_max == -kInfinity ? 0.0f : new_max;
-  const VF vbase = hn::Set(df, base);
-  VF total = hn::Zero(df);
   MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
-    const VF p = Exp(hn::Sub(s[v], vbase));
-    total = hn::Add(total, p);
-    hn::StoreU(p, df, scores + v * kLanes);
+    s[v] = hn::LoadU(df, scores + v * kLanes);
   }
-  float factor = 1.0f;
-  if (new_max != old_max) factor = hn::GetLane(Exp(hn::Set(df, old_max - base)));
-  sum = sum * factor + Sum(total);
-  max = new_max;
-  return factor;
+  if (live == kAllLive) return;
+  const VF dead = hn::Set(df, -kInfinity);
+  MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
+    s[v] = hn::IfThenElse(LiveLanes(live, v), s[v], dead);
+  }
+}
+
+// Only -inf so far: any finite base gives exp(-inf) = 0 where -inf - -inf would be NaN.
+HWY_INLINE float Base(float max) {
+  return max == -kInfinity ? 0.0f : max;
+}
+
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+
+// scores[kRows][64] become exp(score - new max), 0 for tokens that are not in live(row). Updates max and sum.
+template <int kRows, class Live>
+HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float* max, float* sum,
+                             const PageWeights& out) {
+  const DF df;
+  constexpr __mmask8 kMask = (1 << kRows) - 1;
+  VF s[kRows][kPageVectors], high[kRows], total[kRows];
+  MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+    LoadScores(scores + r * kPageTokens, live(r), s[r]);
+    high[r] = hn::Max(hn::Max(s[r][0], s[r][1]), hn::Max(s[r][2], s[r][3]));
+  }
+  const __m128 page_max = ReduceRows<kRows>(high, MaxOp);
+  const __m128 old_max = _mm_maskz_loadu_ps(kMask, max);
+  const __m128 new_max = _mm_max_ps(old_max, page_max);
+  _mm_mask_storeu_ps(max, kMask, new_max);
+  const __mmask8 none = _mm_cmp_ps_mask(new_max, _mm_set1_ps(-kInfinity), _CMP_EQ_OQ);
+  const __m128 base = _mm_mask_mov_ps(new_max, none, _mm_setzero_ps());
+  alignas(16) float bases[4];
+  _mm_store_ps(bases, base);
+  MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+    const VF row_base = hn::Set(df, bases[r]);
+    VF p[kPageVectors];
+    MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
+      p[v] = Exp(hn::Sub(s[r][v], row_base));
+      hn::StoreU(p[v], df, scores + r * kPageTokens + v * kLanes);
+    }
+    total[r] = hn::Add(hn::Add(p[0], p[1]), hn::Add(p[2], p[3]));
+  }
+  // Either the factor or the peak is 1; the other one is exp(the lower maximum - the higher).
+  const __m128 lower = _mm_sub_ps(_mm_min_ps(old_max, page_max), base);
+  const __m128 weight = _mm512_castps512_ps128(Exp(VF{_mm512_zextps128_ps512(lower)}).raw);
+  const __mmask8 rises = _mm_cmp_ps_mask(page_max, old_max, _CMP_GT_OQ);
+  const __m128 one = _mm_set1_ps(1.0f);
+  const __m128 factor = _mm_mask_mov_ps(one, rises, weight);
+  _mm_mask_storeu_ps(out.factor, kMask, factor);
+  _mm_mask_storeu_ps(out.peak, kMask, _mm_mask_mov_ps(weight, rises, one));
+  const __m128 new_sum =
+      _mm_fmadd_ps(_mm_maskz_loadu_ps(kMask, sum), factor, ReduceRows<kRows>(total, AddOp));
+  _mm_mask_storeu_ps(sum, kMask, new_sum);
+}
+
+#else
+
+template <int kRows, class Live>
+HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float* max, float* sum,
+                             const PageWeights& out) {
+  const DF df;
+  for (int r = 0; r < kRows; ++r) {
+    float* HWY_RESTRICT row = scores + r * kPageTokens;
+    VF s[kPageVectors];
+    LoadScores(row, live(r), s);
+    VF high = s[0];
+    MOEND_UNROLL for (int v = 1; v < kPageVectors; ++v) {
+      high = hn::Max(high, s[v]);
+    }
+    const float old_max = max[r], page_max = Max(high);
+    const bool rises = page_max > old_max;
+    max[r] = rises ? page_max : old_max;
+    const float base = Base(max[r]);
+    const VF row_base = hn::Set(df, base);
+    VF total = hn::Zero(df);
+    MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
+      const VF p = Exp(hn::Sub(s[v], row_base));
+      hn::StoreU(p, df, row + v * kLanes);
+      total = hn::Add(total, p);
+    }
+    // Either the factor or the peak is 1; the other one is exp(the lower maximum - the higher).
+    const float weight = hn::GetLane(Exp(hn::Set(df, (rises ? old_max : page_max) - base)));
+    out.factor[r] = rises ? weight : 1.0f;
+    out.peak[r] = rises ? 1.0f : weight;
+    sum[r] = sum[r] * out.factor[r] + Sum(total);
+  }
+}
+
+#endif
+
+// live(row) as for SoftmaxBlock, with rows counted from the first of `scores`.
+template <class Live>
+HWY_INLINE void SoftmaxRows(float* scores, int64_t rows, const Live& live, float* max, float* sum,
+                            const PageWeights& out) {
+  ForRowBlocks<4>(rows, [&](auto n, int64_t r) {
+    SoftmaxBlock<n()>(
+        scores + r * kPageTokens, [&](int i) { return live(r + i); }, max + r, sum + r,
+        PageWeights{out.factor + r, out.peak + r});
+  });
 }
 
 // sums[64] += exp(score - max) / sum of one row, live tokens only.

@@ -8,6 +8,7 @@
 #define MOEND_ATTENTION_SIMD_VNNI_INL_H_
 #endif
 
+#include "moend/attention/simd/softmax-inl.h"
 #include "moend/attention/simd/value_pass-inl.h"
 
 #undef MOEND_HAVE_VNNI
@@ -69,16 +70,19 @@ HWY_INLINE VF Combine(const int32_t* HWY_RESTRICT sums) {
   return hn::MulAdd(high, hn::Set(DF(), 65536.0f), VF{_mm512_cvtepi32_ps(low)});
 }
 
-// Fixed-point numbers of factors up to `largest`: factor = scale * fixed, fixed = factor * inverse.
+// Fixed-point numbers of four rows whose factors are at most `largest`: factor = scale * fixed, fixed =
+// factor * inverse; all 0 where that is nothing or not finite.
 struct Fixed {
-  float scale;
-  float inverse;
-};
+  alignas(16) float scale[4];
+  alignas(16) float inverse[4];
 
-HWY_INLINE Fixed FixedScale(float largest) {
-  if (!(largest > 1e-30f && largest < kInfinity)) return {0.0f, 0.0f};
-  return {largest / kFixedMax, kFixedMax / largest};
-}
+  explicit HWY_INLINE Fixed(__m128 largest) {
+    const __mmask8 valid = _mm_cmp_ps_mask(largest, _mm_set1_ps(1e-30f), _CMP_GT_OQ) &
+                           _mm_cmp_ps_mask(largest, _mm_set1_ps(kInfinity), _CMP_LT_OQ);
+    _mm_store_ps(scale, _mm_maskz_mul_ps(valid, largest, _mm_set1_ps(1.0f / kFixedMax)));
+    _mm_store_ps(inverse, _mm_maskz_div_ps(valid, _mm_set1_ps(kFixedMax), largest));
+  }
+};
 
 // Words of K codes: vector v of a page is tokens [16 v, 16 v + 16), word w channels [4 w, 4 w + 4).
 template <int kBits>
@@ -209,7 +213,7 @@ HWY_INLINE void FoldKScaleFixed(const PageLayout& layout, const uint8_t* page, c
   const int64_t head_size = layout.head_size;
   const uint16_t* HWY_RESTRICT k_scale = AsHalves(page + layout.k_scale);
   const uint16_t* HWY_RESTRICT k_min = AsHalves(page + layout.k_min);
-  VF total[kRows], magnitude[kRows], inverse[kRows];
+  VF total[kRows], magnitude[kRows];
   MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
     total[r] = magnitude[r] = hn::Zero(df);
   }
@@ -223,18 +227,18 @@ HWY_INLINE void FoldKScaleFixed(const PageLayout& layout, const uint8_t* page, c
       hn::StoreU(y, df, scaled + r * head_size + c);
     }
   }
+  constexpr __mmask8 kMask = (1 << kRows) - 1;
+  const __m128 largest = ReduceRows<kRows>(magnitude, MaxOp);
+  const Fixed f(largest);
+  // Infinities and NaN have no fixed point.
+  const __mmask8 bad = _mm_cmp_ps_mask(largest, _mm_set1_ps(kInfinity), _CMP_NLT_UQ);
+  const __m128 nan = _mm_set1_ps(std::numeric_limits<float>::quiet_NaN());
+  _mm_mask_storeu_ps(constant, kMask, _mm_mask_mov_ps(ReduceRows<kRows>(total, AddOp), bad, nan));
+  _mm_mask_storeu_ps(scale, kMask, _mm_load_ps(f.scale));
   MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
-    constant[r] = Sum(total[r]);
-    const float largest = Max(magnitude[r]);
-    // Infinities and NaN have no fixed point.
-    if (!(largest < kInfinity)) constant[r] = std::numeric_limits<float>::quiet_NaN();
-    const Fixed f = FixedScale(largest);
-    scale[r] = f.scale;
-    inverse[r] = hn::Set(df, f.inverse);
-  }
-  MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+    const VF inverse = hn::Set(df, f.inverse[r]);
     for (int64_t c = r * head_size; c < (r + 1) * head_size; c += kLanes) {
-      StoreFixed(hn::LoadU(df, scaled + c), inverse[r], reinterpret_cast<uint8_t*>(scaled + c));
+      StoreFixed(hn::LoadU(df, scaled + c), inverse, reinterpret_cast<uint8_t*>(scaled + c));
     }
   }
 }
@@ -278,76 +282,81 @@ HWY_NOINLINE void ScorePageFixed(const PageLayout& layout, const uint8_t* page, 
   if (layout.k_bits == 2) ScoreRowsFixed<2>(codes, head, scaled, scale, constant, rows, ahead, scores);
 }
 
-// As FoldVScale, but writes fixed-point numbers, [rows][4][64] bytes, and returns what to multiply them with.
-// Probabilities are at most 1, so the largest V scale bounds the products of all rows; what falls below that
-// is below the rounding of the sum over the pages seen so far.
-HWY_INLINE float FoldVScaleFixed(const PageLayout& layout, const uint8_t* page, int64_t group,
-                                 const float* HWY_RESTRICT p, int64_t rows, float* HWY_RESTRICT scaled,
-                                 float* HWY_RESTRICT constant) {
+// As FoldVScale, but writes fixed-point numbers, [kRows][4][64] bytes, and what to multiply them with. No
+// probability of a row is greater than its peak.
+template <int kRows>
+HWY_INLINE void FoldVScaleFixed(const VF (&scales)[4], const VF (&mins)[4], float largest_scale,
+                                const float* HWY_RESTRICT p, const float* HWY_RESTRICT peak,
+                                float* HWY_RESTRICT scaled, float* HWY_RESTRICT scale,
+                                float* HWY_RESTRICT constant) {
   const DF df;
-  const uint16_t* HWY_RESTRICT v_scale = AsHalves(page + layout.v_scale) + group * kPageTokens;
-  const uint16_t* HWY_RESTRICT v_min = AsHalves(page + layout.v_min) + group * kPageTokens;
-  VF scales[4], mins[4];
-  MOEND_UNROLL for (int v = 0; v < 4; ++v) {
-    scales[v] = LoadHalf(v_scale + v * kLanes);
-    mins[v] = LoadHalf(v_min + v * kLanes);
-  }
-  const VF largest = hn::Max(hn::Max(scales[0], scales[1]), hn::Max(scales[2], scales[3]));
-  const Fixed f = FixedScale(Max(largest));
-  const VF inverse = hn::Set(df, f.inverse);
-  MOEND_UNROLL for (int v = 0; v < 4; ++v) {
-    scales[v] = hn::Mul(scales[v], inverse);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    VF total = hn::Zero(df);
+  constexpr __mmask8 kMask = (1 << kRows) - 1;
+  const Fixed f(_mm_mul_ps(_mm_maskz_loadu_ps(kMask, peak), _mm_set1_ps(largest_scale)));
+  _mm_mask_storeu_ps(scale, kMask, _mm_load_ps(f.scale));
+  VF total[kRows];
+  MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+    const VF inverse = hn::Set(df, f.inverse[r]);
+    total[r] = hn::Zero(df);
     MOEND_UNROLL for (int v = 0; v < 4; ++v) {
       const VF x = hn::LoadU(df, p + r * kPageTokens + v * kLanes);
-      total = hn::MulAdd(x, mins[v], total);
-      StoreFixed(x, scales[v], reinterpret_cast<uint8_t*>(scaled + r * kPageTokens + v * kLanes));
+      total[r] = hn::MulAdd(x, mins[v], total[r]);
+      StoreFixed(hn::Mul(x, scales[v]), inverse,
+                 reinterpret_cast<uint8_t*>(scaled + r * kPageTokens + v * kLanes));
     }
-    constant[r] = Sum(total);
   }
-  return f.scale;
+  _mm_mask_storeu_ps(constant, kMask, ReduceRows<kRows>(total, AddOp));
 }
 
-// out[r] = out[r] * factor[r] + constant[r] + scale * sums[r] for `vectors` vectors of channels.
-HWY_NOINLINE void FinishValues(const int32_t* HWY_RESTRICT sums, int n_rows, int vectors, int64_t channel,
-                               float scale, const ValueRows& rows) {
+// out[r] = out[r] * factor[r] + constant[r] + scale[r] * sums[r] for kVectors vectors of channels.
+template <int kVectors>
+HWY_NOINLINE void FinishValues(const int32_t* HWY_RESTRICT sums, int n_rows, int64_t channel,
+                               const float* HWY_RESTRICT scale, const ValueRows& rows) {
   const DF df;
   for (int r = 0; r < n_rows; ++r) {
     const VF factor = hn::Set(df, rows.factor[r]), constant = hn::Set(df, rows.constant[r]);
+    const VF row_scale = hn::Set(df, scale[r]);
     float* HWY_RESTRICT out = rows.out + r * rows.head_size + channel;
-    for (int v = 0; v < vectors; ++v) {
-      const VF sum = Combine(sums + (r * vectors + v) * kPlanes * 16);
+    MOEND_UNROLL for (int v = 0; v < kVectors; ++v) {
+      const VF sum = Combine(sums + (r * kVectors + v) * kPlanes * 16);
       const VF old = hn::MulAdd(hn::LoadU(df, out + v * kLanes), factor, constant);
-      hn::StoreU(hn::MulAdd(sum, hn::Set(df, scale), old), df, out + v * kLanes);
+      hn::StoreU(hn::MulAdd(sum, row_scale, old), df, out + v * kLanes);
     }
   }
 }
 
 template <int kBits>
 HWY_INLINE void ValueRowsFixed(const uint8_t* codes, int64_t begin, int64_t end, const float* scaled,
-                               float scale, const ValueRows& rows, int64_t n_rows, Ahead& ahead) {
+                               const float* scale, const ValueRows& rows, int64_t n_rows, Ahead& ahead) {
   ForRowBlocks<kFixedRows>(n_rows, [&](auto n, int64_t r) {
     const auto* fixed = reinterpret_cast<const uint8_t*>(scaled + r * kPageTokens);
     ForChannelBlocks(begin, end, [&](auto vectors, int64_t c) {
       alignas(64) int32_t sums[n() * vectors() * kPlanes * 16];
       const VWords<kBits> words(codes, rows.head_size, c);
       DotFixed<n(), vectors()>(words, kPageTokens / 4, fixed, kPageTokens * 4, ahead, sums);
-      FinishValues(sums, n(), vectors(), c, scale, From(rows, r));
+      FinishValues<vectors()>(sums, n(), c, scale + r, From(rows, r));
     });
   });
 }
 
-// As ValuePageCodes, in the manner of ScorePageFixed.
+// As ValuePageCodes, in the manner of ScorePageFixed. weights: of the rows, from the softmax of this page.
 HWY_NOINLINE void ValuePageFixed(const PageLayout& layout, const uint8_t* page, const float* p,
-                                 const float* factor, int64_t rows, float* scaled, float* constant,
-                                 Ahead ahead, float* out) {
+                                 const PageWeights& weights, int64_t rows, float* scaled, float* scale,
+                                 float* constant, Ahead ahead, float* out) {
   const uint8_t* codes = page + layout.v_codes;
-  const ValueRows block{p, factor, constant, out, layout.head_size};
+  const ValueRows block{p, weights.factor, constant, out, layout.head_size};
   const int64_t width = layout.head_size / layout.v_groups;
   for (int64_t g = 0; g < layout.v_groups; ++g) {
-    const float scale = FoldVScaleFixed(layout, page, g, p, rows, scaled, constant);
+    VF scales[4], mins[4];
+    MOEND_UNROLL for (int v = 0; v < 4; ++v) {
+      const int64_t at = g * kPageTokens + v * kLanes;
+      scales[v] = LoadHalf(AsHalves(page + layout.v_scale) + at);
+      mins[v] = LoadHalf(AsHalves(page + layout.v_min) + at);
+    }
+    const float largest = Max(hn::Max(hn::Max(scales[0], scales[1]), hn::Max(scales[2], scales[3])));
+    ForRowBlocks<4>(rows, [&](auto n, int64_t r) {
+      FoldVScaleFixed<n()>(scales, mins, largest, p + r * kPageTokens, weights.peak + r,
+                           scaled + r * kPageTokens, scale + r, constant + r);
+    });
     const int64_t begin = g * width;
     const int64_t end = begin + width;
     if (layout.v_bits == 8) ValueRowsFixed<8>(codes, begin, end, scaled, scale, block, rows, ahead);
