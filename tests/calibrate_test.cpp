@@ -1,0 +1,232 @@
+// Calibration on small random models: what the cells mean, chunks, and resuming.
+#include "moend/calibrate/calibrate.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "moend/engine/capture.h"
+#include "tests/support/test_model.h"
+
+namespace moend {
+namespace {
+
+struct TinyEngine {
+  test::TempDir dir;
+  std::shared_ptr<Engine> engine;
+  TinyEngine() {
+    test::TestModelOptions options;
+    options.n_layers = 3;
+    options.n_embd = 64;
+    const std::string path = dir / "tiny.gguf";
+    EXPECT_TRUE(test::WriteTestModel(options, path));
+    auto model = Model::Load(path);
+    EXPECT_TRUE(model) << model.error().message;
+    auto made = Engine::Create(*model, {1, 128});
+    EXPECT_TRUE(made) << made.error().message;
+    engine = *made;
+  }
+};
+
+CalibrateOptions Options() {
+  CalibrateOptions options;
+  options.length = 600;
+  options.evaluated = 40;
+  options.chunks = 0;
+  options.experts = {{0.2, 4, 4}, {0.6, 4, 4}, {1.0, 2, 2},  {1.0, 4, 2},
+                     {1.0, 4, 4}, {1.0, 8, 8}, {1.0, 16, 16}};
+  return options;
+}
+
+std::vector<std::vector<int32_t>> Chunks(int64_t count) {
+  std::vector<std::vector<int32_t>> chunks;
+  for (int64_t i = 0; i < count; ++i)
+    chunks.push_back(test::RandomTokens(600, static_cast<uint64_t>(100 + i)));
+  return chunks;
+}
+
+Profile MustCalibrate(const std::shared_ptr<Engine>& engine, std::span<const std::vector<int32_t>> chunks,
+                      const CalibrateOptions& options, Profile start = {}) {
+  auto profile = Calibrate(engine, chunks, options, std::move(start), {}, {});
+  EXPECT_TRUE(profile) << profile.error().message;
+  return profile ? *profile : Profile();
+}
+
+TEST(Calibrate, LossesFallWithBitsAndTokens) {
+  const TinyEngine tiny;
+  const CalibrateOptions options = Options();
+  const Profile p = MustCalibrate(tiny.engine, Chunks(2), options);
+  ASSERT_EQ(p.cells.size(), 3u);
+  ASSERT_EQ(p.experts, options.experts);
+  EXPECT_EQ(p.chunks, 2);
+  const auto at = [&](const std::vector<ProfileCell>& row, const Expert& e) {
+    return row[static_cast<std::size_t>(std::find(p.experts.begin(), p.experts.end(), e) -
+                                        p.experts.begin())];
+  };
+  for (const auto& row : p.cells) {
+    for (const ProfileCell& cell : row) {
+      EXPECT_TRUE(std::isfinite(cell.l2) && std::isfinite(cell.kl));
+      EXPECT_GE(cell.kl, 0);
+    }
+    EXPECT_EQ(at(row, {1.0, 16, 16}).l2, 0);
+    EXPECT_EQ(at(row, {1.0, 16, 16}).kl, 0);
+    EXPECT_LT(at(row, {1.0, 8, 8}).l2, at(row, {1.0, 4, 4}).l2);
+    EXPECT_LT(at(row, {1.0, 4, 4}).l2, at(row, {1.0, 4, 2}).l2);
+    EXPECT_LT(at(row, {1.0, 4, 2}).l2, at(row, {1.0, 2, 2}).l2);
+    EXPECT_LT(at(row, {1.0, 4, 4}).l2, at(row, {0.6, 4, 4}).l2);
+    EXPECT_LT(at(row, {0.6, 4, 4}).l2, at(row, {0.2, 4, 4}).l2);
+    EXPECT_GT(at(row, {1.0, 8, 8}).l2, 0);
+  }
+}
+
+double Kl(std::span<const float> p, std::span<const float> q) {
+  double pm = -INFINITY, qm = -INFINITY, ps = 0, qs = 0, kl = 0;
+  for (std::size_t i = 0; i < p.size(); ++i) pm = std::max(pm, double{p[i]}), qm = std::max(qm, double{q[i]});
+  for (std::size_t i = 0; i < p.size(); ++i) ps += std::exp(p[i] - pm), qs += std::exp(q[i] - qm);
+  for (std::size_t i = 0; i < p.size(); ++i)
+    kl += std::exp(p[i] - pm) / ps * ((p[i] - pm - std::log(ps)) - (q[i] - qm - std::log(qs)));
+  return kl;
+}
+
+// The definition, by the slow way that a user takes: a session whose plan compresses one layer only, against
+// the full one.
+TEST(Calibrate, KlIsThatOfASessionWithOneLayerCompressed) {
+  const TinyEngine tiny;
+  CalibrateOptions options = Options();
+  options.evaluated = 1;
+  options.experts = {{0.2, 2, 2}, {1.0, 3, 2}};
+  const auto chunks = Chunks(1);
+  const Profile p = MustCalibrate(tiny.engine, chunks, options);
+  const auto context = std::span(chunks[0]).first(599);
+  const auto logits = [&](const Plan& plan) {
+    auto session = Session::Create(tiny.engine, plan);
+    EXPECT_TRUE(session && session->Prefill(context) && session->Decode(chunks[0].back()));
+    return std::vector<float>(session->logits().begin(), session->logits().end());
+  };
+  const Plan full = FullPlan(tiny.engine->fingerprint(), 600);
+  const auto want = logits(full);
+  for (std::size_t l = 0; l < p.cells.size(); ++l) {
+    for (std::size_t e = 0; e < options.experts.size(); ++e) {
+      Plan plan = full;
+      plan.layers[l] = options.experts[e];
+      const double kl = Kl(want, logits(plan));
+      EXPECT_NEAR(p.cells[l][e].kl, kl, 0.02 * kl + 1e-6) << "layer " << l << " expert " << e;
+      EXPECT_GT(kl, 1e-7);
+    }
+  }
+}
+
+TEST(Calibrate, ResumesWhereItWasStopped) {
+  const TinyEngine tiny;
+  const CalibrateOptions options = Options();
+  const auto chunks = Chunks(3);
+  const Profile whole = MustCalibrate(tiny.engine, chunks, options);
+  Profile saved;
+  const auto stopped = Calibrate(
+      tiny.engine, chunks, options, {}, [&](const CalibrateProgress& p) { return p.chunk < 2; },
+      [&](const Profile& p) -> Expected<void> {
+        saved = p;
+        return {};
+      });
+  ASSERT_FALSE(stopped);
+  EXPECT_EQ(stopped.error().code, ErrorCode::kCancelled);
+  EXPECT_EQ(saved.chunks, 2);
+  EXPECT_EQ(saved.chunks_wanted, 3);
+  auto parsed = ParseProfile(ToJson(saved), "saved");
+  ASSERT_TRUE(parsed) << parsed.error().message;
+  const Profile resumed = MustCalibrate(tiny.engine, chunks, options, *parsed);
+  EXPECT_EQ(resumed.chunks, 3);
+  for (std::size_t l = 0; l < whole.cells.size(); ++l) {
+    for (std::size_t e = 0; e < whole.experts.size(); ++e) {
+      EXPECT_DOUBLE_EQ(resumed.cells[l][e].kl, whole.cells[l][e].kl);
+      EXPECT_DOUBLE_EQ(resumed.cells[l][e].l2, whole.cells[l][e].l2);
+    }
+  }
+}
+
+TEST(Calibrate, RefusesToResumeAnotherCalibration) {
+  const TinyEngine tiny;
+  const auto chunks = Chunks(1);
+  CalibrateOptions options = Options();
+  options.experts = {{1.0, 4, 4}};
+  const Profile p = MustCalibrate(tiny.engine, chunks, options);
+  const auto refused = [&](const CalibrateOptions& changed, const char* what) {
+    const auto r = Calibrate(tiny.engine, chunks, changed, p, {}, {});
+    ASSERT_FALSE(r);
+    EXPECT_EQ(r.error().code, ErrorCode::kMismatch);
+    EXPECT_NE(r.error().message.find(what), std::string::npos) << r.error().message;
+  };
+  CalibrateOptions changed = options;
+  changed.scorer = "streaming";
+  refused(changed, "scorer");
+  changed = options;
+  changed.guard.window = 60;
+  refused(changed, "window");
+  changed = options;
+  changed.experts = {{1.0, 4, 2}};
+  refused(changed, "experts");
+  changed = options;
+  changed.evaluated = 30;
+  refused(changed, "evaluated");
+}
+
+TEST(Calibrate, SaveErrorsStopIt) {
+  const TinyEngine tiny;
+  CalibrateOptions options = Options();
+  options.experts = {{1.0, 4, 4}};
+  const auto r = Calibrate(tiny.engine, Chunks(1), options, {}, {}, [](const Profile&) -> Expected<void> {
+    return Fail(ErrorCode::kIo, "disk full");
+  });
+  ASSERT_FALSE(r);
+  EXPECT_EQ(r.error().message, "disk full");
+}
+
+TEST(Chunks, EndWhereTextsEndAndNeverCrossThem) {
+  CalibrateOptions options;
+  options.length = 1000;
+  options.chunks = 0;
+  const int32_t bos = 7;
+  std::vector<int32_t> text;
+  const auto add = [&](int64_t n, int32_t token) {
+    text.push_back(bos);
+    text.insert(text.end(), static_cast<std::size_t>(n), token);
+  };
+  add(2500, 100);
+  add(50, 101);  // too short for a chunk
+  add(900, 102);
+  text.back() = 200;
+  const std::vector<std::vector<int32_t>> texts = {text};
+  const auto chunks = MakeChunks(texts, bos, options);
+  ASSERT_TRUE(chunks) << chunks.error().message;
+  ASSERT_EQ(chunks->size(), 4u);
+  for (const auto& chunk : *chunks) {
+    EXPECT_LE(chunk.size(), 1000u);
+    EXPECT_EQ(chunk[0], bos);
+    EXPECT_EQ(std::count(chunk.begin(), chunk.end(), bos), 1);
+    EXPECT_EQ(std::count(chunk.begin(), chunk.end(), 101), 0);
+    EXPECT_FALSE(std::count(chunk.begin(), chunk.end(), 100) && std::count(chunk.begin(), chunk.end(), 102));
+  }
+  const auto with_end =
+      std::find_if(chunks->begin(), chunks->end(), [](const auto& c) { return c.back() == 200; });
+  ASSERT_NE(with_end, chunks->end());
+  EXPECT_EQ(with_end->size(), 901u);
+
+  options.chunks = 2;
+  EXPECT_EQ(MakeChunks(texts, bos, options)->size(), 2u);
+  options.length = 100000;
+  const auto none = MakeChunks(texts, bos, options);
+  ASSERT_FALSE(none);
+  EXPECT_NE(none.error().message.find("2500"), std::string::npos) << none.error().message;
+}
+
+TEST(Experts, DefaultsAscendAndFavourK) {
+  const auto experts = DefaultExperts();
+  EXPECT_TRUE(std::is_sorted(experts.begin(), experts.end()));
+  EXPECT_EQ(std::adjacent_find(experts.begin(), experts.end()), experts.end());
+  for (const Expert& e : experts) EXPECT_GE(e.k_bits, e.v_bits);
+  EXPECT_TRUE(std::count(experts.begin(), experts.end(), Expert{}));
+}
+
+}  // namespace
+}  // namespace moend
