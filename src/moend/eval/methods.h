@@ -1,0 +1,54 @@
+// The ways of compressing that an evaluation compares: the paper's variants and their rivals, all as plans at
+// the same allocated bytes.
+//
+//   full                            nothing compressed
+//   1d, 2d_uniform, 2d, 2d_hetero   as in solve/solve.h
+//   pyramid   16 bit, token budgets that fall linearly from the first layer to the last (PyramidKV, Cai et
+//   al.
+//             2024, with its beta of 20)
+//   kvtuner   no eviction, bits routed by layer (KVTuner, Li et al. 2025)
+//   q8, q4, q3, q2   no eviction, the same bits everywhere, K per channel and V per token (KIVI, Liu et al.
+//             2024); their ratio follows from the bits, whatever was asked for
+// Rival scorers (StreamingLLM, H2O, SnapKV, TOVA, KeyDiff, ...) are 1d with that scorer.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "moend/base/error.h"
+#include "moend/plan/plan.h"
+#include "moend/solve/solve.h"
+
+namespace moend::eval {
+
+struct Method {
+  std::string variant;
+  std::string scorer;      // empty where nothing is evicted
+  double compression = 0;  // asked for; 0: none
+  Plan plan;
+};
+
+struct MethodRequest {
+  std::vector<std::string> variants;
+  std::vector<double> compressions;
+  std::vector<std::string> scorers;  // empty: the profile's
+  int64_t context_length = 0;        // at which the bytes are equal
+  Solver solver = Solver::kExact;
+  Metric metric = Metric::kKl;
+};
+
+std::vector<std::string> MethodNames();
+bool NeedsProfile(const std::string& variant);  // all but full and q8 ... q2
+
+// All combinations, each once: `full` and q8 ... q2 do not depend on the ratio, nor variants without eviction
+// on the scorer. `profile` may be null when no variant needs it. A ratio that a variant cannot reach is left
+// out, and `skipped` says so in a sentence each.
+Expected<std::vector<Method>> MakeMethods(const Fingerprint& model, const Profile* profile,
+                                          const MethodRequest& request, std::vector<std::string>& skipped);
+
+// The one method of a plan from a file.
+Method MethodOf(const Plan& plan, const std::string& scorer);
+
+}  // namespace moend::eval
