@@ -62,6 +62,7 @@ std::vector<Case> Cases() {
   o = Scaled("llama", "yarn", 8.0f);
   o.rope_attn_factor = 1.25f;
   add("LlamaYarnAttentionFactor", o);
+  add("LlamaYarnShrinks", Scaled("llama", "yarn", 0.5f));
   add("LlamaFactorSaysNoType", Scaled("llama", "", 2.0f));
   add("LlamaScalingNone", Scaled("llama", "none", 2.0f));
   o = Options("qwen2");
