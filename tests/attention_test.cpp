@@ -102,9 +102,9 @@ Naive NaiveStream(const PackedContext& context, const std::vector<float>& q, int
       [&](int64_t t) { return context.v(t); }, [](int64_t, int64_t) { return true; });
 }
 
-// A score of size s carries a float32 rounding error of about s * 2^-22 into the exponent.
+// A score of size s carries a float32 rounding error of about s * 2^-23 into the exponent.
 double Tolerance(const Naive& naive, double base) {
-  return naive.largest_v * (base + naive.largest_score * 1e-6) + 1e-12;
+  return naive.largest_v * (base + naive.largest_score * 2e-7) + 1e-12;
 }
 
 void ExpectNear(const std::vector<float>& got, const std::vector<double>& want, double tolerance,
@@ -152,10 +152,10 @@ void CheckStream(const PackedContext& context, int64_t rows, int64_t group, doub
   const auto q = Queries(rows, head, gain, seed);
   const QueryRows query{q.data(), rows, group};
   const Naive naive = NaiveStream(context, q, rows, head);
-  ExpectNear(RunStream(reference::AttendStream, kv, query), naive.out, Tolerance(naive, 2e-6),
+  ExpectNear(RunStream(reference::AttendStream, kv, query), naive.out, Tolerance(naive, 3e-7),
              what + " reference");
   ForEachTarget([&](const std::string& target) {
-    ExpectNear(RunStream(simd::AttendStream, kv, query), naive.out, Tolerance(naive, 2e-5),
+    ExpectNear(RunStream(simd::AttendStream, kv, query), naive.out, Tolerance(naive, 2e-6),
                what + " " + target);
   });
 }
@@ -194,6 +194,11 @@ TEST(AttendStream, ManyRowsUnpackPagesFirst) {
       const PackedContext context(head, bits, bits == 16 ? 4 : bits, 2, 70, 0.7, ++seed);
       CheckStream(context, rows, rows % 5 == 0 ? 5 : 1, 2.0, seed, Name(head, bits, bits, rows));
     }
+}
+
+TEST(AttendStream, MoreRowsThanShareATile) {
+  const PackedContext context(256, 4, 8, 1, 9, 0.9, 3);
+  CheckStream(context, 501, 3, 2.0, 5, Name(256, 4, 8, 501));
 }
 
 TEST(AttendStream, Lengths) {
@@ -289,7 +294,7 @@ TEST(AttendStream, PartsAddUpAndMergeInAnyOrder) {
     simd::MergeStates(empty.view(), left2.view(), rows, 128);
     for (State* state : {&chained, &left, &empty}) {
       simd::Finish(state->view(), rows, 128);
-      ExpectNear(state->out, naive.out, Tolerance(naive, 2e-5), target);
+      ExpectNear(state->out, naive.out, Tolerance(naive, 2e-6), target);
     }
   });
 }
@@ -347,9 +352,9 @@ TEST(AttendCausal, RowsSeeThePastOnly) {
       simd::Finish(state.view(), rows, head);
       return state.out;
     };
-    ExpectNear(run(reference::AttendCausal), naive.out, Tolerance(naive, 2e-6), what + " reference");
+    ExpectNear(run(reference::AttendCausal), naive.out, Tolerance(naive, 3e-7), what + " reference");
     ForEachTarget([&](const std::string& target) {
-      ExpectNear(run(simd::AttendCausal), naive.out, Tolerance(naive, 2e-5), what + " " + target);
+      ExpectNear(run(simd::AttendCausal), naive.out, Tolerance(naive, 2e-6), what + " " + target);
     });
   }
 }
@@ -371,7 +376,7 @@ TEST(AttendCausal, ContinuesAPackedContext) {
     simd::AttendStream(past.view(), 0, 3, true, query, state.view(), workspace.get());
     simd::AttendCausal(now.view(), 0, query, state.view(), workspace.get());
     simd::Finish(state.view(), rows, 64);
-    ExpectNear(state.out, naive.out, Tolerance(naive, 2e-5), target);
+    ExpectNear(state.out, naive.out, Tolerance(naive, 2e-6), target);
   });
 }
 
@@ -386,7 +391,7 @@ TEST(ColumnSums, CausalMatchesAndSumsToRows) {
     Workspace workspace(head, rows);
     State state(rows, head);
     reference::AttendCausal(kv.view(), first, query, state.view(), workspace.get());
-    const double tolerance = static_cast<double>(rows) * (1e-6 + naive.largest_score * 1e-6);
+    const double tolerance = static_cast<double>(rows) * (1e-6 + naive.largest_score * 2e-7);
     std::vector<float> sums(n, 0.0f);
     reference::ColumnSumsCausal(kv.view(), first, 0, kv.tokens, query, state.max.data(), state.sum.data(),
                                 sums.data(), workspace.get());
@@ -421,7 +426,7 @@ TEST(ColumnSums, StreamMatchesAndLeavesEvictedSlots) {
       Workspace workspace(96, rows);
       State state(rows, 96);
       reference::AttendStream(kv, 0, 4, true, query, state.view(), workspace.get());
-      const double tolerance = static_cast<double>(rows) * (1e-6 + naive.largest_score * 1e-6);
+      const double tolerance = static_cast<double>(rows) * (1e-6 + naive.largest_score * 2e-7);
       const auto check = [&](decltype(&simd::ColumnSumsStream) column_sums, const std::string& what) {
         std::vector<float> got(want.size(), 0.0f);
         column_sums(kv, query, state.max.data(), state.sum.data(), got.data(), workspace.get());

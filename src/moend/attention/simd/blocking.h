@@ -14,9 +14,11 @@ inline constexpr int64_t kFusedRows = 16;
 // Rows whose scores of one page are held at once: while K (or V) of a page stays in the first-level cache.
 inline constexpr int64_t kRowsPerBlock = 48;
 
-// Rows that share the conversion of a page to float32; their queries and outputs stay in the second-level
-// cache.
-inline constexpr int64_t kRowsPerTile = 192;
+// Rows that share the conversion of a page to float32: their queries and outputs, 512 KiB together, stay in
+// the second-level cache.
+constexpr int64_t RowsPerTile(int64_t head_size) {
+  return 65536 / head_size / kRowsPerBlock * kRowsPerBlock;
+}
 
 // Scratch of the fused path, in floats: scores [rows][64], probabilities times V scale [rows][64], scaled
 // queries [rows][head_size] and four numbers a row.

@@ -1,5 +1,5 @@
 // Prefill: blocks of rows against pages of 64 tokens, as matrix products with an online softmax between.
-// Rows share a page's conversion to float32 in blocks of kRowsPerTile, and K or V stays in the first-level
+// Rows share a page's conversion to float32 in blocks of RowsPerTile, and K or V stays in the first-level
 // cache for kRowsPerBlock rows.
 #include "moend/attention/simd/prefill.h"
 
@@ -61,15 +61,21 @@ int64_t FirstRowSeeing(int64_t token, int64_t first, int64_t group) {
 void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, SoftmaxState state,
                   float* workspace) {
   const Tile tile(workspace, kv.head_size);
-  for (int64_t r0 = 0; r0 < q.rows; r0 += kRowsPerTile) {
-    const int64_t r1 = HWY_MIN(r0 + kRowsPerTile, q.rows);
+  const int64_t step = RowsPerTile(tile.head_size);
+  for (int64_t r0 = 0; r0 < q.rows; r0 += step) {
+    const int64_t r1 = HWY_MIN(r0 + step, q.rows);
     const int64_t seen = first + (r1 - 1) / q.group + 1;
     for (int64_t t = 0; t < seen; t += kPageTokens) {
       WidenK(kv.k + t * kv.head_size, kv.head_size, tile.k);
       WidenV(kv.v + t * kv.head_size, HWY_MIN(seen - t, kPageTokens), kv.head_size, tile.v);
       const int64_t begin = HWY_MAX(r0, FirstRowSeeing(t, first, q.group));
-      const auto live = [&](int64_t r) { return FirstLive(first + r / q.group + 1 - t); };
-      AttendTile(tile, q, begin, r1, live, state);
+      if (first + begin / q.group + 1 - t >= kPageTokens) {
+        AttendTile(
+            tile, q, begin, r1, [](int64_t) { return kAllLive; }, state);
+      } else {
+        const auto live = [&](int64_t r) { return FirstLive(first + r / q.group + 1 - t); };
+        AttendTile(tile, q, begin, r1, live, state);
+      }
     }
   }
 }
@@ -112,8 +118,9 @@ void WidenRaw(const StreamView& kv, int64_t begin, int64_t n, const Tile& tile) 
 void AttendStreamTiled(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
                        const QueryRows& q, SoftmaxState state, float* workspace) {
   const Tile tile(workspace, kv.layout.head_size);
-  for (int64_t r0 = 0; r0 < q.rows; r0 += kRowsPerTile) {
-    const int64_t r1 = HWY_MIN(r0 + kRowsPerTile, q.rows);
+  const int64_t step = RowsPerTile(tile.head_size);
+  for (int64_t r0 = 0; r0 < q.rows; r0 += step) {
+    const int64_t r1 = HWY_MIN(r0 + step, q.rows);
     for (int64_t i = page_begin; i < page_end; ++i) {
       if (kv.live[i] == 0) continue;
       UnpackK(kv.layout, kv.pages[i], tile.k);
