@@ -236,6 +236,15 @@ TEST(AttendStream, LargeLogitsSaturate) {
   }
 }
 
+// One channel with most of K's range must not cost the others their precision.
+TEST(AttendStream, OutlierChannels) {
+  for (int bits : kBitWidths)
+    for (int64_t rows : {3, 20}) {
+      const PackedContext context(128, bits, bits, 3, 12, 0.9, 25, 100.0);
+      CheckStream(context, rows, 1, 2.0, 27, "outlier, " + Name(128, bits, bits, rows));
+    }
+}
+
 TEST(AttendStream, NothingSeenGivesZeros) {
   const PackedContext empty(96, 4, 4, 0, 0, 1.0, 21), evicted(96, 4, 4, 3, 0, 0.0, 21);
   ForEachTarget([&](const std::string& target) {

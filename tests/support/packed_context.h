@@ -96,17 +96,20 @@ inline double Decode(uint8_t code, Affine a) {
   return FromHalf(a.min) + FromHalf(a.scale) * code;
 }
 
-// Random numbers as attention sees them: K channels of different spread and offset.
+// Random numbers as attention sees them: K channels of different spread and offset, one of them `outlier`
+// times as large.
 class PackedContext {
  public:
   PackedContext(int64_t head_size, int k_bits, int v_bits, int64_t n_pages, int64_t n_raw, double live_share,
-                uint32_t seed)
+                uint32_t seed, double outlier = 1)
       : layout_(Layout(head_size, k_bits, v_bits)), random_(seed) {
     std::uniform_real_distribution<double> uniform(0, 1);
     for (int64_t c = 0; c < head_size; ++c) {
       spread_.push_back(0.2 + 2 * uniform(random_) * uniform(random_));
       offset_.push_back(2 * uniform(random_) - 1);
     }
+    spread_[5] *= outlier;
+    offset_[5] *= outlier;
     for (int64_t p = 0; p < n_pages; ++p) {
       uint64_t live = 0;
       for (int t = 0; t < 64; ++t) live |= static_cast<uint64_t>(uniform(random_) < live_share) << t;
