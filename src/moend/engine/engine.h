@@ -80,6 +80,8 @@ class Session {
   // Reads tokens, layer by layer: all of them through layer 0, whose K/V are then scored, evicted and packed,
   // then layer 1, and so on. May be called again (a further turn). Afterwards logits() are those of the last
   // token. kTooLong when the context would overflow. After an error the session must not be used further.
+  // While `progress` runs, the engine is free: other sessions may decode in it (DecodeBatch), none may
+  // prefill.
   Expected<void> Prefill(std::span<const int32_t> tokens, const Progress& progress = {});
 
   // One token further. Every kEvictInterval tokens the cache is evicted back to the plan's ratio.

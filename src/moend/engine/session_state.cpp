@@ -1,0 +1,121 @@
+#include "moend/engine/session_state.h"
+
+#include <bit>
+#include <cstring>
+
+#include "moend/cache/serialize.h"
+#include "moend/engine/compress.h"
+#include "moend/engine/engine_impl.h"
+
+namespace moend {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "saved sessions are little endian");
+
+constexpr std::string_view kMagic = "MOENDSS1";
+constexpr std::string_view kSource = "the saved session";
+
+void Append(std::string& out, int64_t value) {
+  char bytes[sizeof value];
+  std::memcpy(bytes, &value, sizeof value);
+  out.append(bytes, sizeof value);
+}
+
+// Takes `n` bytes from the front; kCorrupt when there are fewer.
+Expected<std::string_view> Take(std::string_view& left, int64_t n) {
+  if (n < 0 || n > std::ssize(left))
+    return Fail(ErrorCode::kCorrupt, "{} announces {} bytes where {} are left", kSource, n, left.size());
+  const std::string_view taken = left.substr(0, static_cast<std::size_t>(n));
+  left.remove_prefix(static_cast<std::size_t>(n));
+  return taken;
+}
+
+Expected<int64_t> TakeNumber(std::string_view& left) {
+  int64_t value = 0;
+  MOEND_ASSIGN(const std::string_view bytes, Take(left, sizeof value));
+  std::memcpy(&value, bytes.data(), sizeof value);
+  return value;
+}
+
+}  // namespace
+
+Expected<void> RecompressSession(Session& session, const Plan& plan) {
+  Session::Impl& s = session.impl();
+  MOEND_TRY(CheckSameModel(plan.model, s.plan.model, "the plan"));
+  if (plan.layers.size() != s.layers.size() || !(plan.guard == s.plan.guard))
+    return Fail(ErrorCode::kMismatch,
+                "the plan has {} layers and protects other tokens than the session's of {}",
+                plan.layers.size(), s.layers.size());
+  const std::lock_guard lock(s.machine().busy);
+  for (std::size_t l = 0; l < s.layers.size(); ++l) {
+    LayerCache& cache = s.layers[l];
+    if (!(cache.expert() == plan.layers[l])) {
+      MOEND_ASSIGN(cache, cache.Repack(plan.layers[l]));
+    }
+    // Nobody is asking anything just now: the scorer goes by what it keeps with the cache.
+    const int64_t group = 1;
+    MOEND_TRY(EvictExcess(cache, *s.scorer, [&](int64_t) { return QueryRows{nullptr, 0, group}; }));
+  }
+  const std::string scorer = s.plan.scorer;
+  s.plan = plan;
+  s.plan.scorer = scorer;
+  s.ring = {};
+  s.since_eviction = 0;
+  return {};
+}
+
+// "MOENDSS1" | tokens since the last eviction | n tokens, i32 each | n layers | n bytes, SerializeCache()
+// each
+Expected<std::string> SaveSession(const Session& session) {
+  const Session::Impl& s = session.impl();
+  std::string out(kMagic);
+  Append(out, s.since_eviction);
+  Append(out, std::ssize(s.tokens));
+  out.append(reinterpret_cast<const char*>(s.tokens.data()), s.tokens.size() * sizeof(int32_t));
+  Append(out, std::ssize(s.layers));
+  for (const LayerCache& cache : s.layers) {
+    MOEND_ASSIGN(const std::string blob, SerializeCache(cache));
+    Append(out, std::ssize(blob));
+    out += blob;
+  }
+  return out;
+}
+
+Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& plan,
+                                 const SessionOptions& options, std::string_view bytes) {
+  if (!bytes.starts_with(kMagic))
+    return Fail(ErrorCode::kCorrupt, "{} does not begin with {}", kSource, kMagic);
+  bytes.remove_prefix(kMagic.size());
+  MOEND_ASSIGN(Session session, Session::Create(std::move(engine), plan, options));
+  Session::Impl& s = session.impl();
+  MOEND_ASSIGN(s.since_eviction, TakeNumber(bytes));
+  if (s.since_eviction < 0 || s.since_eviction >= kEvictInterval)
+    return Fail(ErrorCode::kCorrupt, "{} was evicted {} tokens ago; {} is the most", kSource,
+                s.since_eviction, kEvictInterval - 1);
+  MOEND_ASSIGN(const int64_t n, TakeNumber(bytes));
+  if (n <= 0 || n > s.n_ctx)
+    return Fail(ErrorCode::kCorrupt, "{} has {} tokens; the context holds 1 to {}", kSource, n, s.n_ctx);
+  MOEND_ASSIGN(const std::string_view ids, Take(bytes, n * static_cast<int64_t>(sizeof(int32_t))));
+  s.tokens.resize(static_cast<std::size_t>(n));
+  std::memcpy(s.tokens.data(), ids.data(), ids.size());
+  const int64_t n_vocab = s.engine->model().hparams().n_vocab;
+  for (const int32_t t : s.tokens)
+    if (t < 0 || t >= n_vocab) return Fail(ErrorCode::kCorrupt, "{} has token {} of {}", kSource, t, n_vocab);
+  MOEND_ASSIGN(const int64_t n_layers, TakeNumber(bytes));
+  if (n_layers != std::ssize(s.layers))
+    return Fail(ErrorCode::kMismatch, "{} has {} layers, the model {}", kSource, n_layers, s.layers.size());
+  for (LayerCache& cache : s.layers) {
+    MOEND_ASSIGN(const int64_t size, TakeNumber(bytes));
+    MOEND_ASSIGN(const std::string_view blob, Take(bytes, size));
+    MOEND_ASSIGN(LayerCache restored, DeserializeCache(s.ledger, blob, kSource));
+    if (!(restored.shape() == cache.shape()) || !(restored.expert() == cache.expert()) ||
+        !(restored.guard() == cache.guard()) || restored.tokens_seen() != n)
+      return Fail(ErrorCode::kMismatch, "{} was made with another plan, or its layers differ in length",
+                  kSource);
+    cache = std::move(restored);
+  }
+  if (!bytes.empty()) return Fail(ErrorCode::kCorrupt, "{} has {} bytes too many", kSource, bytes.size());
+  return session;
+}
+
+}  // namespace moend
