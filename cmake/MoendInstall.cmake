@@ -1,0 +1,31 @@
+# The CMake package `moend`: libraries, headers, the program, and what find_package(moend) needs to find the
+# dependencies again. A ggml that scripts/setup built is installed along, in a folder of its own, so that it does not
+# meet another one of the system.
+include(CMakePackageConfigHelpers)
+
+set(moend_package ${CMAKE_INSTALL_LIBDIR}/cmake/moend)
+# The server is a program, not a library: who embeds moend needs none of its dependencies.
+set(moend_exported ${MOEND_ROOMS})
+list(REMOVE_ITEM moend_exported moend_serve)
+foreach(room ${moend_exported})
+  string(REPLACE moend_ "" short ${room})
+  set_target_properties(${room} PROPERTIES EXPORT_NAME ${short})
+endforeach()
+add_library(moend_package INTERFACE)
+target_link_libraries(moend_package INTERFACE ${moend_exported})
+set_target_properties(moend_package PROPERTIES EXPORT_NAME moend)
+install(TARGETS moend_package ${moend_exported} EXPORT moend_targets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(EXPORT moend_targets NAMESPACE moend:: FILE moendTargets.cmake DESTINATION ${moend_package})
+install(DIRECTORY src/moend/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/moend
+        FILES_MATCHING PATTERN "*.h" PATTERN "*-inl.h" EXCLUDE PATTERN cli EXCLUDE PATTERN serve EXCLUDE)
+
+string(FIND "${ggml_DIR}" "${CMAKE_SOURCE_DIR}/.deps/" moend_own_ggml)
+if(moend_own_ggml EQUAL 0)
+  install(DIRECTORY .deps/install/ DESTINATION ${CMAKE_INSTALL_LIBDIR}/moend)
+endif()
+
+configure_package_config_file(cmake/moendConfig.cmake.in ${CMAKE_BINARY_DIR}/moendConfig.cmake
+                              INSTALL_DESTINATION ${moend_package})
+write_basic_package_version_file(${CMAKE_BINARY_DIR}/moendConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${CMAKE_BINARY_DIR}/moendConfig.cmake ${CMAKE_BINARY_DIR}/moendConfigVersion.cmake
+        DESTINATION ${moend_package})

@@ -1,0 +1,193 @@
+// moend calibrate: measures what every expert costs every layer, into a profile.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <limits>
+
+#include "moend/base/file.h"
+#include "moend/calibrate/calibrate.h"
+#include "moend/cli/commands.h"
+#include "moend/cli/common.h"
+#include "moend/cli/progress.h"
+#include "moend/score/scorer.h"
+
+namespace moend::cli {
+namespace {
+
+constexpr const char* kFooter = R"(
+Example:
+  moend calibrate -m model.gguf -f text.txt -o profile.json -c 8192 --chunks 4
+
+The text should resemble what the model will read, and be at least a chunk long. The profile is saved after
+every chunk; after Ctrl-C, or with more --chunks, the same command goes on where the profile ends.)";
+
+struct CalibrateFlags {
+  ModelFlags model;
+  std::vector<std::string> files;
+  std::string output;
+  CalibrateOptions options;
+  std::vector<double> keeps;
+  std::vector<std::string> bits;
+  bool restart = false;
+};
+
+// "4/2" is K 4 bit, V 2 bit; "4" is both.
+Expected<std::pair<int, int>> ParseBits(const std::string& text) {
+  const auto number = [](std::string_view s) {
+    int value = 0;
+    const auto [end, error] = std::from_chars(s.data(), s.data() + s.size(), value);
+    return error == std::errc() && end == s.data() + s.size() ? value : 0;
+  };
+  const std::size_t slash = std::min(text.find('/'), text.size());
+  const int k = number(std::string_view(text).substr(0, slash));
+  const int v = slash < text.size() ? number(std::string_view(text).substr(slash + 1)) : k;
+  if (!IsBitWidth(k) || !IsBitWidth(v))
+    return Fail(ErrorCode::kInvalidArgument, "--bits {}: K/V bits are written as 4/2; possible: {}", text,
+                fmt::join(kBitWidths, ", "));
+  return std::pair(k, v);
+}
+
+// Every keep ratio with every pair of bits; what is not given comes from the default list.
+Expected<std::vector<Expert>> Experts(const CalibrateFlags& flags) {
+  if (flags.keeps.empty() && flags.bits.empty()) return std::vector<Expert>();
+  std::vector<double> keeps = flags.keeps;
+  std::vector<std::pair<int, int>> bits;
+  for (const std::string& text : flags.bits) {
+    MOEND_ASSIGN(const auto pair, ParseBits(text));
+    bits.push_back(pair);
+  }
+  for (const Expert& e : DefaultExperts()) {
+    if (flags.keeps.empty()) keeps.push_back(e.keep);
+    if (flags.bits.empty()) bits.emplace_back(e.k_bits, e.v_bits);
+  }
+  std::vector<Expert> experts;
+  for (const double keep : keeps) {
+    if (!(keep > 0 && keep <= 1))
+      return Fail(ErrorCode::kInvalidArgument, "--keep {}: a share of tokens is above 0 and at most 1", keep);
+    for (const auto& [k, v] : bits) experts.push_back({keep, k, v});
+  }
+  std::sort(experts.begin(), experts.end());
+  experts.erase(std::unique(experts.begin(), experts.end()), experts.end());
+  return experts;
+}
+
+Expected<std::vector<std::vector<int32_t>>> ReadTexts(const CalibrateFlags& flags,
+                                                      const Tokenizer& tokenizer) {
+  std::vector<std::vector<int32_t>> texts;
+  for (const std::string& file : flags.files) {
+    MOEND_ASSIGN(const std::string text, ReadInput(file));
+    MOEND_ASSIGN(auto tokens, tokenizer.Tokenize(text, false, true));
+    texts.push_back(std::move(tokens));
+  }
+  return texts;
+}
+
+// What an earlier run left at the output path; an empty profile when there is nothing.
+Expected<Profile> Unfinished(const CalibrateFlags& flags) {
+  std::error_code ignored;
+  if (flags.restart || !std::filesystem::exists(flags.output, ignored)) return Profile();
+  auto profile = LoadProfile(flags.output);
+  if (!profile) return Fail(profile.error().code, "{} (--restart writes over it)", profile.error().message);
+  return std::move(*profile);
+}
+
+Expected<void> Run(CalibrateFlags& flags) {
+  MOEND_ASSIGN(flags.options.experts, Experts(flags));
+  MOEND_TRY(CheckWritable(flags.output));
+  MOEND_ASSIGN(Profile profile, Unfinished(flags));
+  MOEND_ASSIGN(auto engine, flags.model.Load());
+  const int64_t trained = engine->model().hparams().n_ctx_train;
+  if (flags.options.length == 0) flags.options.length = std::min(CalibrateOptions().length, trained);
+  if (flags.options.length > trained)
+    return Fail(ErrorCode::kInvalidArgument, "chunks of {} tokens are not possible; {} was trained for {}",
+                flags.options.length, flags.model.path, trained);
+  const Tokenizer& tokenizer = engine->model().tokenizer();
+  MOEND_ASSIGN(const auto texts, ReadTexts(flags, tokenizer));
+  MOEND_ASSIGN(const auto chunks, MakeChunks(texts, tokenizer.bos(), flags.options));
+  const auto n_chunks = static_cast<int64_t>(chunks.size());
+  if (profile.chunks >= n_chunks) {
+    Note(fmt::format("{} has its {} chunks already; --restart measures anew", flags.output, profile.chunks));
+  } else if (profile.chunks > 0) {
+    Note(fmt::format("going on with {} after {} of {} chunks", flags.output, profile.chunks, n_chunks));
+  }
+
+  const Interrupt interrupt;
+  ProgressBar bar("calibrating", 0);
+  const auto start = std::chrono::steady_clock::now();
+  int64_t saved = profile.chunks;
+  const auto progress = [&](const CalibrateProgress& p) {
+    bar.Update(p.done, fmt::format("chunk {} of {}", p.chunk + 1, p.chunks));
+    return !Interrupt::requested();
+  };
+  const auto save = [&](const Profile& so_far) -> Expected<void> {
+    MOEND_TRY(WriteFileAtomically(flags.output, ToJson(so_far)));
+    saved = so_far.chunks;
+    bar.Clear();
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    Note(
+        fmt::format("chunk {} of {} saved to {} after {}", saved, n_chunks, flags.output, Duration(seconds)));
+    return {};
+  };
+  auto finished = Calibrate(engine, chunks, flags.options, std::move(profile), progress, save);
+  bar.Clear();
+  if (!finished && finished.error().code == ErrorCode::kCancelled)
+    return Fail(ErrorCode::kCancelled, "interrupted; {}",
+                saved > 0 ? fmt::format("{} keeps {} of {} chunks, and the same command goes on from there",
+                                        flags.output, saved, n_chunks)
+                          : "no chunk was finished, so nothing was saved");
+  if (!finished) return Forward(finished);
+  fmt::print("{}", DescribeProfile(*finished, OutputStyle()));
+  return {};
+}
+
+}  // namespace
+
+void AddCalibrate(CLI::App& app, int& exit_code) {
+  auto* command = app.add_subcommand("calibrate", "Measure what each compression costs each layer");
+  auto flags = std::make_shared<CalibrateFlags>();
+  CalibrateFlags& f = *flags;
+  f.options.length = 0;
+  f.model.AddTo(*command);
+  command->add_option("-f,--file", f.files, "texts to measure on; - is standard input")
+      ->required()
+      ->type_name("TEXT...");
+  command->add_option("-o,--output", f.output, "the profile")->required()->type_name("PROFILE.json");
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  command->add_option("-c,--ctx-size", f.options.length, "tokens of a chunk; 0: 8192, or what the model has")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{0}, kMost))
+      ->type_name("LENGTH");
+  command->add_option("--chunks", f.options.chunks, "how many chunks; 0: all that the texts give")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{0}, kMost))
+      ->type_name("N");
+  command->add_option("--evaluated", f.options.evaluated, "tokens at the end of a chunk that are measured")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{1}, kMost))
+      ->type_name("N");
+  command->add_option("--scorer", f.options.scorer, "how tokens are chosen")
+      ->capture_default_str()
+      ->check(CLI::IsMember(ScorerNames()))
+      ->type_name("NAME");
+  command->add_option("--keep", f.keeps, "shares of the tokens to try, as 0.1,0.25,1")
+      ->delimiter(',')
+      ->type_name("SHARE,...");
+  command->add_option("--bits", f.bits, "K/V bits to try, as 4/2,8/4")->delimiter(',')->type_name("K/V,...");
+  command->add_option("--sinks", f.options.guard.sinks, "first tokens that are never compressed")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
+      ->type_name("N");
+  command->add_option("--window", f.options.guard.window, "newest tokens that are never compressed")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->type_name("N");
+  command->add_flag("--restart", f.restart, "start anew even if the output has finished chunks");
+  command->footer(kFooter);
+  command->callback([flags, &exit_code] { exit_code = ExitCode(Run(*flags)); });
+}
+
+}  // namespace moend::cli

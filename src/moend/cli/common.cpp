@@ -1,0 +1,206 @@
+#include "moend/cli/common.h"
+
+#include <fmt/format.h>
+#include <sys/ioctl.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cctype>
+#include <cerrno>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "moend/base/file.h"
+#include "moend/score/scorer.h"
+#include "moend/solve/solve.h"
+
+namespace moend::cli {
+namespace {
+
+constexpr int64_t kMaxInputBytes = int64_t{1} << 30;
+
+std::atomic<bool> interrupted{false};
+struct sigaction before;
+
+void OnInterrupt(int) {
+  interrupted.store(true, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+int Report(const Error& error) {
+  fmt::print(stderr, "moend: error: {}\n", error.message);
+  return error.code == ErrorCode::kCancelled ? kExitInterrupted : kExitFailure;
+}
+
+int ExitCode(Expected<void> result) {
+  return result ? 0 : Report(result.error());
+}
+
+void Note(const std::string& text) {
+  fmt::print(stderr, "moend: {}\n", text);
+}
+
+int FlushOutput() {
+  errno = 0;
+  if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return 0;
+  const int reason = errno;
+  fmt::print(stderr, "moend: error: cannot write to standard output{}{}\n", reason ? ": " : "",
+             reason ? std::strerror(reason) : "");
+  return kExitFailure;
+}
+
+void AddEnvironment(CLI::App& app) {
+  for (CLI::Option* option : app.get_options()) {
+    if (option->get_lnames().empty() || option->get_lnames()[0] == "help") continue;
+    std::string name = "MOEND_ARG_" + option->get_lnames()[0];
+    std::transform(name.begin(), name.end(), name.begin(),
+                   [](unsigned char c) { return c == '-' ? '_' : static_cast<char>(std::toupper(c)); });
+    option->envname(name);
+  }
+}
+
+void ModelFlags::AddTo(CLI::App& app) {
+  app.add_option("-m,--model", path, "GGUF file (architectures llama, qwen2, qwen3)")
+      ->required()
+      ->type_name("FILE");
+  app.add_option("-t,--threads", threads, "threads; 0: one a core")
+      ->check(CLI::Range(0, 1024))
+      ->type_name("N");
+}
+
+Expected<std::shared_ptr<Engine>> ModelFlags::Load() const {
+  LoadOptions load;
+  load.n_threads = threads;
+  MOEND_ASSIGN(auto model, Model::Load(path, load));
+  EngineOptions options;
+  options.n_threads = threads;
+  return Engine::Create(std::move(model), options);
+}
+
+void PlanFlags::AddTo(CLI::App& app) {
+  auto* from_plan = app.add_option("--plan", plan, "compress as this plan says (from 'moend solve')");
+  from_plan->type_name("PLAN.json");
+  auto* from_profile =
+      app.add_option("--profile", profile, "solve for this prompt from a calibrated profile");
+  from_profile->type_name("PROFILE.json")->excludes(from_plan);
+  auto* ratio = app.add_option("--compression", compression, "with --profile: times smaller than 16 bit");
+  ratio->type_name("R")->needs(from_profile)->check(CLI::Range(1.0, 1e6));
+  auto* budget = app.add_option("--budget-mib", budget_mib, "with --profile: K/V bytes at most, in MiB");
+  budget->type_name("N")->needs(from_profile)->excludes(ratio)->check(CLI::PositiveNumber);
+  const auto choice = [&](const std::string& flag, std::string& value, const char* text,
+                          std::vector<std::string> names) {
+    app.add_option(flag, value, text)
+        ->needs(from_profile)
+        ->capture_default_str()
+        ->check(CLI::IsMember(std::move(names)))
+        ->type_name("NAME");
+  };
+  choice("--variant", variant, "with --profile: what is routed", kVariants);
+  choice("--solver", solver, "with --profile: how the plan is found", kSolvers);
+  choice("--metric", metric, "with --profile: what the plan minimizes", kMetrics);
+  app.add_option("--scorer", scorer, "how tokens are chosen instead of the plan's way")
+      ->check(CLI::IsMember(ScorerNames()))
+      ->type_name("NAME");
+}
+
+void PlanFlags::Check() const {
+  if (!profile.empty() && compression == 0 && budget_mib == 0)
+    throw CLI::RequiredError("--profile needs --compression or --budget-mib, which");
+}
+
+Expected<Plan> PlanFlags::Make(const Engine& engine, int64_t n_tokens) const {
+  const Fingerprint running = engine.fingerprint();
+  if (!plan.empty()) {
+    MOEND_ASSIGN(Plan loaded, LoadPlan(plan));
+    MOEND_TRY(CheckSameModel(loaded.model, running, plan));
+    return loaded;
+  }
+  if (profile.empty()) return FullPlan(running, n_tokens);
+  MOEND_ASSIGN(Profile measured, LoadProfile(profile));
+  MOEND_TRY(CheckSameModel(measured.model, running, profile));
+  SolveRequest request;
+  MOEND_ASSIGN(request.solver, ParseSolver(solver));
+  MOEND_ASSIGN(request.metric, ParseMetric(metric));
+  MOEND_ASSIGN(request.variant, ParseVariant(variant));
+  MOEND_ASSIGN(request.score_bytes, ScoreBytes(scorer.empty() ? measured.scorer : scorer));
+  request.context_length = n_tokens;
+  request.compression = compression;
+  if (budget_mib > 0) {
+    MOEND_ASSIGN(request.budget_bytes, BudgetBytes(budget_mib));
+  }
+  MOEND_ASSIGN(Solution solution, Solve(measured, request));
+  return std::move(solution.plan);
+}
+
+TextStyle OutputStyle() {
+  TextStyle style;
+  const char* term = std::getenv("TERM");
+  const char* no_color = std::getenv("NO_COLOR");
+  const bool plain = (no_color && *no_color) || (term && std::strcmp(term, "dumb") == 0);
+  style.color = isatty(STDOUT_FILENO) == 1 && !plain;
+  winsize size{};
+  if (ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
+    style.width = std::max(80, int{size.ws_col});
+  return style;
+}
+
+Expected<int64_t> ScoreBytes(const std::string& scorer) {
+  MOEND_ASSIGN(const auto made, MakeScorer(scorer));
+  return made->needs().accumulated ? 4 : 0;
+}
+
+Expected<int64_t> BudgetBytes(double mib) {
+  const double bytes = mib * 1024 * 1024;
+  if (!(bytes >= 1 && bytes < 0x1p62))
+    return Fail(ErrorCode::kInvalidArgument, "a budget of {} MiB is not possible", mib);
+  return static_cast<int64_t>(bytes);
+}
+
+Expected<std::string> ReadInput(const std::string& path) {
+  if (path != "-") return ReadFile(path, kMaxInputBytes);
+  std::string text;
+  char block[1 << 16];
+  while (const std::size_t n = std::fread(block, 1, sizeof block, stdin)) {
+    text.append(block, n);
+    if (static_cast<int64_t>(text.size()) > kMaxInputBytes)
+      return Fail(ErrorCode::kTooLong, "standard input has more than {} bytes", kMaxInputBytes);
+  }
+  if (std::ferror(stdin)) return Fail(ErrorCode::kIo, "cannot read standard input");
+  return text;
+}
+
+double MiB(int64_t bytes) {
+  return static_cast<double>(bytes) / (1024.0 * 1024.0);
+}
+
+int64_t PeakResidentBytes() {
+  rusage usage{};
+  if (getrusage(RUSAGE_SELF, &usage) != 0) return 0;
+  return int64_t{usage.ru_maxrss} * 1024;
+}
+
+Interrupt::Interrupt() {
+  interrupted = false;
+  struct sigaction action {};
+  action.sa_handler = OnInterrupt;
+  // No SA_RESTART: waiting for input ends as well.
+  action.sa_flags = static_cast<int>(SA_RESETHAND);
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGINT, &action, &before);
+}
+
+Interrupt::~Interrupt() {
+  sigaction(SIGINT, &before, nullptr);
+}
+
+bool Interrupt::requested() {
+  return interrupted.load(std::memory_order_relaxed);
+}
+
+}  // namespace moend::cli

@@ -1,0 +1,87 @@
+// What several subcommands share: flags, loading, and how they report.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "moend/base/error.h"
+#include "moend/engine/engine.h"
+#include "moend/plan/describe.h"
+#include "moend/plan/plan.h"
+
+namespace moend::cli {
+
+inline constexpr int kExitFailure = 1;
+inline constexpr int kExitUsage = 2;
+inline constexpr int kExitInterrupted = 130;  // as shells count a Ctrl-C
+
+// Prints "moend: error: ..." on stderr and returns the exit code that the error asks for.
+int Report(const Error& error);
+int ExitCode(Expected<void> result);  // 0, or Report()
+
+// "moend: ..." on stderr.
+void Note(const std::string& text);
+
+// 0, or kExitFailure with a message when stdout took less than was printed (a full disk, a closed pipe).
+int FlushOutput();
+
+// Every long flag --some-name also answers to the environment variable MOEND_ARG_SOME_NAME, the way
+// llama.cpp's do to LLAMA_ARG_*. Call when all flags of a command are declared.
+void AddEnvironment(CLI::App& app);
+
+// -m, -t
+struct ModelFlags {
+  std::string path;
+  int threads = 0;
+
+  void AddTo(CLI::App& app);
+  Expected<std::shared_ptr<Engine>> Load() const;
+};
+
+// The names that ParseVariant(), ParseSolver() and ParseMetric() know.
+inline const std::vector<std::string> kVariants = {"full", "1d", "2d_uniform", "2d", "2d_hetero"};
+inline const std::vector<std::string> kSolvers = {"greedy", "hull", "exact"};
+inline const std::vector<std::string> kMetrics = {"kl", "l2"};
+
+// --plan, or --profile with --compression or --budget-mib and the solver's flags; neither: the full cache.
+struct PlanFlags {
+  std::string plan, profile, scorer;
+  double compression = 0, budget_mib = 0;
+  std::string variant = "2d_hetero", solver = "exact", metric = "kl";
+
+  void AddTo(CLI::App& app);
+  void Check() const;  // throws CLI11's error when flags do not go together; call when all are parsed
+  // A plan for contexts of up to `n_tokens` tokens; made for another model: kMismatch.
+  Expected<Plan> Make(const Engine& engine, int64_t n_tokens) const;
+};
+
+// How DescribeProfile() and DescribePlan() should look on this stdout: in colour on a terminal, unless
+// NO_COLOR is set.
+TextStyle OutputStyle();
+
+// Bytes that `scorer` keeps a cached slot, as LayerBytes() wants them.
+Expected<int64_t> ScoreBytes(const std::string& scorer);
+
+// --budget-mib as bytes; kInvalidArgument when that is no number of bytes.
+Expected<int64_t> BudgetBytes(double mib);
+
+// The whole of `path`, or of stdin for "-".
+Expected<std::string> ReadInput(const std::string& path);
+
+double MiB(int64_t bytes);
+int64_t PeakResidentBytes();  // of this process so far
+
+// Reads Ctrl-C as a request while it lives; a second Ctrl-C ends the process at once.
+class Interrupt {
+ public:
+  Interrupt();
+  ~Interrupt();
+  Interrupt(const Interrupt&) = delete;
+  Interrupt& operator=(const Interrupt&) = delete;
+  static bool requested();
+};
+
+}  // namespace moend::cli

@@ -1,0 +1,105 @@
+// moend inspect: explains a model, a profile or a plan.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+
+#include "moend/base/file.h"
+#include "moend/cli/commands.h"
+#include "moend/cli/common.h"
+#include "moend/plan/json_reader.h"
+
+namespace moend::cli {
+namespace {
+
+constexpr const char* kFooter = R"(
+Examples:
+  moend inspect model.gguf
+  moend inspect profile.json
+  moend inspect plan.json
+
+A model: what it is and what its K/V cache takes. A profile: a heat map, a row a layer, a column an expert. A
+plan: what each layer keeps, with how many bits, in how many bytes.)";
+
+// The first bytes of a file, fewer when it is shorter.
+Expected<std::string> Head(const std::string& path, std::size_t n) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
+  if (!file) return std::string();  // the reader that comes next says why
+  std::string head(n, '\0');
+  head.resize(std::fread(head.data(), 1, n, file.get()));
+  return head;
+}
+
+void Row(const char* name, const std::string& value) {
+  fmt::print("{:<22}{}\n", name, value);
+}
+
+Expected<void> ExplainModel(const std::string& path) {
+  LoadOptions options;
+  options.vocabulary = false;
+  MOEND_ASSIGN(const auto model, Model::Load(path, options));
+  const HyperParams& hp = model->hparams();
+  Row("model", hp.name.empty() ? "(unnamed)" : Printable(hp.name));
+  Row("file", fmt::format("{}, {:.1f} MiB", path, MiB(model->file_bytes())));
+  Row("architecture", hp.architecture_name);
+  Row("layers", fmt::format("{}", hp.n_layers));
+  Row("width", fmt::format("{}, feed-forward {}", hp.n_embd, hp.n_ff));
+  Row("query heads", fmt::format("{}, {} to a KV head", hp.n_heads, hp.n_heads / hp.n_kv_heads));
+  Row("KV heads", fmt::format("{}, head size {}", hp.n_kv_heads, hp.head_size));
+  Row("vocabulary", fmt::format("{} tokens", hp.n_vocab));
+  Row("trained context", fmt::format("{} tokens", hp.n_ctx_train));
+  Row("RoPE", fmt::format("base {:g}, scale {:g}{}", hp.rope.freq_base, hp.rope.freq_scale,
+                          hp.rope.ext_factor != 0 ? ", YaRN" : ""));
+  Row("fingerprint", model->hash());
+
+  const KvShape shape{hp.n_kv_heads, hp.head_size};
+  const auto bytes = [&](int64_t tokens) { return hp.n_layers * FullLayerBytes(shape, tokens); };
+  fmt::print("\nK/V cache at 16 bit: {} bytes a token\n\n{:>10}", bytes(1), "tokens");
+  constexpr double kRatios[] = {1, 4, 8, 14, 20, 40};
+  for (const double r : kRatios) fmt::print("{:>12}", r == 1 ? "full" : fmt::format("{:g}x", r));
+  fmt::print("\n");
+  for (int64_t tokens = 1024;; tokens = tokens * 4 < hp.n_ctx_train ? tokens * 4 : hp.n_ctx_train) {
+    const int64_t shown = std::min(tokens, hp.n_ctx_train);
+    fmt::print("{:>10}", shown);
+    for (const double r : kRatios) fmt::print("{:>12}", fmt::format("{:.2f} MiB", MiB(bytes(shown)) / r));
+    fmt::print("\n");
+    if (shown >= hp.n_ctx_train) break;
+  }
+  return {};
+}
+
+Expected<void> Run(const std::string& path) {
+  MOEND_ASSIGN(const std::string head, Head(path, 64));
+  const std::size_t first = head.find_first_not_of(" \t\r\n\xEF\xBB\xBF");
+  if (first == std::string::npos || head[first] != '{') return ExplainModel(path);
+  MOEND_ASSIGN(const std::string text, ReadFile(path, int64_t{128} << 20));
+  MOEND_ASSIGN(const auto document, ParseJson(text, path));
+  const JsonNode root(document, path);
+  MOEND_ASSIGN(const JsonNode kind, root.At("moend"));
+  MOEND_ASSIGN(const std::string name, kind.Text(64));
+  if (name == "profile") {
+    MOEND_ASSIGN(const Profile profile, ParseProfile(text, path));
+    fmt::print("{}", DescribeProfile(profile, OutputStyle()));
+    return {};
+  }
+  if (name == "plan") {
+    MOEND_ASSIGN(const Plan plan, ParsePlan(text, path));
+    fmt::print("{}", DescribePlan(plan, OutputStyle()));
+    return {};
+  }
+  return Fail(ErrorCode::kUnsupported, "{} is a moend file of kind '{}'; inspect knows profile and plan",
+              path, Printable(name));
+}
+
+}  // namespace
+
+void AddInspect(CLI::App& app, int& exit_code) {
+  auto* command = app.add_subcommand("inspect", "Explain a model, a profile or a plan");
+  auto path = std::make_shared<std::string>();
+  command->add_option("file", *path, "a GGUF model, a profile or a plan")->required()->type_name("FILE");
+  command->footer(kFooter);
+  command->callback([path, &exit_code] { exit_code = ExitCode(Run(*path)); });
+}
+
+}  // namespace moend::cli
