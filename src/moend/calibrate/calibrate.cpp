@@ -86,7 +86,7 @@ class Calibrator {
       MOEND_ASSIGN(auto scratch,
                    LayerScratch::Create(nullptr, shape, hp_.n_heads, n, chunk_.context, scorer_.needs()));
       chunk_.layers.push_back(std::move(scratch));
-      machine_.prefill->Begin(nullptr, &chunk_.layers.back());
+      machine_.prefill->Begin({}, &chunk_.layers.back());
       for (int64_t at = 0; at < chunk_.context; at += compute.block_tokens()) {
         const int64_t m = std::min(compute.block_tokens(), chunk_.context - at);
         MOEND_TRY(compute.Layer(l, hidden.data() + at * hp_.n_embd, m, at, *machine_.prefill));
@@ -123,16 +123,18 @@ class Calibrator {
     ProfileCell cell;
     // 16 bit and every token: the full cache itself.
     if (expert.keep >= 1 && expert.k_bits == 16 && expert.v_bits == 16) return cell;
-    MOEND_ASSIGN(auto cache, CompressScratch(std::make_shared<Ledger>(), chunk_.layers[li], chunk_.context,
-                                             expert, options_.guard, scorer_, &scores));
+    const std::vector<Expert> experts(static_cast<std::size_t>(hp_.n_kv_heads), expert);
+    MOEND_ASSIGN(const auto caches,
+                 CompressScratch(*machine_.compute, std::make_shared<Ledger>(), chunk_.layers[li],
+                                 chunk_.context, experts, options_.guard, scorer_, &scores));
     std::vector<float> hidden = chunk_.inputs[li];
     if (!tail_) {
-      MOEND_ASSIGN(auto scratch,
-                   LayerScratch::Create(nullptr, cache.shape(), hp_.n_heads, chunk_.evaluated, 0, {}));
+      MOEND_ASSIGN(auto scratch, LayerScratch::Create(nullptr, {hp_.n_kv_heads, hp_.head_size}, hp_.n_heads,
+                                                      chunk_.evaluated, 0, {}));
       tail_ = std::make_unique<LayerScratch>(std::move(scratch));
     }
     tail_->Clear();
-    machine_.prefill->Begin(&cache, tail_.get());
+    machine_.prefill->Begin(caches, tail_.get());
     MOEND_ASSIGN(const auto attention, RunTail(layer, hidden.data(), true));
     double error = 0;
     for (std::size_t i = 0; i < attention.size(); ++i) {
@@ -144,7 +146,7 @@ class Calibrator {
     for (int64_t l = layer + 1; l < hp_.n_layers; ++l) {
       LayerScratch& scratch = chunk_.layers[static_cast<std::size_t>(l)];
       scratch.Truncate(chunk_.context);
-      machine_.prefill->Begin(nullptr, &scratch);
+      machine_.prefill->Begin({}, &scratch);
       MOEND_TRY(RunTail(l, hidden.data(), false));
     }
     logits_.resize(chunk_.logits.size());

@@ -40,66 +40,80 @@ Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const L
   return scores;
 }
 
-Expected<LayerCache> CompressScratch(const std::shared_ptr<Ledger>& ledger, const LayerScratch& scratch,
-                                     int64_t n_tokens, const Expert& expert, const Protected& guard,
-                                     const Scorer& scorer, const std::vector<std::vector<float>>* scores) {
-  const KvShape& shape = scratch.shape();
-  const bool keep_scores = scorer.needs().accumulated && expert.keep < 1;
-  MOEND_ASSIGN(auto cache, LayerCache::Create(ledger, shape, expert, guard, keep_scores));
-  std::vector<DenseView> views;
-  std::vector<std::vector<uint32_t>> kept(static_cast<std::size_t>(shape.n_kv_heads));
-  std::vector<const float*> slot_scores;
-  const int64_t count = KeptTokens(expert.keep, guard, n_tokens);
-  for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
-    views.push_back(scratch.view(h, n_tokens));
-    slot_scores.push_back(keep_scores ? scratch.accumulated(h) : nullptr);
-    if (count < n_tokens && scores)
-      kept[static_cast<std::size_t>(h)] = SelectKept((*scores)[static_cast<std::size_t>(h)], guard, count);
+Expected<std::vector<LayerCache>> CompressScratch(Compute& compute, const std::shared_ptr<Ledger>& ledger,
+                                                  const LayerScratch& scratch, int64_t n_tokens,
+                                                  std::span<const Expert> experts, const Protected& guard,
+                                                  const Scorer& scorer,
+                                                  const std::vector<std::vector<float>>* scores) {
+  const int64_t heads = scratch.shape().n_kv_heads;
+  const auto evicts = [&](const Expert& e) { return KeptTokens(e.keep, guard, n_tokens) < n_tokens; };
+  std::vector<std::vector<float>> made;
+  if (!scores && std::any_of(experts.begin(), experts.end(), evicts)) {
+    MOEND_ASSIGN(made, ScoreScratch(compute, scratch, n_tokens, scorer));
+    scores = &made;
   }
-  MOEND_TRY(cache.Fill(views, kept, slot_scores));
-  return cache;
+  std::vector<LayerCache> caches;
+  for (const Expert& expert : experts) {
+    const bool keep_scores = scorer.needs().accumulated && expert.keep < 1;
+    MOEND_ASSIGN(auto cache,
+                 LayerCache::Create(ledger, {1, scratch.shape().head_size}, expert, guard, keep_scores));
+    caches.push_back(std::move(cache));
+  }
+  std::vector<Expected<void>> results(static_cast<std::size_t>(heads));
+  MOEND_TRY(compute.ParallelFor(heads, [&](int64_t h, int) {
+    const auto hi = static_cast<std::size_t>(h);
+    std::vector<uint32_t> kept;
+    if (evicts(experts[hi]))
+      kept = SelectKept((*scores)[hi], guard, KeptTokens(experts[hi].keep, guard, n_tokens));
+    const DenseView view = scratch.view(h, n_tokens);
+    const float* accumulated = scratch.accumulated(h);
+    results[hi] = caches[hi].Fill({&view, 1}, {&kept, 1}, {&accumulated, 1});
+  }));
+  for (auto& r : results)
+    if (!r) return Forward(r);
+  return caches;
 }
 
-Expected<void> AppendScratch(LayerCache& cache, const LayerScratch& scratch) {
-  const KvShape& shape = scratch.shape();
-  const int64_t d = shape.head_size, heads = shape.n_kv_heads, n = scratch.n_tokens();
-  std::vector<float> k(static_cast<std::size_t>(kPageTokens * heads * d)), v(k.size());
-  for (int64_t begin = 0; begin < n; begin += kPageTokens) {
-    const int64_t m = std::min(kPageTokens, n - begin);
-    for (int64_t h = 0; h < heads; ++h) {
-      const DenseView view = scratch.view(h, n);
+Expected<void> AppendScratch(Compute& compute, std::span<LayerCache> heads, const LayerScratch& scratch) {
+  const int64_t d = scratch.shape().head_size, n = scratch.n_tokens();
+  std::vector<Expected<void>> results(heads.size());
+  MOEND_TRY(compute.ParallelFor(static_cast<int64_t>(heads.size()), [&](int64_t h, int) {
+    const DenseView view = scratch.view(h, n);
+    std::vector<float> k(static_cast<std::size_t>(kPageTokens * d)), v(k.size());
+    for (int64_t begin = 0; begin < n; begin += kPageTokens) {
+      const int64_t m = std::min(kPageTokens, n - begin);
       const uint16_t* page = view.k + begin * d;  // begin is a multiple of a page
-      for (int64_t t = 0; t < m; ++t) {
-        float* to = k.data() + (t * heads + h) * d;
-        for (int64_t c = 0; c < d; ++c) to[c] = ggml_fp16_to_fp32(page[c * kPageTokens + t]);
-        ggml_fp16_to_fp32_row(view.v + (begin + t) * d, v.data() + (t * heads + h) * d, d);
+      for (int64_t t = 0; t < m; ++t)
+        for (int64_t c = 0; c < d; ++c)
+          k[static_cast<std::size_t>(t * d + c)] = ggml_fp16_to_fp32(page[c * kPageTokens + t]);
+      ggml_fp16_to_fp32_row(view.v + begin * d, v.data(), m * d);
+      auto appended = heads[static_cast<std::size_t>(h)].Append(k.data(), v.data(), m);
+      if (!appended) {
+        results[static_cast<std::size_t>(h)] = Forward(appended);
+        return;
       }
     }
-    MOEND_TRY(cache.Append(k.data(), v.data(), m));
-  }
+  }));
+  for (auto& r : results)
+    if (!r) return Forward(r);
   return {};
 }
 
-Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer,
-                           const std::function<QueryRows(int64_t)>& observed) {
-  for (int64_t h = 0; h < cache.shape().n_kv_heads; ++h) {
-    const int64_t excess = cache.Excess(h);
-    if (excess <= 0) continue;
-    CachedScoreInput in;
-    in.kv = cache.view(h);
-    in.positions = cache.positions(h);
-    in.observed = observed(h);
-    in.accumulated = cache.scores(h);
-    in.tokens_seen = cache.tokens_seen();
-    const int64_t rows = std::max<int64_t>(1, in.observed.rows);
-    MOEND_ASSIGN(auto workspace,
-                 Buffer<float>::Create(nullptr, WorkspaceFloats(in.kv.layout.head_size, rows)));
-    in.workspace = workspace.data();
-    std::vector<float> scores(static_cast<std::size_t>(in.kv.n_pages * kPageTokens));
-    scorer.ScoreCached(in, scores);
-    MOEND_TRY(cache.Evict(h, scores, excess));
-  }
-  return {};
+Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, const QueryRows& observed) {
+  const int64_t excess = cache.Excess(0);
+  if (excess <= 0) return {};
+  CachedScoreInput in;
+  in.kv = cache.view(0);
+  in.positions = cache.positions(0);
+  in.observed = observed;
+  in.accumulated = cache.scores(0);
+  in.tokens_seen = cache.tokens_seen();
+  const int64_t rows = std::max<int64_t>(1, observed.rows);
+  MOEND_ASSIGN(auto workspace, Buffer<float>::Create(nullptr, WorkspaceFloats(in.kv.layout.head_size, rows)));
+  in.workspace = workspace.data();
+  std::vector<float> scores(static_cast<std::size_t>(in.kv.n_pages * kPageTokens));
+  scorer.ScoreCached(in, scores);
+  return cache.Evict(0, scores, excess);
 }
 
 }  // namespace moend

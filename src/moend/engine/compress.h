@@ -1,4 +1,5 @@
-// From what a layer's prefill left behind to its compressed cache: score, select, pack.
+// From what a layer's prefill left behind to its compressed cache: score, select, pack. Each KV head has a
+// cache of its own (a LayerCache of one head), because heads may differ in all that an expert says.
 #pragma once
 
 #include <cstdint>
@@ -17,18 +18,18 @@ namespace moend {
 Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const LayerScratch& scratch,
                                                        int64_t n_tokens, const Scorer& scorer);
 
-// A cache of the first `n_tokens` tokens of a scratch. `scores` may be null when the expert keeps every
-// token.
-Expected<LayerCache> CompressScratch(const std::shared_ptr<Ledger>& ledger, const LayerScratch& scratch,
-                                     int64_t n_tokens, const Expert& expert, const Protected& guard,
-                                     const Scorer& scorer, const std::vector<std::vector<float>>* scores);
+// A cache for every KV head of the first `n_tokens` tokens of a scratch, heads in parallel. experts: one a KV
+// head. `scores` as ScoreScratch gives them; may be null, then they are made if an expert evicts.
+Expected<std::vector<LayerCache>> CompressScratch(Compute& compute, const std::shared_ptr<Ledger>& ledger,
+                                                  const LayerScratch& scratch, int64_t n_tokens,
+                                                  std::span<const Expert> experts, const Protected& guard,
+                                                  const Scorer& scorer,
+                                                  const std::vector<std::vector<float>>* scores);
 
-// Adds the scratch's tokens to a cache that already remembers others.
-Expected<void> AppendScratch(LayerCache& cache, const LayerScratch& scratch);
+// Adds the scratch's tokens to the caches of its KV heads, which already remember others.
+Expected<void> AppendScratch(Compute& compute, std::span<LayerCache> heads, const LayerScratch& scratch);
 
-// Evicts every head of a cache back to its keep ratio. `observed` returns the newest queries of a head (may
-// be empty).
-Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer,
-                           const std::function<QueryRows(int64_t)>& observed);
+// Evicts a head's cache back to its keep ratio. `observed`: its newest queries (may be empty).
+Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, const QueryRows& observed);
 
 }  // namespace moend

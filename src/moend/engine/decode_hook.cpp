@@ -38,8 +38,10 @@ void DecodeHook::Store(int64_t layer, const float* q, const float* k, const floa
   for (int64_t i = 0; i < n * q_row; ++i) queries_[static_cast<std::size_t>(i)] = q[i] * scale_;
   for (int64_t b = 0; b < n; ++b) {
     const DecodeContext& context = contexts_[static_cast<std::size_t>(b)];
-    auto appended = context.layers[static_cast<std::size_t>(layer)].Append(k + b * kv_row, v + b * kv_row, 1);
-    if (!appended && status_) status_ = Forward(appended);
+    for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
+      auto appended = Cache(b, layer, h).Append(k + b * kv_row + h * d, v + b * kv_row + h * d, 1);
+      if (!appended && status_) status_ = Forward(appended);
+    }
     if (QueryRing* ring = context.ring) {
       const int64_t slot = ring->filled % ring->window;
       for (int64_t h = 0; h < shape_.n_kv_heads; ++h)
@@ -54,6 +56,11 @@ void DecodeHook::Store(int64_t layer, const float* q, const float* k, const floa
   next_.store(0, std::memory_order_relaxed);
 }
 
+LayerCache& DecodeHook::Cache(int64_t context, int64_t layer, int64_t head) {
+  return contexts_[static_cast<std::size_t>(context)]
+      .caches[static_cast<std::size_t>(layer * shape_.n_kv_heads + head)];
+}
+
 void DecodeHook::PlanItems(int64_t layer) {
   items_.clear();
   first_item_.clear();
@@ -63,7 +70,7 @@ void DecodeHook::PlanItems(int64_t layer) {
   for (std::size_t b = 0; b < contexts_.size(); ++b) {
     for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
       first_item_.push_back(static_cast<int64_t>(items_.size()));
-      const int64_t pages = contexts_[b].layers[static_cast<std::size_t>(layer)].view(h).n_pages;
+      const int64_t pages = Cache(static_cast<int64_t>(b), layer, h).view(0).n_pages;
       const int64_t shares = n_threads_ == 1 ? 1 : std::clamp<int64_t>(pages / kMinPagesPerShare, 1, wanted);
       for (int64_t s = 0; s < shares; ++s)
         items_.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), static_cast<int32_t>(s),
@@ -86,14 +93,12 @@ void DecodeHook::Attend(int64_t layer, const float*, int64_t, int thread, int) {
   for (int64_t i;
        (i = next_.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(items_.size());) {
     const Item& item = items_[static_cast<std::size_t>(i)];
-    const LayerCache& cache =
-        contexts_[static_cast<std::size_t>(item.context)].layers[static_cast<std::size_t>(layer)];
     const QueryRows rows{queries_.data() + (item.context * n_heads_ + item.head * group_) * d, group_,
                          group_};
     const SoftmaxState state = State(i);
     ResetState(state, group_, d);
-    simd::AttendStream(cache.view(item.head), item.page_begin, item.page_end, item.share == 0, rows, state,
-                       workspace);
+    simd::AttendStream(Cache(item.context, layer, item.head).view(0), item.page_begin, item.page_end,
+                       item.share == 0, rows, state, workspace);
   }
 }
 
@@ -105,10 +110,10 @@ void DecodeHook::Combine(int64_t layer, float* out, int64_t n, int thread, int n
     const SoftmaxState state = State(first);
     for (int64_t i = first + 1; i < last; ++i) simd::MergeStates(state, State(i), group_, d);
     const int64_t b = s / shape_.n_kv_heads, h = s % shape_.n_kv_heads;
-    LayerCache& cache = contexts_[static_cast<std::size_t>(b)].layers[static_cast<std::size_t>(layer)];
-    if (float* scores = cache.scores(h)) {
+    LayerCache& cache = Cache(b, layer, h);
+    if (float* scores = cache.scores(0)) {
       const QueryRows rows{queries_.data() + (b * n_heads_ + h * group_) * d, group_, group_};
-      simd::ColumnSumsStream(cache.view(h), rows, state.max, state.sum, scores,
+      simd::ColumnSumsStream(cache.view(0), rows, state.max, state.sum, scores,
                              workspaces_[static_cast<std::size_t>(thread)].data());
     }
     simd::Finish(state, group_, d);

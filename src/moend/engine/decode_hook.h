@@ -22,8 +22,8 @@ struct QueryRing {
 };
 
 struct DecodeContext {
-  std::span<LayerCache> layers;
-  QueryRing* ring = nullptr;  // null: this step is not observed
+  std::span<LayerCache> caches;  // [layer][KV head]
+  QueryRing* ring = nullptr;     // null: this step is not observed
 };
 
 class DecodeHook : public AttentionHook {
@@ -44,6 +44,7 @@ class DecodeHook : public AttentionHook {
     int32_t context, head, share;
     int64_t page_begin, page_end;
   };
+  LayerCache& Cache(int64_t context, int64_t layer, int64_t head);
   void PlanItems(int64_t layer);
   SoftmaxState State(int64_t item);
 

@@ -45,7 +45,7 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
   MOEND_ASSIGN(auto hidden, Buffer<float>::Create(nullptr, n * hp.n_embd));
   MOEND_TRY(compute->Embed(tokens, hidden.data()));
   for (int64_t l = 0; l < hp.n_layers; ++l) {
-    const LayerCache* past = nullptr;
+    std::span<const LayerCache> past;
     LayerScratch* scratch = nullptr;
     MOEND_TRY(hooks.begin(l, &past, &scratch));
     prefill->Begin(past, scratch);

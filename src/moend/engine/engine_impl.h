@@ -25,7 +25,8 @@ struct Engine::Impl {
   // arguments come from `begin`, and `end` gets the layer's scratch when all tokens went through. Logits of
   // the last token at the end.
   struct LayerHooks {
-    std::function<Expected<void>(int64_t layer, const LayerCache** past, LayerScratch** scratch)> begin;
+    std::function<Expected<void>(int64_t layer, std::span<const LayerCache>* past, LayerScratch** scratch)>
+        begin;
     std::function<Expected<void>(int64_t layer, LayerScratch& scratch)> end;
   };
   Expected<void> ReadLayerByLayer(std::span<const int32_t> tokens, int64_t first, const LayerHooks& hooks,
@@ -39,12 +40,17 @@ struct Session::Impl {
   Plan plan;
   int64_t n_ctx = 0;
   std::vector<int32_t> tokens;
-  std::vector<LayerCache> layers;
+  std::vector<LayerCache> caches;  // [layer][KV head], each a LayerCache of one head
   std::vector<float> logits;
   QueryRing ring;              // memory only while an eviction is near
   int64_t since_eviction = 0;  // tokens generated (or read in a further turn) since the last eviction
 
   Engine::Impl& machine() { return engine->impl(); }
+  std::span<LayerCache> heads(int64_t layer) {
+    const auto n = static_cast<std::size_t>(plan.model.shape.n_kv_heads);
+    return std::span(caches).subspan(static_cast<std::size_t>(layer) * n, n);
+  }
+  std::vector<Expert> experts(int64_t layer) const;  // one a KV head
   // Tokens of queries that a scorer sees when it evicts while generating.
   int64_t observed_window() const;
   Expected<void> PrepareStep(DecodeContext* context);

@@ -29,8 +29,9 @@ PrefillHook::PrefillHook(const HyperParams& hp, int n_threads, int64_t block_tok
   }
 }
 
-void PrefillHook::Begin(const LayerCache* past, LayerScratch* scratch) {
-  past_ = past && past->tokens_seen() > 0 ? past : nullptr;
+void PrefillHook::Begin(std::span<const LayerCache> past, LayerScratch* scratch) {
+  past_ = past;
+  if (!past.empty() && past[0].tokens_seen() == 0) past_ = {};
   scratch_ = scratch;
   const bool accumulate = scratch->accumulated(0) != nullptr;
   for (Worker& w : workers_)
@@ -71,8 +72,8 @@ void PrefillHook::Attend(int64_t, const float* q, int64_t n, int thread, int) {
     const QueryRows query{w.q.data(), rows, group_};
     const SoftmaxState state{w.state.data() + 2 * rows, w.state.data(), w.state.data() + rows};
     ResetState(state, rows, d);
-    if (past_) {
-      const StreamView past = past_->view(head);
+    if (!past_.empty()) {
+      const StreamView past = past_[static_cast<std::size_t>(head)].view(0);
       simd::AttendStream(past, 0, past.n_pages, true, query, state, w.workspace.data());
     }
     const int64_t first = first_ + begin;

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "moend/attention/attention.h"
@@ -17,8 +18,9 @@ class PrefillHook : public AttentionHook {
  public:
   PrefillHook(const HyperParams& hp, int n_threads, int64_t block_tokens);
 
-  // The layer whose blocks come next. `past` may be null or empty; both must outlive the blocks.
-  void Begin(const LayerCache* past, LayerScratch* scratch);
+  // The layer whose blocks come next. `past`: what each KV head remembers from earlier, or nothing; both must
+  // outlive the blocks.
+  void Begin(std::span<const LayerCache> past, LayerScratch* scratch);
   // Adds the attention that tokens received in the layer's blocks to scratch->accumulated().
   void EndAccumulation();
 
@@ -38,7 +40,7 @@ class PrefillHook : public AttentionHook {
   KvShape shape_;
   int64_t n_heads_, group_;
   float scale_;
-  const LayerCache* past_ = nullptr;
+  std::span<const LayerCache> past_;  // one a KV head, or none
   LayerScratch* scratch_ = nullptr;
   int64_t first_ = 0;  // tokens of the scratch before this block
   std::atomic<int64_t> next_{0};

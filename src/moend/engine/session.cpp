@@ -18,6 +18,10 @@ Expected<void> CheckPlan(const Plan& plan, const Engine& engine) {
   if (static_cast<int64_t>(plan.layers.size()) != model.n_layers)
     return Fail(ErrorCode::kMismatch, "the plan has {} layers, the model {}", plan.layers.size(),
                 model.n_layers);
+  if (!plan.heads.empty() &&
+      static_cast<int64_t>(plan.heads.size()) != model.n_layers * model.shape.n_kv_heads)
+    return Fail(ErrorCode::kMismatch, "the plan has {} KV heads in all, the model {}", plan.heads.size(),
+                model.n_layers * model.shape.n_kv_heads);
   return {};
 }
 
@@ -42,11 +46,13 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
   impl->ledger = options.ledger ? options.ledger : std::make_shared<Ledger>();
   impl->plan = plan;
   impl->engine = std::move(engine);
-  const KvShape shape{hp.n_kv_heads, hp.head_size};
-  for (const Expert& expert : plan.layers) {
-    const bool keep_scores = impl->scorer->needs().accumulated && expert.keep < 1;
-    MOEND_ASSIGN(auto cache, LayerCache::Create(impl->ledger, shape, expert, plan.guard, keep_scores));
-    impl->layers.push_back(std::move(cache));
+  for (int64_t l = 0; l < hp.n_layers; ++l) {
+    for (const Expert& expert : impl->experts(l)) {
+      const bool keep_scores = impl->scorer->needs().accumulated && expert.keep < 1;
+      MOEND_ASSIGN(auto cache,
+                   LayerCache::Create(impl->ledger, {1, hp.head_size}, expert, plan.guard, keep_scores));
+      impl->caches.push_back(std::move(cache));
+    }
   }
   return Session(std::move(impl));
 }
@@ -69,27 +75,23 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
                LayerScratch::Create(s.ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
   const bool evict = !fresh && s.since_eviction + n >= kEvictInterval;
   Engine::Impl::LayerHooks hooks;
-  hooks.begin = [&](int64_t l, const LayerCache** past, LayerScratch** out) -> Expected<void> {
+  hooks.begin = [&](int64_t l, std::span<const LayerCache>* past, LayerScratch** out) -> Expected<void> {
     scratch.Clear();
-    *past = &s.layers[static_cast<std::size_t>(l)];
+    *past = s.heads(l);
     *out = &scratch;
     return {};
   };
   hooks.end = [&](int64_t l, LayerScratch& done) -> Expected<void> {
-    LayerCache& cache = s.layers[static_cast<std::size_t>(l)];
-    if (!fresh) {
-      MOEND_TRY(AppendScratch(cache, done));
-      if (evict) return EvictExcess(cache, *s.scorer, [&](int64_t h) { return done.observed(h); });
+    const std::span<LayerCache> heads = s.heads(l);
+    if (fresh) {
+      MOEND_ASSIGN(auto packed, CompressScratch(*machine.compute, s.ledger, done, n, s.experts(l),
+                                                s.plan.guard, *s.scorer, nullptr));
+      std::move(packed.begin(), packed.end(), heads.begin());
       return {};
     }
-    const Expert expert = cache.expert();
-    std::vector<std::vector<float>> scores;
-    const bool choose = KeptTokens(expert.keep, s.plan.guard, n) < n;
-    if (choose) {
-      MOEND_ASSIGN(scores, ScoreScratch(*machine.compute, done, n, *s.scorer));
-    }
-    MOEND_ASSIGN(cache, CompressScratch(s.ledger, done, n, expert, s.plan.guard, *s.scorer,
-                                        choose ? &scores : nullptr));
+    MOEND_TRY(AppendScratch(*machine.compute, heads, done));
+    for (int64_t h = 0; evict && h < hp.n_kv_heads; ++h)
+      MOEND_TRY(EvictExcess(heads[static_cast<std::size_t>(h)], *s.scorer, done.observed(h)));
     return {};
   };
   // Between two blocks others may decode.
@@ -106,14 +108,20 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
   return {};
 }
 
+std::vector<Expert> Session::Impl::experts(int64_t layer) const {
+  std::vector<Expert> experts;
+  for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h) experts.push_back(plan.expert(layer, h));
+  return experts;
+}
+
 int64_t Session::Impl::observed_window() const {
   const bool evicts =
-      std::any_of(plan.layers.begin(), plan.layers.end(), [](const Expert& e) { return e.keep < 1; });
+      std::any_of(caches.begin(), caches.end(), [](const LayerCache& c) { return c.expert().keep < 1; });
   return evicts ? std::min(kDecodeObserved, scorer->needs().observed_queries) : 0;
 }
 
 Expected<void> Session::Impl::PrepareStep(DecodeContext* context) {
-  context->layers = layers;
+  context->caches = caches;
   context->ring = nullptr;
   const int64_t window = observed_window();
   if (window == 0 || since_eviction < kEvictInterval - window) return {};
@@ -137,18 +145,15 @@ Expected<void> Session::Impl::FinishStep() {
 Expected<void> Session::Impl::EvictAll() {
   const HyperParams& hp = engine->model().hparams();
   const int64_t group = hp.n_heads / hp.n_kv_heads;
-  std::vector<Expected<void>> results(layers.size());
-  MOEND_TRY(machine().compute->ParallelFor(static_cast<int64_t>(layers.size()), [&](int64_t l, int) {
-    const auto observed = [&](int64_t h) -> QueryRows {
-      // A ring that was filled for fewer than `window` tokens (a turn's prefill counted too) is dense from
-      // its start.
-      const int64_t rows = std::min(ring.filled, ring.window) * group;
-      if (rows == 0) return {nullptr, 0, group};
-      return {ring.queries.data() + (l * hp.n_kv_heads + h) * ring.window * group * hp.head_size, rows,
-              group};
-    };
-    results[static_cast<std::size_t>(l)] =
-        EvictExcess(layers[static_cast<std::size_t>(l)], *scorer, observed);
+  // A ring that was filled for fewer than `window` tokens (a turn's prefill counted too) is dense from its
+  // start.
+  const int64_t rows = std::min(ring.filled, ring.window) * group;
+  std::vector<Expected<void>> results(caches.size());
+  MOEND_TRY(machine().compute->ParallelFor(static_cast<int64_t>(caches.size()), [&](int64_t i, int) {
+    QueryRows observed{nullptr, 0, group};
+    if (rows > 0) observed = {ring.queries.data() + i * ring.window * group * hp.head_size, rows, group};
+    results[static_cast<std::size_t>(i)] =
+        EvictExcess(caches[static_cast<std::size_t>(i)], *scorer, observed);
   }));
   ring = {};
   for (auto& r : results)
@@ -216,9 +221,9 @@ Expected<Session> Session::Fork() const {
   copy->tokens = impl_->tokens;
   copy->logits = impl_->logits;
   copy->since_eviction = impl_->since_eviction;
-  for (const LayerCache& cache : impl_->layers) {
+  for (const LayerCache& cache : impl_->caches) {
     MOEND_ASSIGN(auto forked, cache.Fork());
-    copy->layers.push_back(std::move(forked));
+    copy->caches.push_back(std::move(forked));
   }
   if (impl_->ring.queries.size()) {
     MOEND_ASSIGN(copy->ring.queries, Buffer<float>::Create(copy->ledger, impl_->ring.queries.size()));
@@ -236,11 +241,17 @@ KvStats Session::stats() const {
   stats.bytes_full = FullBytes(s.plan.model, n);
   stats.peak_bytes = s.ledger->peak();
   stats.bytes = s.ring.queries.size() ? RoundUp(s.ring.queries.size() * 4, kCacheLine) : 0;
-  for (const LayerCache& cache : s.layers) {
-    int64_t tokens = 0;
-    for (int64_t h = 0; h < cache.shape().n_kv_heads; ++h) tokens += cache.tokens(h);
-    stats.layers.push_back({cache.expert(), tokens / cache.shape().n_kv_heads, cache.bytes()});
-    stats.bytes += cache.bytes();
+  const int64_t heads = s.plan.model.shape.n_kv_heads;
+  for (std::size_t l = 0; l < s.plan.layers.size(); ++l) {
+    LayerKvStats layer{s.plan.layers[l], 0, 0};
+    for (int64_t h = 0; h < heads; ++h) {
+      const LayerCache& cache = s.caches[l * static_cast<std::size_t>(heads) + static_cast<std::size_t>(h)];
+      layer.tokens += cache.tokens(0);
+      layer.bytes += cache.bytes();
+    }
+    layer.tokens /= heads;
+    stats.bytes += layer.bytes;
+    stats.layers.push_back(layer);
   }
   return stats;
 }
@@ -266,7 +277,7 @@ Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<
   capture.tokens_.assign(tokens.begin(), tokens.end());
   const auto n = static_cast<int64_t>(tokens.size());
   Engine::Impl::LayerHooks hooks;
-  hooks.begin = [&](int64_t, const LayerCache**, LayerScratch** out) -> Expected<void> {
+  hooks.begin = [&](int64_t, std::span<const LayerCache>*, LayerScratch** out) -> Expected<void> {
     MOEND_ASSIGN(auto scratch, LayerScratch::Create(capture.ledger_, {hp.n_kv_heads, hp.head_size},
                                                     hp.n_heads, n, n, needs));
     capture.layers_.push_back(std::move(scratch));
@@ -286,16 +297,10 @@ Expected<Session> SessionFromCapture(std::shared_ptr<Engine> engine, const Plan&
   if (n > s.n_ctx)
     return Fail(ErrorCode::kTooLong, "{} tokens do not fit in a context of {} tokens", n, s.n_ctx);
   const std::lock_guard lock(s.machine().busy);
-  for (std::size_t l = 0; l < s.layers.size(); ++l) {
-    const LayerScratch& scratch = capture.layer(static_cast<int64_t>(l));
-    const Expert expert = plan.layers[l];
-    std::vector<std::vector<float>> scores;
-    const bool choose = KeptTokens(expert.keep, plan.guard, n) < n;
-    if (choose) {
-      MOEND_ASSIGN(scores, ScoreScratch(*s.machine().compute, scratch, n, *s.scorer));
-    }
-    MOEND_ASSIGN(s.layers[l], CompressScratch(s.ledger, scratch, n, expert, plan.guard, *s.scorer,
-                                              choose ? &scores : nullptr));
+  for (int64_t l = 0; l < plan.model.n_layers; ++l) {
+    MOEND_ASSIGN(auto packed, CompressScratch(*s.machine().compute, s.ledger, capture.layer(l), n,
+                                              s.experts(l), plan.guard, *s.scorer, nullptr));
+    std::move(packed.begin(), packed.end(), s.heads(l).begin());
   }
   s.tokens = capture.tokens();
   s.logits = capture.logits();

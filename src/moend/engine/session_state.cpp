@@ -42,19 +42,20 @@ Expected<int64_t> TakeNumber(std::string_view& left) {
 Expected<void> RecompressSession(Session& session, const Plan& plan) {
   Session::Impl& s = session.impl();
   MOEND_TRY(CheckSameModel(plan.model, s.plan.model, "the plan"));
-  if (plan.layers.size() != s.layers.size() || !(plan.guard == s.plan.guard))
+  if (plan.layers.size() != s.plan.layers.size() || plan.guard != s.plan.guard ||
+      (!plan.heads.empty() && plan.heads.size() != s.caches.size()))
     return Fail(ErrorCode::kMismatch,
-                "the plan has {} layers and protects other tokens than the session's of {}",
-                plan.layers.size(), s.layers.size());
+                "the plan has {} layers and {} heads or protects other tokens; the session has {}",
+                plan.layers.size(), plan.heads.size(), s.plan.layers.size());
   const std::lock_guard lock(s.machine().busy);
-  for (std::size_t l = 0; l < s.layers.size(); ++l) {
-    LayerCache& cache = s.layers[l];
-    if (!(cache.expert() == plan.layers[l])) {
-      MOEND_ASSIGN(cache, cache.Repack(plan.layers[l]));
+  const int64_t n_heads = s.plan.model.shape.n_kv_heads;
+  for (int64_t i = 0; i < std::ssize(s.caches); ++i) {
+    LayerCache& cache = s.caches[static_cast<std::size_t>(i)];
+    if (const Expert expert = plan.expert(i / n_heads, i % n_heads); expert != cache.expert()) {
+      MOEND_ASSIGN(cache, cache.Repack(expert));
     }
     // Nobody is asking anything just now: the scorer goes by what it keeps with the cache.
-    const int64_t group = 1;
-    MOEND_TRY(EvictExcess(cache, *s.scorer, [&](int64_t) { return QueryRows{nullptr, 0, group}; }));
+    MOEND_TRY(EvictExcess(cache, *s.scorer, QueryRows{nullptr, 0, 1}));
   }
   const std::string scorer = s.plan.scorer;
   s.plan = plan;
@@ -72,8 +73,8 @@ Expected<std::string> SaveSession(const Session& session) {
   Append(out, s.since_eviction);
   Append(out, std::ssize(s.tokens));
   out.append(reinterpret_cast<const char*>(s.tokens.data()), s.tokens.size() * sizeof(int32_t));
-  Append(out, std::ssize(s.layers));
-  for (const LayerCache& cache : s.layers) {
+  Append(out, std::ssize(s.caches));
+  for (const LayerCache& cache : s.caches) {
     MOEND_ASSIGN(const std::string blob, SerializeCache(cache));
     Append(out, std::ssize(blob));
     out += blob;
@@ -101,15 +102,16 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
   const int64_t n_vocab = s.engine->model().hparams().n_vocab;
   for (const int32_t t : s.tokens)
     if (t < 0 || t >= n_vocab) return Fail(ErrorCode::kCorrupt, "{} has token {} of {}", kSource, t, n_vocab);
-  MOEND_ASSIGN(const int64_t n_layers, TakeNumber(bytes));
-  if (n_layers != std::ssize(s.layers))
-    return Fail(ErrorCode::kMismatch, "{} has {} layers, the model {}", kSource, n_layers, s.layers.size());
-  for (LayerCache& cache : s.layers) {
+  MOEND_ASSIGN(const int64_t n_caches, TakeNumber(bytes));
+  if (n_caches != std::ssize(s.caches))
+    return Fail(ErrorCode::kMismatch, "{} has {} KV heads in all, the model {}", kSource, n_caches,
+                s.caches.size());
+  for (LayerCache& cache : s.caches) {
     MOEND_ASSIGN(const int64_t size, TakeNumber(bytes));
     MOEND_ASSIGN(const std::string_view blob, Take(bytes, size));
     MOEND_ASSIGN(LayerCache restored, DeserializeCache(s.ledger, blob, kSource));
-    if (!(restored.shape() == cache.shape()) || !(restored.expert() == cache.expert()) ||
-        !(restored.guard() == cache.guard()) || restored.tokens_seen() != n)
+    if (restored.shape() != cache.shape() || restored.expert() != cache.expert() ||
+        restored.guard() != cache.guard() || restored.tokens_seen() != n)
       return Fail(ErrorCode::kMismatch, "{} was made with another plan, or its layers differ in length",
                   kSource);
     cache = std::move(restored);

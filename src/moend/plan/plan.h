@@ -45,12 +45,15 @@ struct Profile {
   int64_t chunks_wanted = 0;
   std::vector<Expert> experts;                  // ascending; the same list for every layer
   std::vector<std::vector<ProfileCell>> cells;  // [layer][expert]
+  // The same for a single KV head compressed alone: [layer * n_kv_heads + head][expert]; empty when not
+  // measured.
+  std::vector<std::vector<ProfileCell>> head_cells;
 };
 
 struct Plan {
   static constexpr int kSchema = 1;
   Fingerprint model;
-  std::string variant = "2d_hetero";  // full, 1d, 2d_uniform, 2d, 2d_hetero
+  std::string variant = "2d_hetero";  // full, 1d, 2d_uniform, 2d, 2d_hetero, 2d_heads
   std::string scorer = kDefaultScorer;
   std::string solver;  // greedy, hull, exact; empty when nothing was solved
   std::string metric;  // kl or l2
@@ -59,7 +62,16 @@ struct Plan {
   int64_t budget_bytes = 0;    // asked for
   int64_t bytes = 0;           // LayerBytes() of all layers at context_length
   std::vector<Expert> layers;
+  // Routing by KV head (variant 2d_heads): [layer * n_kv_heads + head]; empty when all heads of a layer have
+  // its expert. The layer's own entry then sums its heads up for people: the mean keep ratio, the bits of the
+  // head with most bytes.
+  std::vector<Expert> heads;
   std::vector<double> predicted;  // loss of each layer by the profile; may be empty
+
+  const Expert& expert(int64_t layer, int64_t head) const {
+    if (heads.empty()) return layers[static_cast<std::size_t>(layer)];
+    return heads[static_cast<std::size_t>(layer * model.shape.n_kv_heads + head)];
+  }
 };
 
 // Unknown fields are kept out, missing or ill-typed ones are an error that names `source` (a path) and the
