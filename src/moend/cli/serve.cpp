@@ -1,0 +1,292 @@
+// moend serve: an HTTP server with OpenAI's routes.
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <pthread.h>
+#include <sys/resource.h>
+
+#include <csignal>
+#include <cstdio>
+#include <limits>
+#include <thread>
+
+#include "moend/base/file.h"
+#include "moend/cli/commands.h"
+#include "moend/cli/common.h"
+#include "moend/serve/engine_backend.h"
+#include "moend/serve/server.h"
+
+namespace moend::cli {
+namespace {
+
+constexpr const char* kFooter = R"(
+Examples:
+  moend serve -m model.gguf
+  moend serve -m model.gguf --profile profile.json --compression 14 --kv-budget-mib 256 -np 16
+  moend serve -m model.gguf --plan plan.json --api-key-file keys --kv-dir /var/cache/moend --metrics
+
+Routes: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /slots, /metrics,
+and a page to chat with at /. With --profile, idle contexts are compressed further when memory is short.
+SIGTERM or Ctrl-C finishes the accepted requests and ends; a second one ends at once.)";
+
+struct ServeFlags {
+  ModelFlags model;
+  PlanFlags plan;
+  serve::ServerOptions server;
+  int64_t n_ctx = 0;
+  double kv_budget_mib = 0, drain_seconds = 60;
+  std::vector<std::string> api_keys;
+  std::string api_key_file, kv_dir, kv_store;
+  int64_t kv_dir_mib = 4096, kv_store_ttl = 86400;
+  bool no_prefix_cache = false, no_page = false;
+};
+
+void Write(serve::LogLevel level, const std::string& text) {
+  const char* prefix = level == serve::LogLevel::kInfo      ? ""
+                       : level == serve::LogLevel::kWarning ? "warning: "
+                                                            : "error: ";
+  fmt::print(stderr, "moend: {}{}\n", prefix, text);
+}
+
+// SIGINT and SIGTERM as something to wait for. Made before any other thread, so that all of them inherit the
+// mask.
+class StopSignal {
+ public:
+  StopSignal() {
+    sigemptyset(&set_);
+    sigaddset(&set_, SIGINT);
+    sigaddset(&set_, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &set_, nullptr);
+    std::signal(SIGPIPE, SIG_IGN);
+  }
+  bool Arrived() const {
+    const timespec now{};
+    return sigtimedwait(&set_, nullptr, &now) > 0;
+  }
+  void Wait() const {
+    int signal = 0;
+    sigwait(&set_, &signal);
+  }
+
+ private:
+  sigset_t set_;
+};
+
+void RaiseDescriptorLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+// The plan, and the ones that idle contexts are compressed to when memory is short.
+Expected<serve::EngineBackendOptions> MakePlans(const ServeFlags& flags, const Engine& engine) {
+  serve::EngineBackendOptions options;
+  options.n_ctx = flags.n_ctx > 0 ? flags.n_ctx : engine.model().hparams().n_ctx_train;
+  options.scorer = flags.plan.scorer;
+  PlanFlags plan = flags.plan;
+  if (plan.plan.empty() && !plan.profile.empty() && plan.compression <= 0 && plan.budget_mib <= 0) {
+    // All slots full, and as much again for what is kept and for reading prompts.
+    plan.budget_mib = flags.kv_budget_mib / 2 / static_cast<double>(flags.server.scheduler.slots);
+  }
+  MOEND_ASSIGN(options.plan, plan.Make(engine, options.n_ctx));
+  if (!flags.plan.profile.empty()) {
+    MOEND_ASSIGN(const Profile profile, LoadProfile(flags.plan.profile));
+    options.further = serve::FurtherPlans(profile, options.plan, options.n_ctx, 4);
+  }
+  return options;
+}
+
+Expected<std::unique_ptr<serve::PrefixStore>> OpenStores(const ServeFlags& flags, const serve::Log& log) {
+  std::vector<std::unique_ptr<serve::KvStore>> stores;
+  if (!flags.kv_dir.empty()) {
+    MOEND_ASSIGN(auto store, serve::OpenDiskStore(flags.kv_dir, flags.kv_dir_mib << 20));
+    stores.push_back(std::move(store));
+  }
+  if (!flags.kv_store.empty()) {
+    MOEND_ASSIGN(auto store, serve::OpenRedisStore(flags.kv_store, flags.kv_store_ttl));
+    stores.push_back(std::move(store));
+  }
+  if (stores.empty()) return nullptr;
+  return std::make_unique<serve::PrefixStore>(std::move(stores), log);
+}
+
+Expected<serve::ApiKeys> LoadKeys(const ServeFlags& flags) {
+  std::vector<std::string> keys = flags.api_keys;
+  if (!flags.api_key_file.empty()) {
+    MOEND_ASSIGN(const std::string text, ReadFile(flags.api_key_file, 1 << 20));
+    MOEND_ASSIGN(const auto more, serve::ApiKeys::ParseFile(text, flags.api_key_file));
+    keys.insert(keys.end(), more.begin(), more.end());
+  }
+  return serve::ApiKeys::Create(keys);
+}
+
+Expected<void> Serve(ServeFlags& flags) {
+  const StopSignal stop;
+  RaiseDescriptorLimit();
+  const serve::Log log(Write);
+  MOEND_ASSIGN(flags.server.keys, LoadKeys(flags));
+  MOEND_ASSIGN(auto store, OpenStores(flags, log));
+  flags.server.prefix_cache = !flags.no_prefix_cache;
+  flags.server.page = !flags.no_page;
+  if (flags.kv_budget_mib > 0) {
+    MOEND_ASSIGN(flags.server.scheduler.kv_budget_bytes, BudgetBytes(flags.kv_budget_mib));
+  }
+  const std::string host = flags.server.host;
+  serve::Server server(std::move(flags.server), log);
+  MOEND_ASSIGN(const int port, server.Start());
+  log.Info("listening on http://{}:{}, loading {}", host.contains(':') ? "[" + host + "]" : host, port,
+           flags.model.path);
+
+  MOEND_ASSIGN(auto engine, flags.model.Load());
+  MOEND_ASSIGN(const auto plans, MakePlans(flags, *engine));
+  MOEND_ASSIGN(auto backend, serve::MakeEngineBackend(engine, plans));
+  const serve::BackendInfo info = backend->info();
+  const int64_t context = backend->ContextBound(info.n_ctx);
+  server.Serve(std::move(backend), std::move(store));
+  log.Info("ready: {}, plan {}, context {} tokens of at most {:.1f} MiB, {} threads", info.model_name,
+           info.plan_name, info.n_ctx, MiB(context), engine->n_threads());
+
+  stop.Wait();
+  log.Info("finishing the accepted requests");
+  std::jthread second([&](const std::stop_token& done) {
+    while (!done.stop_requested()) {
+      if (stop.Arrived()) std::_Exit(kExitInterrupted);
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    }
+  });
+  server.Drain(std::chrono::duration<double>(flags.drain_seconds));
+  return {};
+}
+
+void AddLimits(CLI::App& command, serve::Limits& l) {
+  const auto whole = [&](const char* name, int64_t& value, int64_t low, const char* help) {
+    command.add_option(name, value, help)
+        ->capture_default_str()
+        ->check(CLI::Range(low, int64_t{1} << 40))
+        ->type_name("N")
+        ->group("Limits");
+  };
+  const auto seconds = [&](const char* name, double& value, const char* help) {
+    command.add_option(name, value, help)
+        ->capture_default_str()
+        ->check(CLI::Range(0.001, 1e6))
+        ->type_name("S")
+        ->group("Limits");
+  };
+  whole("--max-connections", l.connections, 1,
+        "open connections; beyond, the slowest sender is cut off, or 503");
+  whole("--max-header-bytes", l.header_bytes, 256, "of a request's head; 431");
+  whole("--max-headers", l.header_count, 1, "header fields of a request; 431");
+  whole("--max-body-bytes", l.body_bytes, 1024, "of a request's body; 413");
+  whole("--max-total-body-bytes", l.total_body_bytes, 1024, "of all bodies being read together; 503");
+  whole("--max-json-depth", l.json_depth, 4, "nesting of a body; 400");
+  whole("--max-json-values", l.json_values, 16, "values in a body; 400");
+  whole("--max-messages", l.messages, 1, "of a chat; 400");
+  whole("--max-stops", l.stops, 0, "stop strings of a request; 400");
+  whole("--max-stop-bytes", l.stop_bytes, 1, "of a stop string; 400");
+  whole("--max-logit-bias", l.logit_bias, 0, "entries of logit_bias; 400");
+  whole("--max-prompt-tokens", l.prompt_tokens, 0, "0: the context less one; 400");
+  whole("--max-tokens", l.max_tokens, 0, "most that a request may ask for; 0: the context; 400");
+  whole("--default-max-tokens", l.default_max_tokens, 1, "for requests that do not say");
+  whole("--max-queue", l.queue, 1, "waiting requests; 429");
+  whole("--max-queue-per-key", l.queue_per_key, 1, "the same of one API key; 429");
+  seconds("--queue-timeout", l.queue_seconds, "a request that waited longer gets 503");
+  seconds("--header-timeout", l.header_seconds, "for a request's head; 408");
+  seconds("--body-timeout", l.body_seconds, "for a request's body; 408");
+  seconds("--idle-timeout", l.idle_seconds, "between two requests of a connection");
+  seconds("--write-timeout", l.write_seconds, "for a client that reads nothing of its answer");
+}
+
+}  // namespace
+
+void AddServe(CLI::App& app, int& exit_code) {
+  auto* command = app.add_subcommand("serve", "Answer OpenAI's API over HTTP");
+  auto flags = std::make_shared<ServeFlags>();
+  ServeFlags& f = *flags;
+  f.model.AddTo(*command);
+  f.plan.AddTo(*command);
+  // Here a profile has a use beside a plan: it says how idle contexts can be made smaller still.
+  command->get_option("--profile")->remove_excludes(command->get_option("--plan"));
+  constexpr auto kMost = int64_t{std::numeric_limits<int32_t>::max()};
+  command->add_option("-c,--ctx-size", f.n_ctx, "most tokens of a context; 0: what the model was trained for")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{0}, kMost))
+      ->type_name("N");
+  command->add_option("--parallel", f.server.scheduler.slots, "requests running at once (-np)")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{1}, int64_t{1024}))
+      ->type_name("N");
+  command->add_option("--host", f.server.host, "address to listen on")
+      ->capture_default_str()
+      ->type_name("ADDR");
+  command->add_option("--port", f.server.port, "0: any free one")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 65535))
+      ->type_name("N");
+  command->add_option("--api-key", f.api_keys, "a key that clients must have; may be given several times")
+      ->type_name("KEY");
+  command->add_option("--api-key-file", f.api_key_file, "the same, one a line")->type_name("FILE");
+  command->add_option("-a,--alias", f.server.alias, "the model's name in answers")->type_name("NAME");
+  command->add_flag("--metrics", f.server.metrics, "answer /metrics, for Prometheus");
+  command->add_flag("--no-page", f.no_page, "do not answer /");
+  command->add_option("--drain-timeout", f.drain_seconds, "for the accepted requests to finish after SIGTERM")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 1e6))
+      ->type_name("S");
+
+  command->add_option("--kv-budget-mib", f.kv_budget_mib, "of all K/V caches together; 0: no bound")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 1e9))
+      ->type_name("MIB")
+      ->group("K/V cache");
+  command->add_flag("--no-prefix-cache", f.no_prefix_cache, "keep no context for later requests")
+      ->group("K/V cache");
+  command->add_option("--min-prefix", f.server.scheduler.min_prefix_tokens, "shorter contexts are not kept")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{1}, kMost))
+      ->type_name("N")
+      ->group("K/V cache");
+  command->add_option("--kv-dir", f.kv_dir, "folder where prefixes outlive the server")
+      ->type_name("DIR")
+      ->group("K/V cache");
+  command->add_option("--kv-dir-mib", f.kv_dir_mib, "most that the folder may hold")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 30))
+      ->type_name("MIB")
+      ->group("K/V cache");
+  command
+      ->add_option("--kv-store", f.kv_store, "Valkey or Redis that several servers share: redis://host:port")
+      ->type_name("URL")
+      ->group("K/V cache");
+  command->add_option("--kv-store-ttl", f.kv_store_ttl, "seconds that it keeps a prefix after its last use")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{0}, kMost))
+      ->type_name("S")
+      ->group("K/V cache");
+
+  SamplerOptions& s = f.server.sampler;
+  command->add_option("--temp,--temperature", s.temperature, "for requests that do not say")
+      ->capture_default_str()
+      ->type_name("T");
+  command->add_option("--top-k", s.top_k, "for requests that do not say")
+      ->capture_default_str()
+      ->type_name("K");
+  command->add_option("--top-p", s.top_p, "for requests that do not say")
+      ->capture_default_str()
+      ->type_name("P");
+  command->add_option("--min-p", s.min_p, "for requests that do not say")
+      ->capture_default_str()
+      ->type_name("P");
+  AddLimits(*command, f.server.limits);
+  command->footer(kFooter);
+  command->callback([flags, &exit_code] {
+    const PlanFlags& plan = flags->plan;
+    if (!plan.profile.empty() && plan.plan.empty() && plan.compression == 0 && plan.budget_mib == 0 &&
+        flags->kv_budget_mib == 0)
+      throw CLI::RequiredError(
+          "--profile needs --compression, --budget-mib, --kv-budget-mib or --plan, which");
+    exit_code = ExitCode(Serve(*flags));
+  });
+}
+
+}  // namespace moend::cli
