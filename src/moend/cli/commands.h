@@ -12,7 +12,11 @@ namespace moend::cli {
   X(AddCalibrate)         \
   X(AddSolve)             \
   X(AddInspect)           \
-  X(AddAsk)
+  X(AddAsk)               \
+  X(AddEval)              \
+  X(AddPerplexity)        \
+  X(AddReport)            \
+  X(AddServe)
 
 #define MOEND_DECLARE_COMMAND(add) void add(CLI::App& app, int& exit_code);
 MOEND_COMMANDS(MOEND_DECLARE_COMMAND)

@@ -10,8 +10,8 @@
 namespace moend::eval {
 namespace {
 
-constexpr std::array<std::string_view, 11> kVariants = {
-    "full", "1d", "2d_uniform", "2d", "2d_hetero", "pyramid", "kvtuner", "q8", "q4", "q3", "q2"};
+constexpr std::array<std::string_view, 12> kVariants = {
+    "full", "1d", "2d_uniform", "2d", "2d_hetero", "2d_heads", "pyramid", "kvtuner", "q8", "q4", "q3", "q2"};
 
 std::optional<int> UniformBits(const std::string& variant) {
   if (variant.size() != 2 || variant[0] != 'q') return {};
@@ -24,10 +24,15 @@ bool Evicts(const Plan& plan) {
   return std::ranges::any_of(plan.layers, [](const Expert& e) { return e.keep < 1; });
 }
 
+bool HasScorer(const std::string& variant) {
+  return NeedsProfile(variant) && variant != "kvtuner";
+}
+
 // Only the experts that keep every token.
 Profile WithoutEviction(const Profile& profile) {
   Profile out = profile;
   out.experts.clear();
+  out.head_cells.clear();
   for (auto& row : out.cells) row.clear();
   for (std::size_t e = 0; e < profile.experts.size(); ++e) {
     if (profile.experts[e].keep < 1) continue;
@@ -169,7 +174,7 @@ Expected<std::vector<Method>> MakeMethods(const Fingerprint& model, const Profil
         }
         if (!plan) return Forward(plan);
         const bool evicts = Evicts(*plan);
-        methods.push_back({variant, evicts ? scorer : "", compression, std::move(*plan)});
+        methods.push_back({variant, HasScorer(variant) ? scorer : "", compression, std::move(*plan)});
         if (!evicts) break;
       }
     }

@@ -2,7 +2,7 @@
 // the same allocated bytes.
 //
 //   full                            nothing compressed
-//   1d, 2d_uniform, 2d, 2d_hetero   as in solve/solve.h
+//   1d, 2d_uniform, 2d, 2d_hetero, 2d_heads   as in solve/solve.h
 //   pyramid   16 bit, token budgets that fall linearly from the first layer to the last (PyramidKV, Cai et
 //   al.
 //             2024, with its beta of 20)
@@ -25,7 +25,7 @@ namespace moend::eval {
 
 struct Method {
   std::string variant;
-  std::string scorer;      // empty where nothing is evicted
+  std::string scorer;      // empty for variants that never evict
   double compression = 0;  // asked for; 0: none
   Plan plan;
 };
@@ -42,9 +42,9 @@ struct MethodRequest {
 std::vector<std::string> MethodNames();
 bool NeedsProfile(const std::string& variant);  // all but full and q8 ... q2
 
-// All combinations, each once: `full` and q8 ... q2 do not depend on the ratio, nor variants without eviction
-// on the scorer. `profile` may be null when no variant needs it. A ratio that a variant cannot reach is left
-// out, and `skipped` says so in a sentence each.
+// All combinations, each once: `full` and q8 ... q2 do not depend on the ratio, nor a plan that evicts
+// nothing on the scorer, of which it then gets the first. `profile` may be null when no variant needs it. A
+// ratio that a variant cannot reach is left out, and `skipped` says so in a sentence each.
 Expected<std::vector<Method>> MakeMethods(const Fingerprint& model, const Profile* profile,
                                           const MethodRequest& request, std::vector<std::string>& skipped);
 

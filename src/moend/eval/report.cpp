@@ -15,10 +15,23 @@ Json Write(const Estimate& e) {
   return {{"score", e.score}, {"n", e.n}, {"low", e.low}, {"high", e.high}};
 }
 
-Json WriteLayers(const std::vector<Expert>& layers) {
+Json WriteExpert(const Expert& e) {
+  return {{"keep", e.keep}, {"k_bits", e.k_bits}, {"v_bits", e.v_bits}};
+}
+
+Json WriteExperts(const std::vector<Expert>& experts) {
   Json out = Json::array();
-  for (const Expert& e : layers)
-    out.push_back({{"keep", e.keep}, {"k_bits", e.k_bits}, {"v_bits", e.v_bits}});
+  for (const Expert& e : experts) out.push_back(WriteExpert(e));
+  return out;
+}
+
+// An expert a layer, and in plans that route KV heads one a head besides.
+Json WriteLayers(const Plan& plan) {
+  Json out = WriteExperts(plan.layers);
+  if (plan.heads.empty()) return out;
+  for (std::size_t l = 0; l < plan.layers.size(); ++l)
+    for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h)
+      out[l]["heads"].push_back(WriteExpert(plan.expert(static_cast<int64_t>(l), h)));
   return out;
 }
 
@@ -34,7 +47,7 @@ Json WriteSuite(const Results& results) {
                     {"kv_bytes", run.kv_bytes()},
                     {"mean", Write(MeanScore(run))},
                     {"datasets", std::move(datasets)},
-                    {"layers", WriteLayers(run.plan.layers)}});
+                    {"layers", WriteLayers(run.plan)}});
   }
   return {{"name", std::filesystem::path(results.settings.suite).stem().string()},
           {"mode", results.settings.mode},
@@ -55,7 +68,7 @@ Json WriteProfile(const Profile& profile) {
     kl.push_back(std::move(kl_row)), l2.push_back(std::move(l2_row));
   }
   return {{"scorer", profile.scorer}, {"length", profile.length},
-          {"chunks", profile.chunks}, {"experts", WriteLayers(profile.experts)},
+          {"chunks", profile.chunks}, {"experts", WriteExperts(profile.experts)},
           {"kl", std::move(kl)},      {"l2", std::move(l2)}};
 }
 
@@ -88,7 +101,7 @@ Expected<std::string> MakeReport(const ReportInput& input) {
                {"footer", "Made by moend report with D3 and Observable Plot (ISC licence)."},
                {"suites", std::move(suites)}};
   if (input.profile) data["profile"] = WriteProfile(*input.profile);
-  if (input.plan) data["plan"] = {{"source", input.plan_source}, {"layers", WriteLayers(input.plan->layers)}};
+  if (input.plan) data["plan"] = {{"source", input.plan_source}, {"layers", WriteLayers(*input.plan)}};
   // Inside <script>, "</script" and "<!--" would end or confuse the data, whatever JSON thinks of them.
   const std::string json =
       ReplaceAll(data.dump(-1, ' ', false, Json::error_handler_t::replace), "<", "\\u003c");

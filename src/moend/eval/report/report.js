@@ -13,7 +13,7 @@
 
   // ---- methods: a colour and a dash each, the same everywhere -------------------------------------------------
   const methodOf = (run) => (run.scorer ? `${run.variant} · ${run.scorer}` : run.variant);
-  const order = ["2d_hetero", "2d", "2d_uniform", "1d"];
+  const order = ["2d_heads", "2d_hetero", "2d", "2d_uniform", "1d"];
   const rank = (name) => {
     const i = order.indexOf(name.split(" · ")[0]);
     return i < 0 ? order.length : i;
@@ -142,7 +142,10 @@
 
   function drawPlan() {
     if (!plans.length) return;
-    const layers = plan().layers.map((e, i) => ({ ...e, layer: i, bits: (e.k_bits + e.v_bits) / 2 }));
+    // A bar a layer, or a bar a KV head (3.0, 3.1) where heads are routed one by one.
+    const layers = plan().layers
+      .flatMap((e, i) => (e.heads ? e.heads.map((head, h) => ({ ...head, layer: `${i}.${h}` })) : [{ ...e, layer: i }]))
+      .map((e) => ({ ...e, bits: (e.k_bits + e.v_bits) / 2 }));
     const width = 1160, marginLeft = 64;
     const x = { label: null, domain: layers.map((e) => e.layer), padding: 0.12, tickSize: 0 };
     const style = { fontSize: "13px", background: "none" };
@@ -159,7 +162,7 @@
       }),
       Plot.plot({
         width, height: 110, marginLeft, marginRight: 20, marginBottom: 36, style,
-        x: { ...x, label: "layer", labelAnchor: "center", labelArrow: "none" },
+        x: { ...x, label: plan().layers[0]?.heads ? "layer and KV head" : "layer", labelAnchor: "center", labelArrow: "none" },
         y: { label: null, domain: ["K", "V"], padding: 0.12, tickSize: 0, tickFormat: (p) => `${p} bits` },
         ariaLabel: "Bits of an element of K and V in each layer",
         marks: [
@@ -180,7 +183,7 @@
     const key = $("loss").value;
     const experts = profile.experts.map((e, i) => ({ ...e, i, text: expertText(e), size: e.keep * (e.k_bits + e.v_bits) })).sort((a, b) => a.size - b.size || a.keep - b.keep);
     const cells = profile[key].flatMap((row, layer) => experts.map((e) => ({ layer, expert: e.text, loss: row[e.i], size: e.size })));
-    const chosen = plans.length ? plan().layers.flatMap((p, layer) => experts.filter((e) => same(e, p)).map((e) => ({ layer, expert: e.text }))) : [];
+    const chosen = plans.length && !plan().layers[0].heads ? plan().layers.flatMap((p, layer) => experts.filter((e) => same(e, p)).map((e) => ({ layer, expert: e.text }))) : [];
     const positive = cells.map((c) => c.loss).filter((v) => v > 0);
     const floor = positive.length ? Math.max(d3.min(positive), d3.max(positive) * 1e-6) : 1e-6;
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
@@ -196,7 +199,7 @@
         Plot.cell(chosen, { x: "expert", y: "layer", fill: "none", stroke: "var(--frame)", strokeWidth: 2.5, inset: 0, rx: 2 }),
       ],
     }));
-    $("heat-note").textContent = `Each cell: what the model loses when this layer alone keeps that share of its tokens at those bits; from ${profile.chunks} texts of ${profile.length.toLocaleString("en")} tokens, scorer ${profile.scorer}. Fewer bytes to the left.${chosen.length ? " Framed: the plan above." : ""}`;
+    $("heat-note").textContent = `Each cell: what the model loses when this layer alone keeps that share of its tokens at those bits; from ${profile.chunks} ${profile.chunks === 1 ? "text" : "texts"} of ${profile.length.toLocaleString("en")} tokens, scorer ${profile.scorer}. Fewer bytes to the left.${chosen.length ? " Framed: the plan above." : ""}`;
   }
 
   // ---- together ---------------------------------------------------------------------------------------------
