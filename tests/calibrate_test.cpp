@@ -117,6 +117,40 @@ TEST(Calibrate, KlIsThatOfASessionWithOneLayerCompressed) {
   }
 }
 
+TEST(Calibrate, HeadsAreMeasuredAlone) {
+  const TinyEngine tiny;
+  CalibrateOptions options = Options();
+  options.evaluated = 1;
+  options.heads = true;
+  options.experts = {{0.2, 2, 2}, {0.2, 16, 16}, {1.0, 2, 2}, {1.0, 16, 16}};
+  const auto chunks = Chunks(1);
+  const Profile p = MustCalibrate(tiny.engine, chunks, options);
+  ASSERT_EQ(p.head_cells.size(), 6u);
+  const auto logits = [&](const Plan& plan) {
+    auto session = Session::Create(tiny.engine, plan);
+    EXPECT_TRUE(session && session->Prefill(std::span(chunks[0]).first(599)) &&
+                session->Decode(chunks[0].back()));
+    return std::vector<float>(session->logits().begin(), session->logits().end());
+  };
+  const Plan full = FullPlan(tiny.engine->fingerprint(), 600);
+  const auto want = logits(full);
+  for (std::size_t row = 0; row < p.head_cells.size(); ++row) {
+    const auto& cells = p.head_cells[row];
+    Plan plan = full;
+    plan.heads.assign(6, Expert{});
+    plan.heads[row] = {0.2, 16, 16};
+    const double kl = Kl(want, logits(plan));
+    EXPECT_NEAR(cells[1].kl, kl, 0.02 * kl + 1e-6);
+    EXPECT_NEAR(cells[0].kl, cells[1].kl + cells[2].kl, 1e-9);
+    EXPECT_NEAR(cells[0].l2, std::hypot(cells[1].l2, cells[2].l2), 1e-9);
+    EXPECT_EQ(cells[3].kl, 0);
+  }
+  auto parsed = ParseProfile(ToJson(p), "heads");
+  ASSERT_TRUE(parsed) << parsed.error().message;
+  EXPECT_EQ(parsed->head_cells.size(), 6u);
+  EXPECT_EQ(parsed->head_cells[5][0].kl, p.head_cells[5][0].kl);
+}
+
 TEST(Calibrate, ResumesWhereItWasStopped) {
   const TinyEngine tiny;
   const CalibrateOptions options = Options();

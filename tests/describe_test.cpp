@@ -75,7 +75,7 @@ TEST(DescribeTest, ProfileSaysHowItWasMeasured) {
   const std::string text = DescribeProfile(MakeProfile(3, {0.5, 1.0}));
   for (const char* part :
        {"profile of tiny\nllama, 3 layers, 2 KV heads of 64\n", "3 of 8 chunks of 8192 tokens", "last 512",
-        "4 sinks", "newest 28", "snapkv", "50%", "100%", "layer 2"}) {
+        "4 sinks", "newest 28", "scorer keydiff", "50%", "100%", "layer 2"}) {
     EXPECT_NE(text.find(part), std::string::npos) << part << "\n" << text;
   }
   EXPECT_NE(text.find("most   0.383 (layer 2, keep 50%, K 2, V 2)"), std::string::npos) << text;

@@ -228,7 +228,7 @@ TEST(SolveTest, Names) {
   const auto wrong = ParseVariant("3d");
   ASSERT_FALSE(wrong);
   EXPECT_EQ(wrong.error().message,
-            "there is no variant named \"3d\"; possible: full, 1d, 2d_uniform, 2d, 2d_hetero");
+            "there is no variant named \"3d\"; possible: full, 1d, 2d_uniform, 2d, 2d_hetero, 2d_heads");
 }
 
 TEST(LossesTest, CleanedLossesAreMonotone) {
@@ -277,6 +277,47 @@ TEST(LossesTest, InterpolatedOverKeepRatios) {
   EXPECT_NEAR(*LossAt(experts, losses, {0.6, 16, 16}), 0.3, 1e-12) << "towards 0 at keep 1";
   EXPECT_EQ(*LossAt(experts, losses, {1.0, 16, 16}), 0);
   EXPECT_FALSE(LossAt(experts, losses, {0.5, 2, 2}));
+}
+
+// Two layers of two KV heads; only the second head of the first layer needs its tokens.
+TEST(Heads, AreRoutedOneByOne) {
+  Profile profile;
+  profile.model = {"llama", "m", 2, {2, 64}, "0123456789abcdef"};
+  profile.length = 8192;
+  profile.chunks = profile.chunks_wanted = 1;
+  profile.experts = {{0.05, 4, 4}, {1.0, 4, 4}};
+  profile.cells = {{{1.0, 0.5}, {0.001, 0.001}}, {{0.01, 0.002}, {0.001, 0.001}}};  // l2, kl
+  SolveRequest request;
+  request.variant = Variant::k2dHeads;
+  request.context_length = 16384;
+  request.compression = 9;
+  const auto unmeasured = Solve(profile, request);
+  ASSERT_FALSE(unmeasured);
+  EXPECT_NE(unmeasured.error().message.find("--heads"), std::string::npos);
+
+  profile.head_cells.assign(4, {{0.01, 0.001}, {0.005, 0.0005}});
+  profile.head_cells[1] = {{1.0, 0.5}, {0.005, 0.0005}};
+  const auto solved = Solve(profile, request);
+  ASSERT_TRUE(solved) << solved.error().message;
+  const Plan& plan = solved->plan;
+  ASSERT_EQ(plan.heads.size(), 4u);
+  ASSERT_EQ(plan.layers.size(), 2u);
+  EXPECT_EQ(plan.heads[1].keep, 1.0);
+  EXPECT_EQ(plan.heads[0].keep, 0.05);
+  EXPECT_EQ(plan.heads[2].keep, 0.05);
+  EXPECT_DOUBLE_EQ(plan.layers[0].keep, 0.525);
+  EXPECT_LE(plan.bytes, plan.budget_bytes);
+  EXPECT_EQ(plan.bytes, PlanBytes(plan, 16384, 0).value_or(-1));
+  EXPECT_NEAR(solved->loss, 0.001 * 3 + 0.0005, 1e-6);
+
+  const auto parsed = ParsePlan(ToJson(plan), "heads");
+  ASSERT_TRUE(parsed) << parsed.error().message;
+  EXPECT_EQ(parsed->heads, plan.heads);
+  // The same bytes cannot hold the head's tokens when its layer goes as a whole.
+  request.variant = Variant::k2dHetero;
+  const auto layers = Solve(profile, request);
+  ASSERT_TRUE(layers) << layers.error().message;
+  EXPECT_GT(layers->loss, 0.4);
 }
 
 }  // namespace

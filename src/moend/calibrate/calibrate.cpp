@@ -43,24 +43,42 @@ class Calibrator {
   Calibrator(Engine::Impl& machine, const CalibrateOptions& options, const Scorer& scorer)
       : machine_(machine), hp_(machine.model->hparams()), options_(options), scorer_(scorer) {}
 
-  // Measures one chunk; adds to `cells`. `tick` gets the share of the chunk done and may stop.
-  Expected<void> Measure(std::span<const int32_t> tokens, std::vector<std::vector<ProfileCell>>& cells,
+  // Measures one chunk; adds to the cells of `sums`. `tick` gets the share of the chunk done and may stop.
+  Expected<void> Measure(std::span<const int32_t> tokens, Profile& sums,
                          const std::function<bool(double)>& tick) {
     MOEND_TRY(Read(tokens, tick));
-    const auto n_experts = static_cast<double>(options_.experts.size());
+    const std::vector<Expert> parts = options_.heads ? Parts() : std::vector<Expert>();
+    const double per_layer = static_cast<double>(options_.experts.size()) +
+                             static_cast<double>(parts.size()) * static_cast<double>(hp_.n_kv_heads);
     double work = 0, done = 0;
-    for (int64_t l = 0; l < hp_.n_layers; ++l) work += LayerWork(l) * n_experts;
+    for (int64_t l = 0; l < hp_.n_layers; ++l) work += LayerWork(l) * per_layer;
+    const auto finished = [&](int64_t l) -> Expected<void> {
+      done += LayerWork(l);
+      if (tick && !tick(kReadShare + (1 - kReadShare) * done / work))
+        return Fail(ErrorCode::kCancelled, "the calibration was stopped");
+      return {};
+    };
     for (int64_t l = 0; l < hp_.n_layers; ++l) {
       MOEND_ASSIGN(const auto scores,
                    ScoreScratch(*machine_.compute, chunk_.layers[static_cast<std::size_t>(l)], chunk_.context,
                                 scorer_));
       for (std::size_t e = 0; e < options_.experts.size(); ++e) {
-        MOEND_ASSIGN(const ProfileCell cell, MeasureExpert(l, options_.experts[e], scores));
-        cells[static_cast<std::size_t>(l)][e].l2 += cell.l2;
-        cells[static_cast<std::size_t>(l)][e].kl += cell.kl;
-        done += LayerWork(l);
-        if (tick && !tick(kReadShare + (1 - kReadShare) * done / work))
-          return Fail(ErrorCode::kCancelled, "the calibration was stopped");
+        const std::vector<Expert> all(static_cast<std::size_t>(hp_.n_kv_heads), options_.experts[e]);
+        MOEND_ASSIGN(const ProfileCell cell, MeasureExperts(l, all, scores));
+        sums.cells[static_cast<std::size_t>(l)][e].l2 += cell.l2;
+        sums.cells[static_cast<std::size_t>(l)][e].kl += cell.kl;
+        MOEND_TRY(finished(l));
+      }
+      for (int64_t h = 0; options_.heads && h < hp_.n_kv_heads; ++h) {
+        std::vector<ProfileCell> measured;
+        for (const Expert& part : parts) {
+          std::vector<Expert> one(static_cast<std::size_t>(hp_.n_kv_heads));
+          one[static_cast<std::size_t>(h)] = part;
+          MOEND_ASSIGN(const ProfileCell cell, MeasureExperts(l, one, scores));
+          measured.push_back(cell);
+          MOEND_TRY(finished(l));
+        }
+        AddParts(parts, measured, sums.head_cells[static_cast<std::size_t>(l * hp_.n_kv_heads + h)]);
       }
     }
     return {};
@@ -68,6 +86,32 @@ class Calibrator {
 
  private:
   static constexpr double kReadShare = 0.1;  // of a chunk's time, for the progress bar only
+
+  // What the experts are made of: each keep ratio at 16 bit, each pair of bits with every token kept.
+  std::vector<Expert> Parts() const {
+    std::vector<Expert> parts;
+    for (const Expert& e : options_.experts) {
+      parts.push_back({e.keep, 16, 16});
+      parts.push_back({1.0, e.k_bits, e.v_bits});
+    }
+    std::sort(parts.begin(), parts.end());
+    parts.erase(std::unique(parts.begin(), parts.end()), parts.end());
+    return parts;
+  }
+
+  void AddParts(const std::vector<Expert>& parts, const std::vector<ProfileCell>& measured,
+                std::vector<ProfileCell>& cells) const {
+    const auto find = [&](const Expert& part) {
+      return measured[static_cast<std::size_t>(std::find(parts.begin(), parts.end(), part) - parts.begin())];
+    };
+    for (std::size_t e = 0; e < options_.experts.size(); ++e) {
+      const Expert& expert = options_.experts[e];
+      const ProfileCell evicted = find({expert.keep, 16, 16}),
+                        packed = find({1.0, expert.k_bits, expert.v_bits});
+      cells[e].kl += evicted.kl + packed.kl;
+      cells[e].l2 += std::hypot(evicted.l2, packed.l2);
+    }
+  }
 
   double LayerWork(int64_t layer) const { return static_cast<double>(hp_.n_layers - layer) + 1; }
 
@@ -117,13 +161,14 @@ class Calibrator {
     return attention;
   }
 
-  Expected<ProfileCell> MeasureExpert(int64_t layer, const Expert& expert,
-                                      const std::vector<std::vector<float>>& scores) {
+  // One layer compressed, each KV head by its expert.
+  Expected<ProfileCell> MeasureExperts(int64_t layer, const std::vector<Expert>& experts,
+                                       const std::vector<std::vector<float>>& scores) {
     const auto li = static_cast<std::size_t>(layer);
     ProfileCell cell;
     // 16 bit and every token: the full cache itself.
-    if (expert.keep >= 1 && expert.k_bits == 16 && expert.v_bits == 16) return cell;
-    const std::vector<Expert> experts(static_cast<std::size_t>(hp_.n_kv_heads), expert);
+    if (std::all_of(experts.begin(), experts.end(), [](const Expert& e) { return e == Expert{}; }))
+      return cell;
     MOEND_ASSIGN(const auto caches,
                  CompressScratch(*machine_.compute, std::make_shared<Ledger>(), chunk_.layers[li],
                                  chunk_.context, experts, options_.guard, scorer_, &scores));
@@ -183,8 +228,22 @@ Expected<void> CheckResumable(const Profile& have, const Profile& want) {
   if (have.length != want.length) return differs("chunk length");
   if (have.evaluated != want.evaluated) return differs("number of evaluated tokens");
   if (have.experts != want.experts) return differs("list of experts");
+  if (have.head_cells.size() != want.head_cells.size()) return differs("choice of measuring KV heads or not");
   if (have.cells.size() != static_cast<std::size_t>(want.model.n_layers)) return differs("number of layers");
   return {};
+}
+
+// The cells are means over the finished chunks: adds one chunk to `old` of them.
+void MixIn(std::vector<std::vector<ProfileCell>>& mean, const std::vector<std::vector<ProfileCell>>& chunk,
+           int64_t old) {
+  const auto n = static_cast<double>(old);
+  for (std::size_t row = 0; row < mean.size(); ++row) {
+    for (std::size_t e = 0; e < mean[row].size(); ++e) {
+      ProfileCell& cell = mean[row][e];
+      cell.l2 = (cell.l2 * n + chunk[row][e].l2) / (n + 1);
+      cell.kl = (cell.kl * n + chunk[row][e].kl) / (n + 1);
+    }
+  }
 }
 
 }  // namespace
@@ -268,6 +327,9 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   wanted.chunks_wanted = static_cast<int64_t>(chunks.size());
   wanted.cells.assign(static_cast<std::size_t>(wanted.model.n_layers),
                       std::vector<ProfileCell>(options.experts.size()));
+  if (options.heads)
+    wanted.head_cells.assign(static_cast<std::size_t>(wanted.model.n_layers * wanted.model.shape.n_kv_heads),
+                             std::vector<ProfileCell>(options.experts.size()));
   if (profile.cells.empty()) {
     profile = wanted;
   } else {
@@ -279,22 +341,15 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   Calibrator calibrator(machine, options, *scorer);
   const auto n_chunks = static_cast<int64_t>(chunks.size());
   for (int64_t c = profile.chunks; c < n_chunks; ++c) {
-    std::vector<std::vector<ProfileCell>> sums = wanted.cells;
+    Profile sums = wanted;
     const auto tick = [&](double part) {
       if (!progress) return true;
       const double share = (static_cast<double>(c) + part) / static_cast<double>(n_chunks);
       return progress({c, n_chunks, share});
     };
     MOEND_TRY(calibrator.Measure(chunks[static_cast<std::size_t>(c)], sums, tick));
-    // The cells are means over the finished chunks.
-    const auto old = static_cast<double>(profile.chunks);
-    for (std::size_t l = 0; l < sums.size(); ++l) {
-      for (std::size_t e = 0; e < sums[l].size(); ++e) {
-        ProfileCell& cell = profile.cells[l][e];
-        cell.l2 = (cell.l2 * old + sums[l][e].l2) / (old + 1);
-        cell.kl = (cell.kl * old + sums[l][e].kl) / (old + 1);
-      }
-    }
+    MixIn(profile.cells, sums.cells, profile.chunks);
+    MixIn(profile.head_cells, sums.head_cells, profile.chunks);
     ++profile.chunks;
     if (save) MOEND_TRY(save(profile));
   }

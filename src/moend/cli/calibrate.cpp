@@ -185,6 +185,7 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->type_name("N");
+  command->add_flag("--heads", f.options.heads, "measure each KV head too, for solve --variant 2d_heads");
   command->add_flag("--restart", f.restart, "start anew even if the output has finished chunks");
   command->footer(kFooter);
   command->callback([flags, &exit_code] { exit_code = ExitCode(Run(*flags)); });

@@ -18,7 +18,8 @@ Examples:
   moend solve profile.json --compression 14 --variant 1d
 
 Variants at the same bytes: 1d evicts the same share of tokens in every layer at 16 bit; 2d_uniform does so
-with K 8 bit, V 4 bit; 2d routes the bits of each layer; 2d_hetero routes bits and evicted share of each layer.)";
+with K 8 bit, V 4 bit; 2d routes the bits of each layer; 2d_hetero routes bits and evicted share of each layer,
+2d_heads those of each KV head (for profiles made with --heads).)";
 
 struct SolveFlags {
   std::string profile, output;

@@ -83,26 +83,27 @@ std::string Bar(double share, int width, bool color) {
   return color && length > 0 ? fmt::format("\x1b[48;5;161m{}\x1b[0m", blocks) : blocks;
 }
 
-std::string LayerRow(const Plan& plan, std::size_t l, int64_t score_bytes, double most, int bar_width,
-                     bool color) {
-  const Expert& e = plan.layers[l];
-  const auto bytes = LayerBytes(plan.model.shape, e, plan.guard, plan.context_length, score_bytes);
-  std::string row = fmt::format("{:>5}  {:>7.3g}%  {:>9}  {:>6}  {:>6}  {:>10}", l, 100 * e.keep,
+// A layer, or one KV head of it. A loss of NaN is not shown.
+std::string Row(const Plan& plan, const std::string& name, const Expert& e, int64_t n_heads, double loss,
+                int64_t score_bytes, double most, int bar_width, bool color) {
+  const auto bytes =
+      LayerBytes({n_heads, plan.model.shape.head_size}, e, plan.guard, plan.context_length, score_bytes);
+  std::string row = fmt::format("{:>5}  {:>7.3g}%  {:>9}  {:>6}  {:>6}  {:>10}", name, 100 * e.keep,
                                 KeptTokens(e.keep, plan.guard, plan.context_length), e.k_bits, e.v_bits,
                                 bytes ? fmt::format("{:.3f}", static_cast<double>(*bytes) / kMib) : "?");
-  if (l >= plan.predicted.size()) return row + "\n";
-  row += fmt::format("  {:>10.3g}", plan.predicted[l]);
-  const std::string bar = Bar(most > 0 ? plan.predicted[l] / most : 0, bar_width, color);
+  if (std::isnan(loss)) return row + "\n";
+  row += fmt::format("  {:>10.3g}", loss);
+  const std::string bar = Bar(most > 0 ? loss / most : 0, bar_width, color);
   return row + (bar.empty() ? "" : "  " + bar) + "\n";
 }
 
 std::string Totals(const Plan& plan) {
   const int64_t full = FullBytes(plan.model, plan.context_length);
   double kept = 0;  // numbers, of K and V
-  for (const Expert& e : plan.layers) {
-    kept += static_cast<double>(KeptTokens(e.keep, plan.guard, plan.context_length)) * 2.0 *
-            static_cast<double>(plan.model.shape.n_kv_heads * plan.model.shape.head_size);
-  }
+  for (int64_t l = 0; l < std::ssize(plan.layers); ++l)
+    for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h)
+      kept += static_cast<double>(KeptTokens(plan.expert(l, h).keep, plan.guard, plan.context_length)) * 2.0 *
+              static_cast<double>(plan.model.shape.head_size);
   const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / kMib; };
   std::string out = fmt::format("{:.3f} MiB of {:.3f} MiB uncompressed", mib(plan.bytes), mib(full));
   if (plan.bytes > 0 && kept > 0) {
@@ -139,8 +140,8 @@ std::string DescribePlan(const Plan& plan, const TextStyle& style) {
   out += fmt::format("{} tokens of context; {} protected\n", plan.context_length, GuardText(plan.guard));
   out += fmt::format("variant {}; scorer {}", Printable(plan.variant, 20), Printable(plan.scorer, 16));
   if (!plan.solver.empty()) out += fmt::format("; solver {}", Printable(plan.solver, 16));
-  out += fmt::format("\n\n{:>5}  {:>8}  {:>9}  {:>6}  {:>6}  {:>10}", "layer", "keep", "tokens", "K bits",
-                     "V bits", "MiB");
+  out += fmt::format("\n\n{:>5}  {:>8}  {:>9}  {:>6}  {:>6}  {:>10}", plan.heads.empty() ? "layer" : "head",
+                     "keep", "tokens", "K bits", "V bits", "MiB");
   if (!plan.predicted.empty())
     out += fmt::format("  {:>10}", plan.metric.empty() ? "predicted" : "pred. " + Printable(plan.metric, 4));
   out += "\n";
@@ -148,8 +149,20 @@ std::string DescribePlan(const Plan& plan, const TextStyle& style) {
   for (const double x : plan.predicted) most = std::max(most, x);
   const int bar = std::clamp(std::max(style.width, kMinTextWidth) - 70, 0, 30);
   const int64_t score_bytes = ScoreBytes(plan);
-  for (std::size_t l = 0; l < plan.layers.size(); ++l)
-    out += LayerRow(plan, l, score_bytes, most, bar, style.color);
+  const int64_t heads = plan.heads.empty() ? 0 : plan.model.shape.n_kv_heads;
+  for (int64_t l = 0; l < std::ssize(plan.layers); ++l) {
+    // A layer whose heads are routed one by one is its heads' rows.
+    for (int64_t h = 0; h < heads; ++h) {
+      const double loss =
+          h + 1 == heads && !plan.predicted.empty() ? plan.predicted[static_cast<std::size_t>(l)] : NAN;
+      out += Row(plan, fmt::format("{}.{}", l, h), plan.expert(l, h), 1, loss, score_bytes, most, bar,
+                 style.color);
+    }
+    if (heads) continue;
+    const double loss = plan.predicted.empty() ? NAN : plan.predicted[static_cast<std::size_t>(l)];
+    out += Row(plan, fmt::format("{}", l), plan.expert(l, 0), plan.model.shape.n_kv_heads, loss, score_bytes,
+               most, bar, style.color);
+  }
   return out + "\n" + Totals(plan);
 }
 

@@ -17,6 +17,23 @@ std::string Describe(const Fingerprint& model) {
                      model.shape.head_size, Printable(model.hash, 16));
 }
 
+// An expert for each KV head of a layer, in all layers or in none.
+Expected<void> ReadHeads(const JsonNode& layer, int64_t l, Plan& plan) {
+  const bool expected = l == 0 ? layer.Has("heads") : !plan.heads.empty();
+  if (!expected && layer.Has("heads")) return layer.Wrong("routes its KV heads; the layers before it do not");
+  if (!expected) return {};
+  MOEND_ASSIGN(const JsonNode heads, layer.At("heads"));
+  MOEND_ASSIGN(const int64_t n, heads.Size());
+  if (n != plan.model.shape.n_kv_heads)
+    return heads.Wrong("has {} KV heads; model.n_kv_heads is {}", n, plan.model.shape.n_kv_heads);
+  for (int64_t h = 0; h < n; ++h) {
+    MOEND_ASSIGN(const JsonNode head, heads.At(h));
+    MOEND_ASSIGN(const Expert expert, ReadExpert(head));
+    plan.heads.push_back(expert);
+  }
+  return {};
+}
+
 // The layers' experts, and their predicted losses where the file has them.
 Expected<void> ReadLayers(const JsonNode& layers, Plan& plan) {
   MOEND_ASSIGN(const int64_t n, layers.Size());
@@ -26,6 +43,7 @@ Expected<void> ReadLayers(const JsonNode& layers, Plan& plan) {
     MOEND_ASSIGN(const JsonNode layer, layers.At(l));
     MOEND_ASSIGN(const Expert expert, ReadExpert(layer));
     plan.layers.push_back(expert);
+    MOEND_TRY(ReadHeads(layer, l, plan));
     const bool expected = l == 0 ? layer.Has("predicted") : !plan.predicted.empty();
     if (!expected && layer.Has("predicted"))
       return layer.Wrong("has a predicted loss; the layers before it have none");
@@ -72,6 +90,8 @@ std::string ToJson(const Plan& plan) {
   for (std::size_t l = 0; l < plan.layers.size(); ++l) {
     nlohmann::ordered_json layer = Write(plan.layers[l]);
     if (l < plan.predicted.size()) layer["predicted"] = plan.predicted[l];
+    for (int64_t h = 0; !plan.heads.empty() && h < plan.model.shape.n_kv_heads; ++h)
+      layer["heads"].push_back(Write(plan.expert(static_cast<int64_t>(l), h)));
     layers.push_back(std::move(layer));
   }
   return Pretty({{"moend", "plan"},
@@ -118,10 +138,11 @@ Plan FullPlan(const Fingerprint& model, int64_t context_length) {
 }
 
 Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_bytes) {
+  const bool by_head = !plan.heads.empty();
+  const KvShape shape = by_head ? KvShape{1, plan.model.shape.head_size} : plan.model.shape;
   int64_t total = 0;
-  for (const Expert& expert : plan.layers) {
-    MOEND_ASSIGN(const int64_t bytes,
-                 LayerBytes(plan.model.shape, expert, plan.guard, n_tokens, score_bytes));
+  for (const Expert& expert : by_head ? plan.heads : plan.layers) {
+    MOEND_ASSIGN(const int64_t bytes, LayerBytes(shape, expert, plan.guard, n_tokens, score_bytes));
     if (__builtin_add_overflow(total, bytes, &total))
       return Fail(ErrorCode::kInvalidArgument,
                   "a cache of {} tokens in {} layers has too many bytes to count", n_tokens,

@@ -37,6 +37,22 @@ Expected<void> ReadLosses(const JsonNode& layer, std::string_view key, double Pr
   return {};
 }
 
+Expected<std::vector<ProfileCell>> ReadCells(const JsonNode& node, std::size_t n_experts) {
+  std::vector<ProfileCell> cells(n_experts);
+  MOEND_TRY(ReadLosses(node, "kl", &ProfileCell::kl, cells));
+  MOEND_TRY(ReadLosses(node, "l2", &ProfileCell::l2, cells));
+  return cells;
+}
+
+nlohmann::ordered_json WriteCells(const std::vector<ProfileCell>& cells) {
+  nlohmann::ordered_json kl = nlohmann::ordered_json::array(), l2 = kl;
+  for (const ProfileCell& cell : cells) {
+    kl.push_back(cell.kl);
+    l2.push_back(cell.l2);
+  }
+  return {{"kl", std::move(kl)}, {"l2", std::move(l2)}};
+}
+
 }  // namespace
 
 Expected<Profile> ParseProfile(const std::string& json, const std::string& source) {
@@ -68,10 +84,21 @@ Expected<Profile> ParseProfile(const std::string& json, const std::string& sourc
     return layers.Wrong("has {} layers; model.n_layers is {}", n_layers, profile.model.n_layers);
   for (int64_t l = 0; l < n_layers; ++l) {
     MOEND_ASSIGN(const JsonNode layer, layers.At(l));
-    std::vector<ProfileCell> cells(profile.experts.size());
-    MOEND_TRY(ReadLosses(layer, "kl", &ProfileCell::kl, cells));
-    MOEND_TRY(ReadLosses(layer, "l2", &ProfileCell::l2, cells));
+    MOEND_ASSIGN(auto cells, ReadCells(layer, profile.experts.size()));
     profile.cells.push_back(std::move(cells));
+    const bool expected = l == 0 ? layer.Has("heads") : !profile.head_cells.empty();
+    if (!expected && layer.Has("heads"))
+      return layer.Wrong("measures its KV heads; the layers before it do not");
+    if (!expected) continue;
+    MOEND_ASSIGN(const JsonNode heads, layer.At("heads"));
+    MOEND_ASSIGN(const int64_t n, heads.Size());
+    if (n != profile.model.shape.n_kv_heads)
+      return heads.Wrong("has {} KV heads; model.n_kv_heads is {}", n, profile.model.shape.n_kv_heads);
+    for (int64_t h = 0; h < n; ++h) {
+      MOEND_ASSIGN(const JsonNode head, heads.At(h));
+      MOEND_ASSIGN(auto head_cells, ReadCells(head, profile.experts.size()));
+      profile.head_cells.push_back(std::move(head_cells));
+    }
   }
   return profile;
 }
@@ -79,13 +106,11 @@ Expected<Profile> ParseProfile(const std::string& json, const std::string& sourc
 std::string ToJson(const Profile& profile) {
   nlohmann::ordered_json experts = nlohmann::ordered_json::array(), layers = experts;
   for (const Expert& expert : profile.experts) experts.push_back(Write(expert));
-  for (const auto& cells : profile.cells) {
-    nlohmann::ordered_json kl = nlohmann::ordered_json::array(), l2 = kl;
-    for (const ProfileCell& cell : cells) {
-      kl.push_back(cell.kl);
-      l2.push_back(cell.l2);
-    }
-    layers.push_back({{"kl", std::move(kl)}, {"l2", std::move(l2)}});
+  const auto heads = static_cast<std::size_t>(profile.model.shape.n_kv_heads);
+  for (std::size_t l = 0; l < profile.cells.size(); ++l) {
+    layers.push_back(WriteCells(profile.cells[l]));
+    for (std::size_t h = 0; h < heads && l * heads + h < profile.head_cells.size(); ++h)
+      layers.back()["heads"].push_back(WriteCells(profile.head_cells[l * heads + h]));
   }
   return Pretty({{"moend", "profile"},
                  {"schema", Profile::kSchema},

@@ -25,22 +25,28 @@ std::vector<double> Monotone(const std::vector<Expert>& experts, const std::vect
 
 }  // namespace
 
-Expected<std::vector<std::vector<double>>> CleanLosses(const Profile& profile, Metric metric) {
-  if (static_cast<int64_t>(profile.cells.size()) != profile.model.n_layers || profile.experts.empty())
-    return Fail(ErrorCode::kInvalidArgument, "a profile of {} layers and {} experts for a model of {} layers",
-                profile.cells.size(), profile.experts.size(), profile.model.n_layers);
+Expected<std::vector<std::vector<double>>> CleanLosses(const Profile& profile, Metric metric, Rows rows) {
+  const bool by_head = rows == Rows::kHeads;
+  const char* row = by_head ? "KV head" : "layer";
+  const auto& table = by_head ? profile.head_cells : profile.cells;
+  if (by_head && table.empty())
+    return Fail(ErrorCode::kInvalidArgument,
+                "the profile does not measure KV heads; calibrate with --heads to route them");
+  const int64_t wanted = profile.model.n_layers * (by_head ? profile.model.shape.n_kv_heads : 1);
+  if (std::ssize(table) != wanted || profile.experts.empty())
+    return Fail(ErrorCode::kInvalidArgument, "a profile of {} {}s and {} experts for a model of {} {}s",
+                table.size(), row, profile.experts.size(), wanted, row);
   std::vector<std::vector<double>> losses;
-  for (std::size_t l = 0; l < profile.cells.size(); ++l) {
-    if (profile.cells[l].size() != profile.experts.size())
-      return Fail(ErrorCode::kInvalidArgument, "layer {} of the profile has {} cells for {} experts", l,
-                  profile.cells[l].size(), profile.experts.size());
+  for (std::size_t l = 0; l < table.size(); ++l) {
+    if (table[l].size() != profile.experts.size())
+      return Fail(ErrorCode::kInvalidArgument, "{} {} of the profile has {} cells for {} experts", row, l,
+                  table[l].size(), profile.experts.size());
     std::vector<double> raw;
     for (std::size_t e = 0; e < profile.experts.size(); ++e) {
-      const ProfileCell& cell = profile.cells[l][e];
-      const double loss = metric == Metric::kKl ? cell.kl : cell.l2;
+      const double loss = metric == Metric::kKl ? table[l][e].kl : table[l][e].l2;
       if (!std::isfinite(loss)) {
-        return Fail(ErrorCode::kInvalidArgument, "the {} of layer {} with expert {} of the profile is {}",
-                    Name(metric), l, e, loss);
+        return Fail(ErrorCode::kInvalidArgument, "the {} of {} {} with expert {} of the profile is {}",
+                    Name(metric), row, l, e, loss);
       }
       raw.push_back(std::max(loss, 0.0));
     }

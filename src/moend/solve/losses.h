@@ -8,12 +8,16 @@
 
 namespace moend {
 
-// losses[layer][expert]. Negative measurements (rounding of a KL near 0) become 0. An expert that keeps at
+// What is routed: a row of losses a layer, or one a KV head ([layer * n_kv_heads + head]).
+enum class Rows { kLayers, kHeads };
+
+// losses[row][expert]. Negative measurements (rounding of a KL near 0) become 0. An expert that keeps at
 // least as many tokens, K bits and V bits as another cannot truly lose more; where noise measured it so, both
 // move to the middle: each loss becomes the mean of the smallest loss measured for itself or any lesser
 // expert and the largest measured for itself or any greater one. This is monotone, and equals isotonic
 // regression where two neighbours contradict each other.
-Expected<std::vector<std::vector<double>>> CleanLosses(const Profile& profile, Metric metric);
+Expected<std::vector<std::vector<double>>> CleanLosses(const Profile& profile, Metric metric,
+                                                       Rows rows = Rows::kLayers);
 
 // The loss of a layer at any keep ratio with the given bits: linear between the profile's keep ratios, the
 // nearest one's outside them. Nothing compressed loses nothing, measured or not. nullopt where the profile

@@ -4,7 +4,9 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <set>
+#include <utility>
 
 #include "moend/solve/losses.h"
 
@@ -84,6 +86,10 @@ class Job {
       case Variant::k2dHetero:
         MOEND_TRY(Routed(profile_.experts));
         break;
+      case Variant::k2dHeads:
+        MOEND_TRY(Routed(profile_.experts));
+        SumUpHeads();
+        break;
     }
     MOEND_ASSIGN(solution_.plan.bytes, Bytes());
     return std::move(solution_);
@@ -148,11 +154,36 @@ class Job {
     return {};
   }
 
+  // What one row of losses_ is about: a layer, or one of its KV heads.
+  KvShape RowShape() const {
+    if (request_.variant != Variant::k2dHeads) return profile_.model.shape;
+    return {1, profile_.model.shape.head_size};
+  }
+
+  // Routed() took KV heads for layers: puts them where they belong, and sums each layer up.
+  void SumUpHeads() {
+    Plan& plan = solution_.plan;
+    plan.heads = std::exchange(plan.layers, {});
+    const std::vector<double> losses = std::exchange(plan.predicted, {});
+    const auto n = static_cast<std::size_t>(profile_.model.shape.n_kv_heads);
+    for (std::size_t first = 0; first < plan.heads.size(); first += n) {
+      const auto begin = plan.heads.begin() + static_cast<std::ptrdiff_t>(first);
+      const auto end = begin + static_cast<std::ptrdiff_t>(n);
+      const auto size = [](const Expert& e) { return e.keep * (e.k_bits + e.v_bits); };
+      Expert layer = *std::max_element(begin, end, [&](auto& a, auto& b) { return size(a) < size(b); });
+      layer.keep = std::accumulate(begin, end, 0.0, [](double s, const Expert& e) { return s + e.keep; }) /
+                   static_cast<double>(n);
+      plan.layers.push_back(layer);
+      const auto loss = losses.begin() + static_cast<std::ptrdiff_t>(first);
+      plan.predicted.push_back(std::accumulate(loss, loss + static_cast<std::ptrdiff_t>(n), 0.0));
+    }
+  }
+
   Expected<std::vector<int64_t>> ExpertBytes(const std::vector<Expert>& experts) const {
     std::vector<int64_t> bytes;
     for (const Expert& expert : experts) {
-      MOEND_ASSIGN(const int64_t b, LayerBytes(profile_.model.shape, expert, profile_.guard,
-                                               request_.context_length, request_.score_bytes));
+      MOEND_ASSIGN(const int64_t b, LayerBytes(RowShape(), expert, profile_.guard, request_.context_length,
+                                               request_.score_bytes));
       bytes.push_back(b);
     }
     return bytes;
@@ -161,8 +192,8 @@ class Job {
   Expected<void> CheckFits(const std::vector<Expert>& experts) const {
     MOEND_ASSIGN(const std::vector<int64_t> bytes, ExpertBytes(experts));
     const int64_t least = *std::min_element(bytes.begin(), bytes.end());
-    if (least > solution_.plan.budget_bytes / profile_.model.n_layers)
-      return TooSmall(least * profile_.model.n_layers);
+    const int64_t rows = std::ssize(losses_);
+    if (least > solution_.plan.budget_bytes / rows) return TooSmall(least * rows);
     return {};
   }
 
@@ -245,6 +276,8 @@ const char* Name(Variant variant) {
       return "2d_uniform";
     case Variant::k2d:
       return "2d";
+    case Variant::k2dHeads:
+      return "2d_heads";
     case Variant::k2dHetero:
       break;
   }
@@ -261,13 +294,15 @@ Expected<Metric> ParseMetric(const std::string& name) {
 
 Expected<Variant> ParseVariant(const std::string& name) {
   return Parse("variant", name,
-               {Variant::kFull, Variant::k1d, Variant::k2dUniform, Variant::k2d, Variant::k2dHetero});
+               {Variant::kFull, Variant::k1d, Variant::k2dUniform, Variant::k2d, Variant::k2dHetero,
+                Variant::k2dHeads});
 }
 
 Expected<Solution> Solve(const Profile& profile, const SolveRequest& request) {
   const auto start = std::chrono::steady_clock::now();
   MOEND_TRY(Check(profile, request));
-  MOEND_ASSIGN(const Losses losses, CleanLosses(profile, request.metric));
+  const Rows rows = request.variant == Variant::k2dHeads ? Rows::kHeads : Rows::kLayers;
+  MOEND_ASSIGN(const Losses losses, CleanLosses(profile, request.metric, rows));
   MOEND_ASSIGN(Solution solution, Job(profile, request, losses).Run());
   solution.milliseconds =
       std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();

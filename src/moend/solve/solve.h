@@ -33,6 +33,7 @@ enum class Variant {
   k2dUniform,  // the same eviction in every layer, K 8 bit, V 4 bit
   k2d,         // the same eviction in every layer, bits routed by layer
   k2dHetero,   // eviction and bits routed by layer: the method
+  k2dHeads,    // eviction and bits routed by KV head, which the paper leaves open; needs Profile::head_cells
 };
 
 Expected<Solver> ParseSolver(const std::string& name);
