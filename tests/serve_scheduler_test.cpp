@@ -164,7 +164,7 @@ TEST(Scheduler, ManyClientsAtOnceGetWhatTheyWouldGetAlone) {
 
 TEST(Scheduler, DecodesWhileAPromptIsRead) {
   FakeOptions fake;
-  fake.prefill_block = 1ms;
+  fake.prefill_block = fake.step = 1ms;
   fake.n_ctx = 20000;
   Machine m(fake);
   auto stream = MakeJob("short", 100);

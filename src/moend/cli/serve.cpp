@@ -206,7 +206,9 @@ void AddServe(CLI::App& app, int& exit_code) {
   f.model.AddTo(*command);
   f.plan.AddTo(*command);
   // Here a profile has a use beside a plan: it says how idle contexts can be made smaller still.
-  command->get_option("--profile")->remove_excludes(command->get_option("--plan"));
+  CLI::Option *plan = command->get_option("--plan"), *profile = command->get_option("--profile");
+  plan->remove_excludes(profile);
+  profile->remove_excludes(plan);
   constexpr auto kMost = int64_t{std::numeric_limits<int32_t>::max()};
   command->add_option("-c,--ctx-size", f.n_ctx, "most tokens of a context; 0: what the model was trained for")
       ->capture_default_str()
