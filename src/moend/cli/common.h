@@ -42,7 +42,7 @@ struct ModelFlags {
 };
 
 // The names that ParseVariant(), ParseSolver() and ParseMetric() know.
-inline const std::vector<std::string> kVariants = {"full", "1d", "2d_uniform", "2d", "2d_hetero"};
+inline const std::vector<std::string> kVariants = {"full", "1d", "2d_uniform", "2d", "2d_hetero", "2d_heads"};
 inline const std::vector<std::string> kSolvers = {"greedy", "hull", "exact"};
 inline const std::vector<std::string> kMetrics = {"kl", "l2"};
 
