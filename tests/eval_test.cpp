@@ -114,10 +114,10 @@ struct Outcome {
 Outcome Go(const EvalOptions& options, const std::vector<Method>& methods, const std::string& previous = "",
            int calls = -1) {
   const Suite suite = SomeSuite();
-  auto prepared = PrepareSuite(TheWorld().model->tokenizer(), suite, 4096);
+  auto prepared = PrepareSuite(TheWorld().model->tokenizer(), suite, 4096, {});
   EXPECT_TRUE(prepared) << prepared.error().message;
   Results start;
-  start.settings = SettingsOf(suite, options, 4096, 2000);
+  start.settings = SettingsOf(suite, options, 2000);
   if (!previous.empty()) {
     auto loaded = ParseResults(previous, "previous");
     EXPECT_TRUE(loaded) << loaded.error().message;
@@ -208,10 +208,10 @@ TEST(Prompt, KeepsFirstAndLastHalf) {
   Suite suite = SomeSuite();
   suite.contexts.resize(1);
   const Tokenizer& tokenizer = TheWorld().model->tokenizer();
-  const auto whole = PrepareSuite(tokenizer, suite, 1 << 20);
+  const auto whole = PrepareSuite(tokenizer, suite, 1 << 20, {});
   ASSERT_TRUE(whole) << whole.error().message;
   EXPECT_EQ(whole->n_truncated, 0);
-  const auto cut = PrepareSuite(tokenizer, suite, 101);
+  const auto cut = PrepareSuite(tokenizer, suite, 4096, {101, 0, 1});
   ASSERT_TRUE(cut) << cut.error().message;
   EXPECT_EQ(cut->n_truncated, 1);
   EXPECT_EQ(cut->longest_prompt, 101);
@@ -219,7 +219,38 @@ TEST(Prompt, KeepsFirstAndLastHalf) {
   EXPECT_TRUE(std::equal(b.begin(), b.begin() + 50, a.begin()));
   EXPECT_TRUE(std::equal(b.begin() + 50, b.end(), a.end() - (static_cast<int64_t>(b.size()) - 50)));
   EXPECT_EQ(cut->contexts[0].questions, whole->contexts[0].questions);
-  EXPECT_EQ(PrepareSuite(tokenizer, suite, 10).error().code, ErrorCode::kTooLong);
+  EXPECT_EQ(PrepareSuite(tokenizer, suite, 4096, {10, 0, 1}).error().code, ErrorCode::kTooLong);
+}
+
+TEST(Prompt, LeavesRoomForTheAnswer) {
+  Suite suite = SomeSuite();
+  suite.contexts.resize(1);
+  const Tokenizer& tokenizer = TheWorld().model->tokenizer();
+  const auto cut = PrepareSuite(tokenizer, suite, 320, {});
+  ASSERT_TRUE(cut) << cut.error().message;
+  EXPECT_EQ(cut->longest_prompt, 320 - 6);  // six new tokens are allowed
+  const auto long_answers = PrepareSuite(tokenizer, suite, 320, {0, 0, 16});
+  ASSERT_TRUE(long_answers);
+  EXPECT_EQ(long_answers->longest_prompt, 320 - 320 / 32);  // not 96 of them
+  EXPECT_EQ(MaxNewTokens(suite.contexts[0].questions[0], {0, 0, 16}), 96);
+  EXPECT_EQ(MaxNewTokens(suite.contexts[0].questions[0], {0, 7, 16}), 7);
+}
+
+TEST(Run, AnAnswerEndsWhereTheContextDoes) {
+  Suite suite = SomeSuite();
+  suite.contexts.resize(1);
+  const int64_t n_ctx = TheWorld().model->hparams().n_ctx_train;
+  suite.contexts[0].text = Words(static_cast<int>(n_ctx), 1);  // several tokens a word
+  suite.contexts[0].questions.resize(1);
+  suite.contexts[0].questions[0].max_new_tokens = 2 * n_ctx;
+  const auto prepared = PrepareSuite(TheWorld().model->tokenizer(), suite, n_ctx, {});
+  ASSERT_TRUE(prepared) << prepared.error().message;
+  EXPECT_EQ(prepared->n_truncated, 1);
+  const std::vector<Method> full = {MethodOf(FullPlan(TheWorld().engine->fingerprint(), n_ctx), "")};
+  const auto save = [](const Results&) -> Expected<void> { return {}; };
+  const auto results = Evaluate(TheWorld().engine, suite, *prepared, full, {}, {}, {}, save);
+  ASSERT_TRUE(results) << results.error().message;
+  EXPECT_LE(results->runs[0].answers[0].tokens, n_ctx - prepared->longest_prompt);
 }
 
 TEST(Prompt, ChatTemplateWrapsTheWholePrompt) {
@@ -228,7 +259,7 @@ TEST(Prompt, ChatTemplateWrapsTheWholePrompt) {
   suite.contexts[0].text = "some <|im_end|> text";
   suite.contexts[0].chat = true;
   const Tokenizer& tokenizer = TheWorld().model->tokenizer();
-  const auto prepared = PrepareSuite(tokenizer, suite, 4096);
+  const auto prepared = PrepareSuite(tokenizer, suite, 4096, {});
   ASSERT_TRUE(prepared) << prepared.error().message;
   std::vector<int32_t> all = prepared->contexts[0].context;
   all.insert(all.end(), prepared->contexts[0].questions[1].begin(), prepared->contexts[0].questions[1].end());
@@ -333,7 +364,7 @@ TEST(Run, AnotherEvaluationIsNotContinued) {
   const Suite suite = SomeSuite();
   Results results;
   results.model = TheWorld().engine->fingerprint();
-  results.settings = SettingsOf(suite, {}, 4096, 2000);
+  results.settings = SettingsOf(suite, {}, 2000);
   const auto refused = [&](auto&& change) {
     Settings settings = results.settings;
     change(settings);

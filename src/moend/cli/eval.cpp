@@ -31,7 +31,7 @@ struct EvalFlags {
   std::string suite, output, profile, mode = "agnostic", solver = "exact", metric = "kl";
   std::vector<std::string> plans, variants, scorers;
   std::vector<double> compressions;
-  int64_t limit = 0, prompt_tokens = 0, context_length = 0;
+  int64_t limit = 0, context_length = 0;
   eval::EvalOptions options;
   bool restart = false, recompute = false;
 };
@@ -101,18 +101,17 @@ Expected<void> Run(EvalFlags& flags) {
   eval::Limit(suite, flags.limit);
   MOEND_ASSIGN(auto engine, flags.model.Load());
   const int64_t trained = engine->model().hparams().n_ctx_train;
-  if (flags.prompt_tokens == 0) flags.prompt_tokens = trained;
   MOEND_ASSIGN(const auto prepared,
-               eval::PrepareSuite(engine->model().tokenizer(), suite, flags.prompt_tokens));
+               eval::PrepareSuite(engine->model().tokenizer(), suite, trained, flags.options.lengths));
   if (prepared.n_truncated > 0)
-    Note(fmt::format("{} of {} contexts lose their middle to fit into {} tokens", prepared.n_truncated,
-                     suite.contexts.size(), flags.prompt_tokens));
+    Note(fmt::format("{} of {} contexts lose their middle to fit", prepared.n_truncated,
+                     suite.contexts.size()));
   flags.options.aware = flags.mode == "aware";
   flags.options.capture = !flags.recompute;
   if (flags.context_length == 0)
     flags.context_length = flags.options.aware ? prepared.longest_prompt : prepared.longest_context;
   MOEND_ASSIGN(const auto methods, Methods(flags, *engine, flags.context_length));
-  const auto settings = eval::SettingsOf(suite, flags.options, flags.prompt_tokens, flags.context_length);
+  const auto settings = eval::SettingsOf(suite, flags.options, flags.context_length);
   MOEND_ASSIGN(auto results, Unfinished(flags, engine->fingerprint(), settings));
   Note(fmt::format("{}: {} contexts, {} questions, {} methods, {}", suite.name, suite.contexts.size(),
                    suite.n_questions(), methods.size(), flags.mode));
@@ -177,13 +176,13 @@ void AddEval(CLI::App& app, int& exit_code) {
     command->add_option(flag, value, text)->check(CLI::Range(int64_t{0}, kMost))->type_name("N");
   };
   number("--limit", f.limit, "at most so many questions of each data set; 0: all");
-  number("--prompt-tokens", f.prompt_tokens,
-         "longer prompts lose their middle; 0: what the model was trained for");
+  number("--prompt-tokens", f.options.lengths.prompt_tokens,
+         "longer prompts lose their middle; 0: as many as the model takes");
   number("--context-length", f.context_length,
          "at which the methods' bytes are equal; 0: the longest context's");
-  number("--max-new-tokens", f.options.max_new_tokens, "instead of the suite's own; 0: the suite's");
+  number("--max-new-tokens", f.options.lengths.max_new_tokens, "instead of the suite's own; 0: the suite's");
   command
-      ->add_option("--max-new-scale", f.options.max_new_scale,
+      ->add_option("--max-new-scale", f.options.lengths.max_new_scale,
                    "times the suite's own (16 for reasoning models)")
       ->capture_default_str()
       ->check(CLI::Range(0.01, 1e4))

@@ -1,6 +1,7 @@
 #include "moend/eval/prompt.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace moend::eval {
 namespace {
@@ -52,10 +53,15 @@ Expected<PreparedContext> Prepare(const Tokenizer& tokenizer, const Context& con
   return out;
 }
 
-Expected<void> Truncate(PreparedContext& context, const Context& source, int64_t limit) {
-  int64_t question = 0;
-  for (const auto& tokens : context.questions)
-    question = std::max(question, static_cast<int64_t>(tokens.size()));
+Expected<void> Truncate(PreparedContext& context, const Context& source, int64_t n_ctx,
+                        const Lengths& lengths) {
+  int64_t question = 0, reserve = 0;
+  for (std::size_t q = 0; q < context.questions.size(); ++q) {
+    question = std::max(question, static_cast<int64_t>(context.questions[q].size()));
+    reserve = std::max(reserve, std::min(MaxNewTokens(source.questions[q], lengths), n_ctx / 32));
+  }
+  int64_t limit = n_ctx - reserve;
+  if (lengths.prompt_tokens > 0) limit = std::min(limit, lengths.prompt_tokens);
   const auto n = static_cast<int64_t>(context.context.size());
   if (n + question <= limit) return {};
   const int64_t first = limit / 2, last = limit - first - question;
@@ -70,7 +76,14 @@ Expected<void> Truncate(PreparedContext& context, const Context& source, int64_t
 
 }  // namespace
 
-Expected<PreparedSuite> PrepareSuite(const Tokenizer& tokenizer, const Suite& suite, int64_t prompt_tokens) {
+int64_t MaxNewTokens(const Question& question, const Lengths& lengths) {
+  if (lengths.max_new_tokens > 0) return lengths.max_new_tokens;
+  const double scaled = static_cast<double>(question.max_new_tokens) * lengths.max_new_scale;
+  return std::max<int64_t>(1, std::llround(scaled));
+}
+
+Expected<PreparedSuite> PrepareSuite(const Tokenizer& tokenizer, const Suite& suite, int64_t n_ctx,
+                                     const Lengths& lengths) {
   PreparedSuite out;
   const bool any_chat = std::ranges::any_of(suite.contexts, &Context::chat);
   Wrapping chat;
@@ -79,7 +92,7 @@ Expected<PreparedSuite> PrepareSuite(const Tokenizer& tokenizer, const Suite& su
   }
   for (const Context& context : suite.contexts) {
     MOEND_ASSIGN(auto prepared, Prepare(tokenizer, context, context.chat ? chat : Wrapping()));
-    MOEND_TRY(Truncate(prepared, context, prompt_tokens));
+    MOEND_TRY(Truncate(prepared, context, n_ctx, lengths));
     out.n_truncated += prepared.truncated;
     const auto n = static_cast<int64_t>(prepared.context.size());
     out.longest_context = std::max(out.longest_context, n);

@@ -19,6 +19,14 @@ struct PreparedContext {
   bool truncated = false;
 };
 
+// How long prompts and answers may be.
+struct Lengths {
+  int64_t prompt_tokens = 0;   // longer prompts lose their middle; 0: as much as the model takes
+  int64_t max_new_tokens = 0;  // of an answer, instead of the question's own; 0: the question's
+  double max_new_scale = 1;    // times the question's own
+};
+int64_t MaxNewTokens(const Question& question, const Lengths& lengths);
+
 struct PreparedSuite {
   std::vector<PreparedContext> contexts;  // parallel to Suite::contexts
   int64_t n_truncated = 0;
@@ -26,9 +34,13 @@ struct PreparedSuite {
   int64_t longest_prompt = 0;
 };
 
-// Prompts of more than `prompt_tokens` tokens keep their first and their last half, as LongBench does it; the
-// question belongs to the last one. kTooLong when a question alone fills more than that half.
-Expected<PreparedSuite> PrepareSuite(const Tokenizer& tokenizer, const Suite& suite, int64_t prompt_tokens);
+// Prompts that are too long keep their first and their last half, as LongBench does it; the question belongs
+// to the last one. Too long is what exceeds lengths.prompt_tokens, or leaves the answer less room in the
+// model's n_ctx tokens than it may take, or than n_ctx / 32 if it may take more: a model rarely uses all that
+// it is allowed, and what is cut out of the context is lost for certain. kTooLong when a question alone fills
+// more than half.
+Expected<PreparedSuite> PrepareSuite(const Tokenizer& tokenizer, const Suite& suite, int64_t n_ctx,
+                                     const Lengths& lengths);
 
 // 16 hex digits that change when anything that is asked or scored does.
 std::string HashOf(const Suite& suite);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <optional>
 
 #include "moend/engine/capture.h"
@@ -82,6 +81,7 @@ class Runner {
         results_(results),
         progress_(progress),
         save_(save),
+        n_ctx_(engine->model().hparams().n_ctx_train),
         saved_(Clock::now()) {
     source_ = options.capture ? CapturedContext(engine, ScorersOf(methods)) : PlainContext(engine);
     for (const Method& method : methods) runs_.push_back(RunOf(method));
@@ -145,7 +145,7 @@ class Runner {
     for (std::size_t q = 0; q < n_questions; ++q)
       room = std::max(room, Length(prepared.questions[q]) + MaxNew(suite_.contexts[c].questions[q]));
     for (const std::size_t m : pending) {
-      MOEND_ASSIGN(Session base, source_->Open(methods_[m], Length(prepared.context) + room));
+      MOEND_ASSIGN(Session base, source_->Open(methods_[m], Room(Length(prepared.context), room)));
       const KvStats stats = base.stats();
       std::vector<Answer> answers;
       for (std::size_t q = 0; q < n_questions; ++q) {
@@ -178,7 +178,8 @@ class Runner {
       for (std::size_t i = 0; i < pending.size(); ++i) {
         const double share = (static_cast<double>(q * pending.size() + i)) / static_cast<double>(n);
         if (!Tick(c, methods_[pending[i]].variant, share)) return Stopped();
-        MOEND_ASSIGN(Session session, source_->Open(methods_[pending[i]], Length(prompt) + MaxNew(question)));
+        MOEND_ASSIGN(Session session,
+                     source_->Open(methods_[pending[i]], Room(Length(prompt), MaxNew(question))));
         const KvStats stats = session.stats();
         sums[i].bytes += stats.bytes;
         sums[i].bytes_full += stats.bytes_full;
@@ -239,11 +240,10 @@ class Runner {
     return Fail(ErrorCode::kCancelled, "the evaluation was stopped; the same command continues it");
   }
 
-  int64_t MaxNew(const Question& question) const {
-    if (options_.max_new_tokens > 0) return options_.max_new_tokens;
-    return std::max<int64_t>(
-        1, std::llround(static_cast<double>(question.max_new_tokens) * options_.max_new_scale));
-  }
+  int64_t MaxNew(const Question& question) const { return MaxNewTokens(question, options_.lengths); }
+
+  // Room for a prompt and its answer; the answer ends where the model's context does.
+  int64_t Room(int64_t prompt, int64_t answer) const { return std::min(prompt + answer, n_ctx_); }
 
   static int64_t Length(const std::vector<int32_t>& tokens) { return static_cast<int64_t>(tokens.size()); }
 
@@ -254,6 +254,7 @@ class Runner {
   Results& results_;
   const std::function<bool(const EvalProgress&)>& progress_;
   const std::function<Expected<void>(const Results&)>& save_;
+  int64_t n_ctx_;
   std::unique_ptr<ContextSource> source_;
   std::vector<std::size_t> runs_;  // of each method
   int64_t left_ = 0, done_ = 0;    // pairs of method and context
@@ -272,15 +273,14 @@ std::unique_ptr<ContextSource> PlainContext(std::shared_ptr<Engine> engine) {
   return std::make_unique<Plain>(std::move(engine));
 }
 
-Settings SettingsOf(const Suite& suite, const EvalOptions& options, int64_t prompt_tokens,
-                    int64_t context_length) {
+Settings SettingsOf(const Suite& suite, const EvalOptions& options, int64_t context_length) {
   Settings s;
   s.suite = suite.path;
   s.suite_hash = HashOf(suite);
   s.mode = options.aware ? "aware" : "agnostic";
-  s.prompt_tokens = prompt_tokens;
-  s.max_new_tokens = options.max_new_tokens;
-  s.max_new_scale = options.max_new_scale;
+  s.prompt_tokens = options.lengths.prompt_tokens;
+  s.max_new_tokens = options.lengths.max_new_tokens;
+  s.max_new_scale = options.lengths.max_new_scale;
   s.context_length = context_length;
   return s;
 }

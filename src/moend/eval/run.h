@@ -35,10 +35,9 @@ std::unique_ptr<ContextSource> CapturedContext(std::shared_ptr<Engine> engine,
 std::unique_ptr<ContextSource> PlainContext(std::shared_ptr<Engine> engine);
 
 struct EvalOptions {
-  bool aware = false;          // compress with the question in the prompt, instead of before it is known
-  int64_t max_new_tokens = 0;  // instead of the questions' own; 0: theirs
-  double max_new_scale = 1;    // times theirs
-  bool capture = true;         // CapturedContext or PlainContext
+  bool aware = false;   // compress with the question in the prompt, instead of before it is known
+  Lengths lengths;      // as the suite was prepared with
+  bool capture = true;  // CapturedContext or PlainContext
 };
 
 struct EvalProgress {
@@ -48,8 +47,7 @@ struct EvalProgress {
 };
 
 // The settings that results are stored with, and that a continued run must share.
-Settings SettingsOf(const Suite& suite, const EvalOptions& options, int64_t prompt_tokens,
-                    int64_t context_length);
+Settings SettingsOf(const Suite& suite, const EvalOptions& options, int64_t context_length);
 
 // Continues `results` (whose settings must be equal; an empty one has no runs) with what is missing for the
 // methods; runs of other methods stay in it. `save` is called after each context and at least every half
