@@ -10,6 +10,7 @@
 #include "moend/model/model.h"
 #include "moend/plan/plan.h"
 #include "tests/support/process.h"
+#include "tests/support/test_model.h"
 
 namespace moend {
 namespace {
@@ -216,6 +217,38 @@ TEST(Run, AFullDiskIsAFailure) {
   const ProcessResult r = Moend({"run", "-m", kModel, "-p", kDoor, "-n", "2", "--json"}, options);
   EXPECT_EQ(r.code, 1);
   EXPECT_TRUE(Contains(r.err, "moend: error: ")) << r.err;
+}
+
+TEST(Chat, ReadsEachTurnOnce) {
+  const TemporaryFolder folder;
+  const std::string model = folder.path("chat.gguf");
+  test::TestModelOptions options;
+  options.chat_template = true;
+  ASSERT_TRUE(test::WriteTestModel(options, model));
+  ProcessOptions conversation;
+  conversation.input = "Hello there\n\nAnd again\n";
+  const std::vector<std::string> common = {"run", "-m", model, "--chat", "-n", "4", "--temp", "0"};
+  const ProcessResult both = Moend(common, conversation);
+  ASSERT_EQ(both.code, 0) << both.err;
+  EXPECT_FALSE(both.out.empty());
+  conversation.input = "Hello there\n";
+  const ProcessResult first = Moend(common, conversation);
+  ASSERT_EQ(first.code, 0) << first.err;
+  EXPECT_TRUE(both.out.starts_with(first.out)) << both.out << first.out;
+  // The second turn reads its own message and the template around it, not the first turn again.
+  const int64_t first_read = std::stoll(first.err.substr(first.err.find(':') + 1));
+  const int64_t both_read = std::stoll(both.err.substr(both.err.find(':') + 1));
+  EXPECT_GT(both_read, first_read);
+  EXPECT_LT(both_read, 2 * first_read + 20);
+  std::vector<std::string> one = common;
+  one.insert(one.end(), {"-p", "Hello there", "--json"});
+  const ProcessResult single = Moend(one);
+  ASSERT_EQ(single.code, 0) << single.err;
+  const auto j = nlohmann::json::parse(single.out, nullptr, false);
+  EXPECT_EQ(j["prompt_tokens"], first_read);
+  EXPECT_EQ(j["text"].get<std::string>() + "\n", first.out);
+  ExpectError(Moend({"run", "-m", kModel, "--chat", "-p", "Hello"}), 1, {"chat template"});
+  ExpectError(Moend({"run", "-m", kModel, "--chat"}, conversation), 1, {"chat template"});
 }
 
 TEST(BadInput, Models) {

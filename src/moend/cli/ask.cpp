@@ -98,7 +98,9 @@ Expected<Outcome> AskAll(const std::shared_ptr<Engine>& engine, const Plan& plan
   MOEND_ASSIGN(Session session, Session::Create(engine, plan));
   MOEND_TRY(TimedPrefill(session, context, outcome.reading));
   outcome.kv = session.stats();
-  Note(fmt::format("{}: {}", outcome.label, outcome.reading.Line(outcome.kv)));
+  Note(fmt::format("{}: read {} tokens in {:.1f} s, K/V {:.2f} MiB of {:.2f} MiB at 16 bit", outcome.label,
+                   context.size(), outcome.reading.prefill_seconds, MiB(outcome.kv.bytes),
+                   MiB(outcome.kv.bytes_full)));
   GenerateOptions generate;
   generate.max_tokens = flags.n_predict;
   generate.sampler.temperature = 0;
@@ -157,10 +159,12 @@ void PrintFigures(const std::vector<Question>& questions, const std::vector<Outc
       return fmt::format("{} of {}", right, judged.size());
     }));
   }
-  rows.push_back(row("K/V bytes", [](const Outcome& o) { return fmt::format("{}", o.kv.bytes); }));
-  rows.push_back(row("smaller than at 16 bit",
+  rows.push_back(
+      row("K/V cache", [](const Outcome& o) { return fmt::format("{:.2f} MiB", MiB(o.kv.bytes)); }));
+  rows.push_back(row("  smaller than at 16 bit",
                      [](const Outcome& o) { return fmt::format("{:.2f}x", o.kv.compression()); }));
-  rows.push_back(row("peak K/V bytes", [](const Outcome& o) { return fmt::format("{}", o.kv.peak_bytes); }));
+  rows.push_back(row("  at most, while reading",
+                     [](const Outcome& o) { return fmt::format("{:.2f} MiB", MiB(o.kv.peak_bytes)); }));
   rows.push_back(row("prefill, tokens/s",
                      [](const Outcome& o) { return fmt::format("{:.0f}", o.reading.prefill_tps()); }));
   rows.push_back(row("decode, tokens/s",
