@@ -69,7 +69,7 @@ const char* TargetName() {
 
 void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw, const QueryRows& q,
                   SoftmaxState state, float* workspace) {
-  if (q.rows <= kFusedRows) {
+  if (q.rows <= MostFusedRows()) {
     AttendStreamFused(kv, page_begin, page_end, raw, q, state, workspace);
   } else {
     AttendStreamTiled(kv, page_begin, page_end, raw, q, state, workspace);
@@ -78,7 +78,7 @@ void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bo
 
 void ColumnSumsStream(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,
                       float* sums, float* workspace) {
-  if (q.rows <= kFusedRows) {
+  if (q.rows <= MostFusedRows()) {
     ColumnSumsStreamFused(kv, q, max, sum, sums, workspace);
   } else {
     ColumnSumsStreamTiled(kv, q, max, sum, sums, workspace);

@@ -7,9 +7,8 @@
 
 namespace moend::simd {
 
-// Up to this many rows the packed codes are read directly; above, a page is unpacked to float32 once and
-// multiplied as a matrix.
-inline constexpr int64_t kFusedRows = 16;
+// Rows that the fused kernels, which read the packed codes directly, take at once.
+inline constexpr int64_t kFusedRows = 48;
 
 // Rows whose scores of one page are held at once: while K (or V) of a page stays in the first-level cache.
 inline constexpr int64_t kRowsPerBlock = 48;
@@ -22,8 +21,8 @@ constexpr int64_t RowsPerTile(int64_t head_size) {
 
 // Scratch of the fused path, in floats: scores [rows][64], probabilities times V scale [rows][64], scaled
 // queries [rows][head_size] and four numbers a row.
-constexpr int64_t FusedWorkspaceFloats(int64_t head_size) {
-  return kFusedRows * (2 * kPageTokens + head_size + 4);
+constexpr int64_t FusedWorkspaceFloats(int64_t head_size, int64_t rows) {
+  return (rows < kFusedRows ? rows : kFusedRows) * (2 * kPageTokens + head_size + 4);
 }
 
 }  // namespace moend::simd

@@ -37,7 +37,6 @@ using VU = hn::Vec<DU>;
 
 constexpr int kLanes = static_cast<int>(hn::MaxLanes(DF()));
 constexpr int kPageVectors = static_cast<int>(kPageTokens) / kLanes;
-constexpr int kVectorsPer16 = 16 / kLanes;  // vectors per 16 tokens or channels
 
 // AVX-512 and NEON have 32 vector registers, the others 16.
 #if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64
@@ -66,12 +65,13 @@ HWY_INLINE const uint16_t* AsHalves(const uint8_t* from) {
   return reinterpret_cast<const uint16_t*>(from);
 }
 
-// Byte j of every 32-bit lane as float.
-template <int j>
-HWY_INLINE VF ByteToFloat(VU words) {
+// Byte j of every 32-bit lane as float; j is known after unrolling.
+HWY_INLINE VF ByteToFloat(VU words, int j) {
   VU byte = words;
-  if constexpr (j > 0) byte = hn::ShiftRight<j * 8>(byte);
-  if constexpr (j < 3) byte = hn::And(byte, hn::Set(DU(), 255u));
+  if (j == 1) byte = hn::ShiftRight<8>(words);
+  if (j == 2) byte = hn::ShiftRight<16>(words);
+  if (j == 3) byte = hn::ShiftRight<24>(words);
+  if (j < 3) byte = hn::And(byte, hn::Set(DU(), 255u));
   return hn::ConvertTo(DF(), hn::BitCast(DI(), byte));
 }
 

@@ -108,7 +108,8 @@ void AttendRaw(const StreamView& kv, int64_t begin, const QueryRows& q, SoftmaxS
                 ValueRows{s.scores, s.factor, s.constant, state.out, head_size}, q.rows, Ahead());
 }
 
-void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
+// q: at most kFusedRows rows.
+void AttendStreamBlock(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
                        const QueryRows& q, SoftmaxState state, float* workspace) {
   const PageLayout& layout = kv.layout;
   const Scratch s(workspace, q.rows, layout.head_size);
@@ -125,17 +126,41 @@ void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_en
   for (int64_t t = 0; t < kv.n_raw; t += kPageTokens) AttendRaw(kv, t, q, state, s);
 }
 
+QueryRows RowBlock(const QueryRows& q, int64_t begin, int64_t head_size) {
+  return QueryRows{q.q + begin * head_size, HWY_MIN(q.rows - begin, kFusedRows), q.group};
+}
+
+void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
+                       const QueryRows& q, SoftmaxState state, float* workspace) {
+  const int64_t head_size = kv.layout.head_size;
+  for (int64_t r = 0; r < q.rows; r += kFusedRows) {
+    AttendStreamBlock(kv, page_begin, page_end, raw, RowBlock(q, r, head_size),
+                      SoftmaxState{state.out + r * head_size, state.max + r, state.sum + r}, workspace);
+  }
+}
+
 void ColumnSumsStreamFused(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,
                            float* sums, float* workspace) {
-  const Scratch s(workspace, q.rows, kv.layout.head_size);
-  for (int64_t i = 0; i < kv.n_pages; ++i) {
-    if (kv.live[i] == 0) continue;
-    Ahead next;
-    if (i + 1 < kv.n_pages) next = AheadK(kv.layout, kv.pages[i + 1], ScoreSteps(kv.layout));
-    ScorePage(kv.layout, kv.pages[i], q, next, s);
-    for (int64_t r = 0; r < q.rows; ++r)
-      AddWeights(s.scores + r * kPageTokens, kv.live[i], max[r], sum[r], sums + i * kPageTokens);
+  const int64_t head_size = kv.layout.head_size;
+  for (int64_t begin = 0; begin < q.rows; begin += kFusedRows) {
+    const QueryRows block = RowBlock(q, begin, head_size);
+    const Scratch s(workspace, block.rows, head_size);
+    for (int64_t i = 0; i < kv.n_pages; ++i) {
+      if (kv.live[i] == 0) continue;
+      Ahead next;
+      if (i + 1 < kv.n_pages) next = AheadK(kv.layout, kv.pages[i + 1], ScoreSteps(kv.layout));
+      ScorePage(kv.layout, kv.pages[i], block, next, s);
+      for (int64_t r = 0; r < block.rows; ++r) {
+        AddWeights(s.scores + r * kPageTokens, kv.live[i], max[begin + r], sum[begin + r],
+                   sums + i * kPageTokens);
+      }
+    }
   }
+}
+
+int64_t MostFusedRows() {
+  if (MOEND_HAVE_VNNI) return std::numeric_limits<int64_t>::max();
+  return kLanes == 16 ? 24 : 12;
 }
 
 }  // namespace HWY_NAMESPACE
@@ -147,6 +172,7 @@ namespace moend::simd {
 
 HWY_EXPORT(AttendStreamFused);
 HWY_EXPORT(ColumnSumsStreamFused);
+HWY_EXPORT(MostFusedRows);
 
 void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
                        const QueryRows& q, SoftmaxState state, float* workspace) {
@@ -156,6 +182,10 @@ void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_en
 void ColumnSumsStreamFused(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,
                            float* sums, float* workspace) {
   HWY_DYNAMIC_DISPATCH(ColumnSumsStreamFused)(kv, q, max, sum, sums, workspace);
+}
+
+int64_t MostFusedRows() {
+  return HWY_DYNAMIC_DISPATCH(MostFusedRows)();
 }
 
 }  // namespace moend::simd

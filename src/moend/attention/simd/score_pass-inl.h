@@ -20,11 +20,10 @@ struct HalfK {
   int64_t channel_stride;
 };
 
-// Vectors of tokens that one pass over the channels accumulates: the whole page where a vector has 16
-// lanes, else 16 tokens.
-constexpr int kPassVectors = kLanes == 16 ? 4 : kVectorsPer16;
-// Rows times kPassVectors accumulators must fit into the registers.
-constexpr int kScoreRows = kManyRegisters || kLanes == 8 ? 4 : 2;
+// Vectors of tokens that one pass over the channels accumulates: the whole page where a vector has 16 lanes,
+// else what the registers hold next to kScoreRows times as many accumulators.
+constexpr int kPassVectors = kManyRegisters ? 4 : kLanes == 1 ? 16 : 2;
+constexpr int kScoreRows = 4;
 
 template <int kRows>
 HWY_INLINE void StoreScores(const VF (&acc)[kRows][kPassVectors], int token, float* HWY_RESTRICT scores) {
@@ -73,14 +72,20 @@ void ScoreCodes(const uint8_t* HWY_RESTRICT codes, int64_t head_size, const floa
     }
     for (int64_t c = 0; c < head_size; c += 4) {
       ahead.Next();
+      VU words[kPassVectors];
       MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) {
         const int t = kLanes == 16 ? v * kLanes : token + v * kLanes;
-        const VU words = CodeWords<kBits>(codes, head_size, c + t / 16, t % 16);
-        const VF code[4] = {ByteToFloat<0>(words), ByteToFloat<1>(words), ByteToFloat<2>(words),
-                            ByteToFloat<3>(words)};
+        words[v] = CodeWords<kBits>(codes, head_size, c + t / 16, t % 16);
+      }
+      MOEND_UNROLL for (int j = 0; j < 4; ++j) {
+        VF code[kPassVectors];
+        MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) {
+          code[v] = ByteToFloat(words[v], j);
+        }
         MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
-          MOEND_UNROLL for (int j = 0; j < 4; ++j) {
-            acc[r][v] = hn::MulAdd(code[j], hn::Set(df, q[r * head_size + c + j]), acc[r][v]);
+          const VF qc = hn::Set(df, q[r * head_size + c + j]);
+          MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) {
+            acc[r][v] = hn::MulAdd(code[v], qc, acc[r][v]);
           }
         }
       }

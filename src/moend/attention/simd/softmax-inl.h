@@ -19,6 +19,8 @@ struct PageWeights {
   float* peak;
 };
 
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
+
 HWY_INLINE void LoadScores(const float* HWY_RESTRICT scores, uint64_t live, VF (&s)[kPageVectors]) {
   const DF df;
   MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
@@ -30,13 +32,6 @@ HWY_INLINE void LoadScores(const float* HWY_RESTRICT scores, uint64_t live, VF (
     s[v] = hn::IfThenElse(LiveLanes(live, v), s[v], dead);
   }
 }
-
-// Only -inf so far: any finite base gives exp(-inf) = 0 where -inf - -inf would be NaN.
-HWY_INLINE float Base(float max) {
-  return max == -kInfinity ? 0.0f : max;
-}
-
-#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
 
 // scores[kRows][64] become exp(score - new max), 0 for tokens that are not in live(row). Updates max and sum.
 template <int kRows, class Live>
@@ -53,6 +48,7 @@ HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float
   const __m128 old_max = _mm_maskz_loadu_ps(kMask, max);
   const __m128 new_max = _mm_max_ps(old_max, page_max);
   _mm_mask_storeu_ps(max, kMask, new_max);
+  // Only -inf so far: any finite base gives exp(-inf) = 0 where -inf - -inf would be NaN.
   const __mmask8 none = _mm_cmp_ps_mask(new_max, _mm_set1_ps(-kInfinity), _CMP_EQ_OQ);
   const __m128 base = _mm_mask_mov_ps(new_max, none, _mm_setzero_ps());
   alignas(16) float bases[4];
@@ -81,35 +77,41 @@ HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float
 
 #else
 
+HWY_NOINLINE inline void SoftmaxRow(float* HWY_RESTRICT scores, uint64_t live, float& max, float& sum,
+                                    float& factor, float& peak) {
+  const DF df;
+  VF high = hn::Set(df, -kInfinity);
+  if (live != kAllLive) {
+    for (int v = 0; v < kPageVectors; ++v) {
+      const VF s = hn::LoadU(df, scores + v * kLanes);
+      hn::StoreU(hn::IfThenElse(LiveLanes(live, v), s, high), df, scores + v * kLanes);
+    }
+  }
+  for (int v = 0; v < kPageVectors; ++v) high = hn::Max(high, hn::LoadU(df, scores + v * kLanes));
+  const float old_max = max, page_max = Max(high);
+  const bool rises = page_max > old_max;
+  max = rises ? page_max : old_max;
+  // Only -inf so far: any finite base gives exp(-inf) = 0 where -inf - -inf would be NaN.
+  const float base = max == -kInfinity ? 0.0f : max;
+  const VF row_base = hn::Set(df, base);
+  VF total = hn::Zero(df);
+  for (int v = 0; v < kPageVectors; ++v) {
+    const VF p = Exp(hn::Sub(hn::LoadU(df, scores + v * kLanes), row_base));
+    hn::StoreU(p, df, scores + v * kLanes);
+    total = hn::Add(total, p);
+  }
+  // Either the factor or the peak is 1; the other one is exp(the lower maximum - the higher).
+  const float weight = hn::GetLane(Exp(hn::Set(df, (rises ? old_max : page_max) - base)));
+  factor = rises ? weight : 1.0f;
+  peak = rises ? 1.0f : weight;
+  sum = sum * factor + Sum(total);
+}
+
 template <int kRows, class Live>
 HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float* max, float* sum,
                              const PageWeights& out) {
-  const DF df;
-  for (int r = 0; r < kRows; ++r) {
-    float* HWY_RESTRICT row = scores + r * kPageTokens;
-    VF s[kPageVectors];
-    LoadScores(row, live(r), s);
-    VF high = s[0];
-    MOEND_UNROLL for (int v = 1; v < kPageVectors; ++v) {
-      high = hn::Max(high, s[v]);
-    }
-    const float old_max = max[r], page_max = Max(high);
-    const bool rises = page_max > old_max;
-    max[r] = rises ? page_max : old_max;
-    const float base = Base(max[r]);
-    const VF row_base = hn::Set(df, base);
-    VF total = hn::Zero(df);
-    MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
-      const VF p = Exp(hn::Sub(s[v], row_base));
-      hn::StoreU(p, df, row + v * kLanes);
-      total = hn::Add(total, p);
-    }
-    // Either the factor or the peak is 1; the other one is exp(the lower maximum - the higher).
-    const float weight = hn::GetLane(Exp(hn::Set(df, (rises ? old_max : page_max) - base)));
-    out.factor[r] = rises ? weight : 1.0f;
-    out.peak[r] = rises ? 1.0f : weight;
-    sum[r] = sum[r] * out.factor[r] + Sum(total);
-  }
+  for (int r = 0; r < kRows; ++r)
+    SoftmaxRow(scores + r * kPageTokens, live(r), max[r], sum[r], out.factor[r], out.peak[r]);
 }
 
 #endif

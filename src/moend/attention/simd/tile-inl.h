@@ -42,10 +42,8 @@ HWY_NOINLINE void UnpackKCodes(const PageLayout& layout, const uint8_t* HWY_REST
     }
     MOEND_UNROLL for (int t = 0; t < kPageTokens; t += kLanes) {
       const VU words = CodeWords<kBits>(page + layout.k_codes, layout.head_size, c + t / 16, t % 16);
-      const VF code[4] = {ByteToFloat<0>(words), ByteToFloat<1>(words), ByteToFloat<2>(words),
-                          ByteToFloat<3>(words)};
       MOEND_UNROLL for (int j = 0; j < 4; ++j) {
-        const VF x = hn::MulAdd(code[j], hn::Set(df, pair[0][j]), hn::Set(df, pair[1][j]));
+        const VF x = hn::MulAdd(ByteToFloat(words, j), hn::Set(df, pair[0][j]), hn::Set(df, pair[1][j]));
         hn::StoreU(x, df, to + (c + j) * kPageTokens + t);
       }
     }
@@ -69,11 +67,9 @@ HWY_NOINLINE void UnpackVCodes(const PageLayout& layout, const uint8_t* HWY_REST
       for (int64_t quad = 0; quad < 16; ++quad) {
         const VU words = CodeWords<kBits>(page + layout.v_codes, layout.head_size, (c & ~int64_t{15}) + quad,
                                           static_cast<int>(c & 15));
-        const VF code[4] = {ByteToFloat<0>(words), ByteToFloat<1>(words), ByteToFloat<2>(words),
-                            ByteToFloat<3>(words)};
         MOEND_UNROLL for (int j = 0; j < 4; ++j) {
           const int64_t t = quad * 4 + j;
-          const VF x = hn::MulAdd(code[j], hn::Set(df, scale[t]), hn::Set(df, min[t]));
+          const VF x = hn::MulAdd(ByteToFloat(words, j), hn::Set(df, scale[t]), hn::Set(df, min[t]));
           hn::StoreU(x, df, to + t * layout.head_size + c);
         }
       }
@@ -126,9 +122,9 @@ HWY_NOINLINE void ScoreTile(const float* HWY_RESTRICT q, const float* HWY_RESTRI
 // out[kRows][head_size] = out * factor[kRows] + p[kRows][64] . v[tokens][head_size], kVectors vectors of
 // channels.
 template <int kRows, int kVectors>
-HWY_INLINE void ValueTileChannels(const float* HWY_RESTRICT p, const float* HWY_RESTRICT v, int64_t tokens,
-                                  int64_t head_size, const float* HWY_RESTRICT factor,
-                                  float* HWY_RESTRICT out) {
+HWY_NOINLINE void ValueTileChannels(const float* HWY_RESTRICT p, const float* HWY_RESTRICT v, int64_t tokens,
+                                    int64_t head_size, const float* HWY_RESTRICT factor,
+                                    float* HWY_RESTRICT out) {
   const DF df;
   VF acc[kRows][kVectors];
   MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -151,8 +147,8 @@ HWY_INLINE void ValueTileChannels(const float* HWY_RESTRICT p, const float* HWY_
 }
 
 template <int kRows>
-HWY_NOINLINE void ValueTile(const float* HWY_RESTRICT p, const float* HWY_RESTRICT v, int64_t tokens,
-                            int64_t head_size, const float* HWY_RESTRICT factor, float* HWY_RESTRICT out) {
+HWY_INLINE void ValueTile(const float* HWY_RESTRICT p, const float* HWY_RESTRICT v, int64_t tokens,
+                          int64_t head_size, const float* HWY_RESTRICT factor, float* HWY_RESTRICT out) {
   int64_t c = 0;
   for (; c + kTileVectors * kLanes <= head_size; c += kTileVectors * kLanes)
     ValueTileChannels<kRows, kTileVectors>(p, v + c, tokens, head_size, factor, out + c);

@@ -76,16 +76,21 @@ HWY_INLINE void ValueCodes(const uint8_t* HWY_RESTRICT codes, int64_t channel, c
     MOEND_UNROLL for (int i = 0; i < 4; ++i) {
       const int64_t quad = quads + i;
       ahead.Next();
+      VU words[kVectors];
       MOEND_UNROLL for (int v = 0; v < kVectors; ++v) {
         const int64_t c = channel + v * kLanes;
-        const VU words =
+        words[v] =
             CodeWords<kBits>(codes, rows.head_size, (c & ~int64_t{15}) + quad, static_cast<int>(c & 15));
-        const VF code[4] = {ByteToFloat<0>(words), ByteToFloat<1>(words), ByteToFloat<2>(words),
-                            ByteToFloat<3>(words)};
+      }
+      MOEND_UNROLL for (int j = 0; j < 4; ++j) {
+        VF code[kVectors];
+        MOEND_UNROLL for (int v = 0; v < kVectors; ++v) {
+          code[v] = ByteToFloat(words[v], j);
+        }
         MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
-          MOEND_UNROLL for (int j = 0; j < 4; ++j) {
-            const VF p = hn::Set(df, rows.p[r * kPageTokens + quad * 4 + j]);
-            acc[r][v] = hn::MulAdd(code[j], p, acc[r][v]);
+          const VF p = hn::Set(df, rows.p[r * kPageTokens + quad * 4 + j]);
+          MOEND_UNROLL for (int v = 0; v < kVectors; ++v) {
+            acc[r][v] = hn::MulAdd(code[v], p, acc[r][v]);
           }
         }
       }

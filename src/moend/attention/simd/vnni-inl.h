@@ -245,8 +245,9 @@ HWY_INLINE void FoldKScaleFixed(const PageLayout& layout, const uint8_t* page, c
 }
 
 // scores[rows][64] = constant[rows] + scale[rows] * sums[rows][4][kPlanes][16]
-HWY_NOINLINE void FinishScores(const int32_t* HWY_RESTRICT sums, int rows, const float* HWY_RESTRICT scale,
-                               const float* HWY_RESTRICT constant, float* HWY_RESTRICT scores) {
+HWY_NOINLINE inline void FinishScores(const int32_t* HWY_RESTRICT sums, int rows,
+                                      const float* HWY_RESTRICT scale, const float* HWY_RESTRICT constant,
+                                      float* HWY_RESTRICT scores) {
   const DF df;
   for (int r = 0; r < rows; ++r) {
     MOEND_UNROLL for (int v = 0; v < 4; ++v) {
@@ -270,8 +271,9 @@ HWY_INLINE void ScoreRowsFixed(const uint8_t* codes, int64_t head_size, const fl
 }
 
 // As ScorePageCodes; `scale` is scratch of a float a row. Not inlined: its caller is compiled without VNNI.
-HWY_NOINLINE void ScorePageFixed(const PageLayout& layout, const uint8_t* page, const float* q, int64_t rows,
-                                 float* scaled, float* scale, float* constant, Ahead ahead, float* scores) {
+HWY_NOINLINE inline void ScorePageFixed(const PageLayout& layout, const uint8_t* page, const float* q,
+                                        int64_t rows, float* scaled, float* scale, float* constant,
+                                        Ahead ahead, float* scores) {
   const uint8_t* codes = page + layout.k_codes;
   const int64_t head = layout.head_size;
   ForRowBlocks<4>(rows, [&](auto n, int64_t r) {
@@ -340,9 +342,9 @@ HWY_INLINE void ValueRowsFixed(const uint8_t* codes, int64_t begin, int64_t end,
 }
 
 // As ValuePageCodes, in the manner of ScorePageFixed. weights: of the rows, from the softmax of this page.
-HWY_NOINLINE void ValuePageFixed(const PageLayout& layout, const uint8_t* page, const float* p,
-                                 const PageWeights& weights, int64_t rows, float* scaled, float* scale,
-                                 float* constant, Ahead ahead, float* out) {
+HWY_NOINLINE inline void ValuePageFixed(const PageLayout& layout, const uint8_t* page, const float* p,
+                                        const PageWeights& weights, int64_t rows, float* scaled, float* scale,
+                                        float* constant, Ahead ahead, float* out) {
   const uint8_t* codes = page + layout.v_codes;
   const ValueRows block{p, weights.factor, constant, out, layout.head_size};
   const int64_t width = layout.head_size / layout.v_groups;
