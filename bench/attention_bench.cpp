@@ -112,7 +112,7 @@ struct Rows {
 };
 
 // One thread is timed by its CPU time, which other programs on the machine disturb least; several by the wall
-// clock.
+// clock, so that on a busy machine their shares come out too low.
 void Time(benchmark::internal::Benchmark* benchmark, int threads) {
   benchmark->Threads(threads)->Unit(benchmark::kMillisecond);
   if (threads > 1) benchmark->UseRealTime();

@@ -8,7 +8,9 @@ struct Ceilings {
   double flops_per_second = 0;  // float32 multiply-add (2 operations each), registers only
 };
 
-// `threads` threads at once; the sum over them. Best of several runs, about half a second.
+// `threads` threads at once; the sum over them, each by its own CPU time. Best of several runs, less than a
+// second. Where other programs keep the threads from running at the same time, the bandwidth they share comes
+// out too high.
 Ceilings MeasureCeilings(int threads);
 
 }  // namespace moend::bench

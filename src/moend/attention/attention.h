@@ -14,25 +14,25 @@ namespace moend {
 // floats, 64-byte aligned.
 int64_t WorkspaceFloats(int64_t head_size, int64_t rows);
 
-#define MOEND_DECLARE_ATTENTION                                                                             \
-  /* Rows see every live token of pages [page_begin, page_end) and, if `raw`, every raw token. */           \
-  void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,                   \
-                    const QueryRows& q, SoftmaxState state, float* workspace);                              \
-  /* Causal: row r (token i = r / group) sees the tokens [0, first + i] of kv; first + rows / group <=      \
-   * n_tokens. */                                                                                           \
-  void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, SoftmaxState state,             \
-                    float* workspace);                                                                      \
-  /* sums[t] += for tokens t of kv in [begin, end): sum over rows of exp(s - max[r]) / sum[r], causal as    \
-     above. max and sum are the final ones of the rows. Feeds H2O and SnapKV. `sums` is indexed by t, not by           \
-     t - begin. */                                                                                          \
-  void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q, \
-                        const float* max, const float* sum, float* sums, float* workspace);                 \
-  /* The same over the paged part of a stream: sums[page * 64 + slot] += ...; evicted slots get 0 added. */ \
-  void ColumnSumsStream(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,       \
-                        float* sums, float* workspace);                                                     \
-  /* Adds what `from` saw to `into`, rows x head_size. */                                                   \
-  void MergeStates(SoftmaxState into, SoftmaxState from, int64_t rows, int64_t head_size);                  \
-  /* out /= sum; rows that saw nothing become zeros. */                                                     \
+#define MOEND_DECLARE_ATTENTION                                                                              \
+  /* Rows see every live token of pages [page_begin, page_end) and, if `raw`, every raw token. */            \
+  void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,                    \
+                    const QueryRows& q, SoftmaxState state, float* workspace);                               \
+  /* Causal: row r (token i = r / group) sees the tokens [0, first + i] of kv; first + rows / group <=       \
+   * n_tokens. */                                                                                            \
+  void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, SoftmaxState state,              \
+                    float* workspace);                                                                       \
+  /* sums[t] += for tokens t of kv in [begin, end): sum over rows of exp(s - max[r]) / sum[r], causal as     \
+     above. max and sum are the final ones of the rows. Feeds H2O and SnapKV. `sums` is indexed by t, not by \
+     t - begin. */                                                                                           \
+  void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,  \
+                        const float* max, const float* sum, float* sums, float* workspace);                  \
+  /* The same over the paged part of a stream: sums[page * 64 + slot] += ...; evicted slots get 0 added. */  \
+  void ColumnSumsStream(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,        \
+                        float* sums, float* workspace);                                                      \
+  /* Adds what `from` saw to `into`, rows x head_size. */                                                    \
+  void MergeStates(SoftmaxState into, SoftmaxState from, int64_t rows, int64_t head_size);                   \
+  /* out /= sum; rows that saw nothing become zeros. */                                                      \
   void Finish(SoftmaxState state, int64_t rows, int64_t head_size);
 
 namespace reference {
