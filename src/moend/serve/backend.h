@@ -27,7 +27,7 @@ class Context {
 };
 
 struct BackendInfo {
-  std::string model_name = {};  // general.name or the file's name
+  std::string model_name = {};  // the file's name without its suffix
   std::string model_hash = {};  // of the weights
   std::string plan_name = {};   // for people: "2d_hetero 14.0x"
   std::string cache_id = {};  // contexts can be exchanged between two backends if and only if these are equal

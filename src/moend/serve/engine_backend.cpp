@@ -238,7 +238,7 @@ Expected<std::unique_ptr<Backend>> MakeEngineBackend(std::shared_ptr<Engine> eng
   BackendInfo info;
   info.n_ctx = options.n_ctx > 0 ? options.n_ctx : hp.n_ctx_train;
   MOEND_ASSIGN(const int64_t bytes, PlanBytes(options.plan, info.n_ctx, made->needs().accumulated ? 4 : 0));
-  info.model_name = hp.name.empty() ? std::filesystem::path(engine->model().path()).stem().string() : hp.name;
+  info.model_name = std::filesystem::path(engine->model().path()).stem().string();
   info.model_hash = model.hash;
   info.plan_name =
       fmt::format("{} {:.1f}x", options.plan.variant,

@@ -43,7 +43,7 @@ void Server::Generate(const Ready& ready, bool chat, const httplib::Request& req
                   .include_usage = parsed->include_usage,
                   .kv_layers = parsed->kv_layers};
   if (parsed->stream) {
-    Stream(std::move(*job), head, response);
+    Stream(std::move(*job), head, request.version != "HTTP/1.0", response);
   } else {
     Whole(**job, head, response);
   }
@@ -112,7 +112,8 @@ void Server::Whole(Job& job, const AnswerHead& head, httplib::Response& response
   }
 }
 
-void Server::Stream(std::shared_ptr<Job> job, const AnswerHead& head, httplib::Response& response) {
+void Server::Stream(std::shared_ptr<Job> job, const AnswerHead& head, bool chunked,
+                    httplib::Response& response) {
   struct State {
     Job::Event event;
     bool started = false, over = false;
@@ -153,9 +154,14 @@ void Server::Stream(std::shared_ptr<Job> job, const AnswerHead& head, httplib::R
     if (state->over) sink.done();
     return true;
   };
-  response.set_chunked_content_provider("text/event-stream", provide, [job, state](bool) {
+  const auto release = [job, state](bool) {
     if (!state->over) job->Cancel();
-  });
+  };
+  if (chunked) {
+    response.set_chunked_content_provider("text/event-stream", provide, release);
+  } else {
+    response.set_content_provider("text/event-stream", provide, release);  // ends where the connection does
+  }
 }
 
 }  // namespace moend::serve

@@ -52,6 +52,7 @@ ApiResult<RequestHead> ParseRequestLine(std::string_view line) {
     return Refuse(400, "malformed request line");
   if (!version.starts_with("HTTP/")) return Refuse(400, "malformed request line");
   if (version == "HTTP/1.0") {
+    head.http10 = true;
     head.keep_alive = false;
   } else if (version != "HTTP/1.1") {
     return Refuse(505, "only HTTP/1.1 and HTTP/1.0 are spoken here");

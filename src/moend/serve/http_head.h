@@ -20,6 +20,7 @@ struct RequestHead {
   std::vector<std::pair<std::string, std::string>> fields;  // names in lower case, values trimmed
   int64_t content_length = 0;
   bool chunked = false;
+  bool http10 = false;  // HTTP/1.0: knows no chunks
   bool keep_alive = true;
   bool expects_continue = false;
 

@@ -27,8 +27,11 @@ Scheduler::Scheduler(Backend& backend, PrefixStore* store, const Limits& limits,
       metrics_(metrics),
       log_(std::move(log)),
       queue_(limits.queue, limits.queue_per_key),
-      slots_(static_cast<std::size_t>(options.slots)),
-      thread_([this] { Run(); }) {}
+      slots_(static_cast<std::size_t>(options.slots)) {
+  gauges_.slots = options.slots;
+  gauges_.kv_budget_bytes = options.kv_budget_bytes;
+  thread_ = std::thread([this] { Run(); });
+}
 
 Scheduler::~Scheduler() {
   Drain(Clock::now());

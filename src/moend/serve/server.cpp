@@ -1,5 +1,7 @@
 #include "moend/serve/server.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 
@@ -7,6 +9,13 @@ namespace moend::serve {
 namespace {
 
 constexpr const char* kJson = "application/json";
+
+int64_t DefaultBudget(const Backend& backend, int64_t slots) {
+  const int64_t n_ctx = backend.info().n_ctx;
+  const int64_t wanted = 2 * slots * backend.ContextBound(n_ctx) + backend.PrefillScratch(0, n_ctx);
+  const int64_t memory = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+  return memory > 0 ? std::min(wanted, memory / 2) : wanted;
+}
 
 }  // namespace
 
@@ -31,6 +40,8 @@ void Server::Serve(std::unique_ptr<Backend> backend, std::unique_ptr<PrefixStore
   ready->backend = std::move(backend);
   ready->store = std::move(store);
   const BackendInfo& info = ready->backend->info();
+  if (options_.scheduler.kv_budget_bytes <= 0)
+    options_.scheduler.kv_budget_bytes = DefaultBudget(*ready->backend, options_.scheduler.slots);
   ready->scheduler = std::make_unique<Scheduler>(*ready->backend, ready->store.get(), options_.limits,
                                                  options_.scheduler, metrics_, log_);
   ready->defaults = {options_.sampler, info.n_vocab};

@@ -40,7 +40,8 @@ class Server {
 
   // Binds and starts to answer; all but /health is 503 until Serve(). Returns the port.
   Expected<int> Start();
-  // `store` may be null.
+  // `store` may be null. Without a K/V budget in the options, one is chosen: all slots full, and as much
+  // again for idle contexts, but no more than half of the machine's memory.
   void Serve(std::unique_ptr<Backend> backend, std::unique_ptr<PrefixStore> store);
 
   // Stops accepting, finishes what was accepted (cancels it after `patience`), ends all threads.
@@ -77,7 +78,7 @@ class Server {
   void Completion(const Ready& ready, const httplib::Request& request, httplib::Response& response);
   void Generate(const Ready& ready, bool chat, const httplib::Request& request, httplib::Response& response);
   ApiResult<std::shared_ptr<Job>> MakeJob(const Ready& ready, GenerationRequest& r, const std::string& scope);
-  void Stream(std::shared_ptr<Job> job, const AnswerHead& head, httplib::Response& response);
+  void Stream(std::shared_ptr<Job> job, const AnswerHead& head, bool chunked, httplib::Response& response);
   void Whole(Job& job, const AnswerHead& head, httplib::Response& response);
 
   ServerOptions options_;

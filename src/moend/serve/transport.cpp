@@ -53,7 +53,7 @@ class MemoryStream : public httplib::Stream {
 // The request as httplib gets it: framing by length, and no field that makes httplib do something of its own
 // (ranges, compression, multipart, 100-continue).
 std::string Rebuild(const RequestHead& head, std::string body) {
-  std::string out = fmt::format("{} {} HTTP/1.1\r\n", head.method, head.target);
+  std::string out = fmt::format("{} {} HTTP/1.{}\r\n", head.method, head.target, head.http10 ? 0 : 1);
   for (const char* name : {"host", "authorization", "content-type", "origin", "user-agent"})
     if (const auto value = head.Get(name); !value.empty()) out += fmt::format("{}: {}\r\n", name, value);
   out += fmt::format("content-length: {}\r\n\r\n", body.size());

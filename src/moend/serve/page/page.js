@@ -128,7 +128,7 @@ async function answer() {
       if (choice && choice.delta.content) {
         text += choice.delta.content;
         div.classList.remove("waiting");
-        div.textContent = text;
+        div.textContent = text.trimStart();
         $("log").scrollTop = $("log").scrollHeight;
         if (chunks++ === 0) start = performance.now();
         else $("speed").textContent = ((chunks - 1) * 1000 / (performance.now() - start)).toFixed(1);
@@ -145,7 +145,7 @@ async function answer() {
   $("stop").disabled = true;
   div.classList.remove("waiting");
   if (text) messages.push({ role: "assistant", content: text });
-  else if (!div.textContent) div.remove();
+  if (!text.trim()) div.remove();
   $("input").focus();
 }
 
