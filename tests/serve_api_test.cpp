@@ -343,7 +343,7 @@ TEST(Api, DrainFinishesAnswersAndRefusesNewOnes) {
   drain.join();
 }
 
-// A small storm here; the large one is tests/soak/hostile.py.
+// A small storm here; the large one is tests/soak/hostile.mjs.
 TEST(Api, HostileRequestsGetAnErrorOrAnAnswer) {
   ServerOptions options;
   options.limits.header_seconds = options.limits.body_seconds = options.limits.idle_seconds = 0.2;
