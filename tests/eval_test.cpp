@@ -236,21 +236,32 @@ TEST(Prompt, LeavesRoomForTheAnswer) {
   EXPECT_EQ(MaxNewTokens(suite.contexts[0].questions[0], {0, 7, 16}), 7);
 }
 
-TEST(Run, AnAnswerEndsWhereTheContextDoes) {
+TEST(Run, AnAnswerMayPassTheTrainedContext) {
   Suite suite = SomeSuite();
   suite.contexts.resize(1);
-  const int64_t n_ctx = TheWorld().model->hparams().n_ctx_train;
-  suite.contexts[0].text = Words(static_cast<int>(n_ctx), 1);  // several tokens a word
   suite.contexts[0].questions.resize(1);
-  suite.contexts[0].questions[0].max_new_tokens = 2 * n_ctx;
-  const auto prepared = PrepareSuite(TheWorld().model->tokenizer(), suite, n_ctx, {});
+  Question& question = suite.contexts[0].questions[0];
+  question.max_new_tokens = 40;
+  question.stop.clear();
+  const int64_t n_ctx = TheWorld().model->hparams().n_ctx_train;
+  const Tokenizer& tokenizer = TheWorld().model->tokenizer();
+  const auto base = PrepareSuite(tokenizer, suite, n_ctx, {});
+  ASSERT_TRUE(base) << base.error().message;
+  // As many words more as fit.
+  const std::string word = " word";
+  const auto tokens = tokenizer.Tokenize(word, false, false);
+  ASSERT_TRUE(tokens);
+  int64_t more = (n_ctx - base->longest_prompt) / static_cast<int64_t>(tokens->size());
+  for (; more > 0; --more) suite.contexts[0].text += word;
+  const auto prepared = PrepareSuite(tokenizer, suite, n_ctx, {});
   ASSERT_TRUE(prepared) << prepared.error().message;
-  EXPECT_EQ(prepared->n_truncated, 1);
+  EXPECT_EQ(prepared->n_truncated, 0);
+  ASSERT_GT(prepared->longest_prompt, n_ctx - 16);
   const std::vector<Method> full = {MethodOf(FullPlan(TheWorld().engine->fingerprint(), n_ctx), "")};
   const auto save = [](const Results&) -> Expected<void> { return {}; };
   const auto results = Evaluate(TheWorld().engine, suite, *prepared, full, {}, {}, {}, save);
   ASSERT_TRUE(results) << results.error().message;
-  EXPECT_LE(results->runs[0].answers[0].tokens, n_ctx - prepared->longest_prompt);
+  EXPECT_GT(results->runs[0].answers[0].tokens, 16);
 }
 
 TEST(Prompt, ChatTemplateWrapsTheWholePrompt) {

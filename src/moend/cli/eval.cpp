@@ -106,6 +106,17 @@ Expected<void> Run(EvalFlags& flags) {
   if (prepared.n_truncated > 0)
     Note(fmt::format("{} of {} contexts lose their middle to fit", prepared.n_truncated,
                      suite.contexts.size()));
+  int64_t past = 0;
+  for (std::size_t c = 0; c < suite.contexts.size(); ++c) {
+    int64_t most = 0;
+    for (std::size_t q = 0; q < suite.contexts[c].questions.size(); ++q)
+      most = std::max(most, static_cast<int64_t>(prepared.contexts[c].questions[q].size()) +
+                                eval::MaxNewTokens(suite.contexts[c].questions[q], flags.options.lengths));
+    past += static_cast<int64_t>(prepared.contexts[c].context.size()) + most > trained;
+  }
+  if (past > 0)
+    Note(fmt::format("answers to {} of {} contexts may run past the {} tokens that {} was trained for", past,
+                     suite.contexts.size(), trained, flags.model.path));
   flags.options.aware = flags.mode == "aware";
   flags.options.capture = !flags.recompute;
   if (flags.context_length == 0)

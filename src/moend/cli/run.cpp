@@ -48,11 +48,13 @@ Expected<std::string> PromptText(const RunOptions& options) {
   return options.escape ? Unescape(text) : text;
 }
 
-Expected<int64_t> ContextLimit(const RunOptions& options, const Model& model) {
+// More than the model was trained for is allowed, as in llama.cpp, but not in silence.
+int64_t ContextLimit(const RunOptions& options, const Model& model) {
   const int64_t trained = model.hparams().n_ctx_train;
   if (options.n_ctx > trained)
-    return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; {} was trained for {}",
-                options.n_ctx, model.path(), trained);
+    Note(fmt::format("{} was trained for contexts of {} tokens; beyond them, up to the {} asked for, it gets "
+                     "worse",
+                     model.path(), trained, options.n_ctx));
   return options.n_ctx > 0 ? options.n_ctx : trained;
 }
 
@@ -83,7 +85,7 @@ Expected<void> Run(RunOptions& options) {
   MOEND_ASSIGN(std::string text, options.has_prompt || options.has_file ? PromptText(options) : "");
   MOEND_ASSIGN(auto engine, options.model.Load());
   const Tokenizer& tokenizer = engine->model().tokenizer();
-  MOEND_ASSIGN(const int64_t limit, ContextLimit(options, engine->model()));
+  const int64_t limit = ContextLimit(options, engine->model());
   GenerateOptions generate;
   generate.max_tokens = options.n_predict;
   generate.sampler = options.sampler;

@@ -28,8 +28,13 @@ struct EngineOptions {
 // Called now and then during long work with the share done, 0 to 1; returning false stops it (kCancelled).
 using Progress = std::function<bool(double)>;
 
+// Positions are 32 bit in ggml.
+inline constexpr int64_t kMostContextTokens = INT32_MAX;
+
 struct SessionOptions {
-  int64_t n_ctx = 0;        // most tokens, prompt and generated; 0: what the model was trained for
+  // Most tokens, prompt and generated; 0: what the model was trained for. It may be more, as in llama.cpp, but
+  // models get worse there.
+  int64_t n_ctx = 0;
   std::string scorer = {};  // empty: the plan's
   std::shared_ptr<Ledger> ledger = {};  // counts the K/V bytes; null: one of the session's own
 };

@@ -37,10 +37,9 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
   MOEND_TRY(CheckPlan(plan, *engine));
   auto impl = std::make_unique<Impl>();
   const HyperParams& hp = engine->model().hparams();
-  if (options.n_ctx < 0 || options.n_ctx > hp.n_ctx_train)
-    return Fail(ErrorCode::kInvalidArgument,
-                "a context of {} tokens is not possible; the model was trained for {}", options.n_ctx,
-                hp.n_ctx_train);
+  if (options.n_ctx < 0 || options.n_ctx > kMostContextTokens)
+    return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; 0 to {} are",
+                options.n_ctx, kMostContextTokens);
   impl->n_ctx = options.n_ctx ? options.n_ctx : hp.n_ctx_train;
   MOEND_ASSIGN(impl->scorer, MakeScorer(options.scorer.empty() ? plan.scorer : options.scorer));
   impl->ledger = options.ledger ? options.ledger : std::make_shared<Ledger>();

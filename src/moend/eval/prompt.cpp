@@ -60,10 +60,10 @@ Expected<void> Truncate(PreparedContext& context, const Context& source, int64_t
     question = std::max(question, static_cast<int64_t>(context.questions[q].size()));
     reserve = std::max(reserve, std::min(MaxNewTokens(source.questions[q], lengths), n_ctx / 32));
   }
-  int64_t limit = n_ctx - reserve;
-  if (lengths.prompt_tokens > 0) limit = std::min(limit, lengths.prompt_tokens);
   const auto n = static_cast<int64_t>(context.context.size());
-  if (n + question <= limit) return {};
+  const auto asked = lengths.prompt_tokens > 0 ? lengths.prompt_tokens : n_ctx;
+  if (n + question <= std::min(asked, n_ctx)) return {};
+  const int64_t limit = std::min(asked, n_ctx - reserve);
   const int64_t first = limit / 2, last = limit - first - question;
   if (first < 1 || last < 0)
     return Fail(ErrorCode::kTooLong,

@@ -65,7 +65,7 @@ std::vector<std::string> ScorersOf(std::span<const Method> methods) {
 bool IsRunOf(const Run& run, const Method& method) {
   return run.variant == method.variant && run.scorer == method.scorer &&
          run.compression == method.compression && run.plan.layers == method.plan.layers &&
-         run.plan.guard == method.plan.guard;
+         run.plan.heads == method.plan.heads && run.plan.guard == method.plan.guard;
 }
 
 class Runner {
@@ -81,7 +81,6 @@ class Runner {
         results_(results),
         progress_(progress),
         save_(save),
-        n_ctx_(engine->model().hparams().n_ctx_train),
         saved_(Clock::now()) {
     source_ = options.capture ? CapturedContext(engine, ScorersOf(methods)) : PlainContext(engine);
     for (const Method& method : methods) runs_.push_back(RunOf(method));
@@ -145,7 +144,7 @@ class Runner {
     for (std::size_t q = 0; q < n_questions; ++q)
       room = std::max(room, Length(prepared.questions[q]) + MaxNew(suite_.contexts[c].questions[q]));
     for (const std::size_t m : pending) {
-      MOEND_ASSIGN(Session base, source_->Open(methods_[m], Room(Length(prepared.context), room)));
+      MOEND_ASSIGN(Session base, source_->Open(methods_[m], Length(prepared.context) + room));
       const KvStats stats = base.stats();
       std::vector<Answer> answers;
       for (std::size_t q = 0; q < n_questions; ++q) {
@@ -179,7 +178,7 @@ class Runner {
         const double share = (static_cast<double>(q * pending.size() + i)) / static_cast<double>(n);
         if (!Tick(c, methods_[pending[i]].variant, share)) return Stopped();
         MOEND_ASSIGN(Session session,
-                     source_->Open(methods_[pending[i]], Room(Length(prompt), MaxNew(question))));
+                     source_->Open(methods_[pending[i]], Length(prompt) + MaxNew(question)));
         const KvStats stats = session.stats();
         sums[i].bytes += stats.bytes;
         sums[i].bytes_full += stats.bytes_full;
@@ -242,9 +241,6 @@ class Runner {
 
   int64_t MaxNew(const Question& question) const { return MaxNewTokens(question, options_.lengths); }
 
-  // Room for a prompt and its answer; the answer ends where the model's context does.
-  int64_t Room(int64_t prompt, int64_t answer) const { return std::min(prompt + answer, n_ctx_); }
-
   static int64_t Length(const std::vector<int32_t>& tokens) { return static_cast<int64_t>(tokens.size()); }
 
   const Suite& suite_;
@@ -254,7 +250,6 @@ class Runner {
   Results& results_;
   const std::function<bool(const EvalProgress&)>& progress_;
   const std::function<Expected<void>(const Results&)>& save_;
-  int64_t n_ctx_;
   std::unique_ptr<ContextSource> source_;
   std::vector<std::size_t> runs_;  // of each method
   int64_t left_ = 0, done_ = 0;    // pairs of method and context
