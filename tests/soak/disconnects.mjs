@@ -1,0 +1,59 @@
+// Clients that leave while they wait, while their prompt is read, while their answer is made, and while it is
+// streamed. Every slot must be idle 2 s later, memory must not grow, and a control stream must not notice.
+import { check, filler, flags, get, memory, metric, random, request, sleep, untilIdle } from "./client.mjs";
+import { startServer } from "./server.mjs";
+
+const f = flags({ moend: "build/moend", model: "models/moend-reference-23m-q8_0.gguf", plan: "", clients: 500, slots: 8 });
+const server = await startServer(f.moend, ["-m", f.model, ...(f.plan ? ["--plan", f.plan] : []), "--metrics", "-np", String(f.slots)]);
+const url = server.url + "/v1/completions";
+const pick = random(5);
+
+// Leaves after `ms`, or at the first byte of the body.
+async function leave({ prompt, stream, ms, atFirstByte }) {
+  const abort = new AbortController();
+  const timer = ms === undefined ? undefined : setTimeout(() => abort.abort(), ms);
+  await request(url, {
+    body: { prompt, stream, max_tokens: 400, temperature: 1 }, signal: abort.signal,
+    onData: (_, cut) => atFirstByte && cut(),
+  }).catch(() => {});
+  clearTimeout(timer);
+}
+
+const control = { prompt: "It was a dark and", max_tokens: 48, temperature: 0 };
+const alone = (await request(url, { body: control })).json.choices[0].text;
+const phases = {
+  queue: () => leave({ prompt: filler(200, pick(1000)), stream: false, ms: 5 + pick(200) }),
+  prefill: () => leave({ prompt: filler(6000, pick(1000)), stream: pick(2) === 1, ms: 100 + pick(1500) }),
+  decode: () => leave({ prompt: filler(30, pick(1000)), stream: false, ms: 300 + pick(1500) }),
+  stream: () => leave({ prompt: filler(30, pick(1000)), stream: true, atFirstByte: true }),
+};
+// Every batch size and prompt length leaves its buffers behind once; what counts is what comes after that.
+for (const go of Object.values(phases)) await Promise.all(Array.from({ length: 25 }, go));
+await untilIdle(server.url);
+const before = memory(server.pid);
+for (const [name, go] of Object.entries(phases)) {
+  const per = Math.floor(f.clients / 4);
+  const watcher = request(url, { body: control });
+  await Promise.all(Array.from({ length: per }, async (_, i) => { await sleep(i * 5); await go(); }));
+  const idle = await untilIdleBut(watcher);
+  const text = (await watcher).json?.choices?.[0].text;
+  check(`${name}: ${per} clients left, slots idle`, idle <= 2000, `${Math.round(idle)} ms`);
+  check(`${name}: the control answer is what it was alone`, text === alone, text === alone ? "" : JSON.stringify(text));
+}
+
+// The control answer may still be running: it is not one of those that left.
+async function untilIdleBut(watcher) {
+  const start = performance.now();
+  let left = 1;
+  watcher.then(() => { left = 0; });
+  for (;;) {
+    const busy = (await get(server.url + "/slots")).json.filter((s) => s.is_processing).length;
+    if (busy <= left && (await metric(server.url, "queued")) === 0) return performance.now() - start;
+    await sleep(10);
+  }
+}
+
+const after = memory(server.pid);
+check("memory did not grow", after.rss - before.rss < 16, `${before.rss.toFixed(0)} -> ${after.rss.toFixed(0)} MiB`);
+check("threads ended", after.threads <= before.threads + 2, `${before.threads} -> ${after.threads}`);
+check("exit code after SIGTERM", (await server.stop()) === 0);
