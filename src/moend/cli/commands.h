@@ -16,6 +16,7 @@ namespace moend::cli {
   X(AddEval)              \
   X(AddPerplexity)        \
   X(AddReport)            \
+  X(AddBench)             \
   X(AddServe)
 
 #define MOEND_DECLARE_COMMAND(add) void add(CLI::App& app, int& exit_code);
