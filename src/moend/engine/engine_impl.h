@@ -20,6 +20,9 @@ struct Engine::Impl {
   std::unique_ptr<DecodeHook> decode;
   std::mutex reading;  // one prompt at a time: `prefill` is in the middle of it; taken before `busy`
   std::mutex busy;     // one computation at a time
+  // Of a decode step, kept so that no token allocates.
+  std::vector<DecodeContext> contexts;
+  std::vector<int32_t> positions;
 
   // All of `tokens`, which start at position `first`, through one layer after the other. Per layer: Begin's
   // arguments come from `begin`, and `end` gets the layer's scratch when all tokens went through. Logits of

@@ -170,8 +170,10 @@ Expected<void> Session::DecodeBatch(std::span<Session* const> sessions, std::spa
     return Fail(ErrorCode::kInvalidArgument, "{} tokens for {} sessions", tokens.size(), sessions.size());
   Engine::Impl& machine = sessions[0]->impl_->machine();
   const std::lock_guard lock(machine.busy);
-  std::vector<DecodeContext> contexts(sessions.size());
-  std::vector<int32_t> positions(sessions.size());
+  std::vector<DecodeContext>& contexts = machine.contexts;
+  std::vector<int32_t>& positions = machine.positions;
+  contexts.assign(sessions.size(), {});
+  positions.resize(sessions.size());
   for (std::size_t b = 0; b < sessions.size(); ++b) {
     Impl& s = *sessions[b]->impl_;
     if (&s.machine() != &machine)
