@@ -37,7 +37,8 @@ MOEND_DECLARE_CODEC
 }
 
 // Largest possible |x - unpack(pack(x))| of a group whose values span [low, high]: half a step plus the
-// rounding of scale and min to half floats. For bits = 16: the rounding of a half float.
+// rounding of scale and min to half floats. For bits = 16: the rounding of a half float. V of 2 bits may get
+// a scale that spans less (group.h), but only where this bound still holds.
 double RoundTripBound(int bits, double low, double high);
 
 }  // namespace moend

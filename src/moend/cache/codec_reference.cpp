@@ -47,6 +47,22 @@ GroupScale ScaleOf(const float* x, int64_t n, uint64_t live, int max_code) {
   return low <= high ? ChooseScale(low, high, max_code) : GroupScale();
 }
 
+// The scale of a group of V.
+GroupScale ValueScaleOf(const float* x, int64_t n, int max_code) {
+  const GroupScale wide = ScaleOf(x, n, ~uint64_t{0}, max_code);
+  if (max_code > kNarrowedMaxCode) return wide;
+  float low = INFINITY, high = -INFINITY;
+  for (int64_t i = 0; i < n; ++i) {
+    low = std::min(low, ClampToHalfRange(x[i]));
+    high = std::max(high, ClampToHalfRange(x[i]));
+  }
+  const GroupScale narrow = ChooseNarrowScale(low, high, max_code);
+  return PreferNarrow(wide, narrow, low, high, max_code, ResidualSum(x, n, wide, max_code),
+                      ResidualSum(x, n, narrow, max_code))
+             ? narrow
+             : wide;
+}
+
 void EncodeKeys(const PageLayout& layout, const float* k, uint64_t live, int max_code, uint8_t* page,
                 uint8_t* rows) {
   for (int64_t c = 0; c < layout.head_size; ++c) {
@@ -66,7 +82,7 @@ void EncodeValues(const PageLayout& layout, const float* v, uint64_t live, int m
   for (int64_t t = 0; t < kPageTokens; ++t) {
     for (int64_t group = 0; group < layout.v_groups; ++group) {
       const float* x = v + t * layout.head_size + group * width;
-      const GroupScale g = IsLive(live, t) ? ScaleOf(x, width, ~uint64_t{0}, max_code) : GroupScale();
+      const GroupScale g = IsLive(live, t) ? ValueScaleOf(x, width, max_code) : GroupScale();
       Halves16(page, layout.v_scale)[group * kPageTokens + t] = g.scale;
       Halves16(page, layout.v_min)[group * kPageTokens + t] = g.min;
       const float min = HalfToFloat(g.min), inverse = InverseScale(g.scale);

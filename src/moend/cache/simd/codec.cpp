@@ -64,6 +64,31 @@ void EncodeKeys(const PageLayout& layout, const float* HWY_RESTRICT k, uint64_t 
   }
 }
 
+// The groups of V for which a narrowed range is better get it. `scales` and `mins` are those of the whole
+// ranges.
+void NarrowValueScales(const PageLayout& layout, const float* HWY_RESTRICT v, uint64_t live, int max_code,
+                       Groups& groups, uint16_t* HWY_RESTRICT scales, uint16_t* HWY_RESTRICT mins) {
+  const int64_t hs = layout.head_size, width = hs / layout.v_groups, n = layout.v_groups * kPageTokens;
+  Groups narrow;
+  uint16_t narrow_scales[kMaxGroups], narrow_mins[kMaxGroups];
+  NarrowRanges(groups, n, narrow);
+  ChooseScales(narrow, n, max_code, narrow_scales, narrow_mins);
+  const VF last = hn::Set(DF(), static_cast<float>(max_code));
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t t = i % kPageTokens;
+    if (!(live >> t & 1)) continue;
+    const float* x = v + t * hs + i / kPageTokens * width;
+    const GroupScale whole{scales[i], mins[i]}, other{narrow_scales[i], narrow_mins[i]};
+    const int32_t whole_sum = ResidualSum(x, width, groups.min[i], groups.inverse[i], last);
+    const int32_t other_sum = ResidualSum(x, width, narrow.min[i], narrow.inverse[i], last);
+    if (!PreferNarrow(whole, other, groups.low[i], groups.high[i], max_code, whole_sum, other_sum)) continue;
+    scales[i] = other.scale;
+    mins[i] = other.min;
+    groups.min[i] = narrow.min[i];
+    groups.inverse[i] = narrow.inverse[i];
+  }
+}
+
 void EncodeValues(const PageLayout& layout, const float* HWY_RESTRICT v, uint64_t live, int max_code,
                   uint8_t* page, uint8_t* HWY_RESTRICT rows) {
   const int64_t hs = layout.head_size, width = hs / layout.v_groups;
@@ -81,6 +106,9 @@ void EncodeValues(const PageLayout& layout, const float* HWY_RESTRICT v, uint64_
   }
   ChooseScales(groups, layout.v_groups * kPageTokens, max_code, Halves(page, layout.v_scale),
                Halves(page, layout.v_min));
+  if (max_code <= kNarrowedMaxCode)
+    NarrowValueScales(layout, v, live, max_code, groups, Halves(page, layout.v_scale),
+                      Halves(page, layout.v_min));
   const VF last = hn::Set(DF(), static_cast<float>(max_code));
   for (int64_t t = 0; t < kPageTokens; t += 4) {
     // Byte j of a word belongs to token t + j.

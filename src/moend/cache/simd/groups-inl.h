@@ -8,6 +8,7 @@
 
 #include <limits>
 
+#include "moend/cache/group.h"
 #include "moend/cache/simd/planes-inl.h"
 #include "moend/plan/layout.h"
 
@@ -89,12 +90,41 @@ HWY_INLINE void ChooseScales(Groups& groups, int64_t n, int max_code, uint16_t* 
   }
 }
 
-// Codes of kLanes neighbours of one group.
+// kLanes neighbours of one group in steps from its minimum, and the codes of such.
+HWY_INLINE VF Steps(const float* HWY_RESTRICT x, VF min, VF inverse) {
+  return hn::Mul(hn::Sub(ClampToHalfRange(hn::LoadU(DF(), x)), min), inverse);
+}
+HWY_INLINE hn::Vec<DI> Codes(VF steps, VF last) {
+  return hn::NearestInt(hn::Min(hn::Max(steps, hn::Zero(DF())), last));
+}
 HWY_INLINE VU Encode(const float* HWY_RESTRICT x, VF min, VF inverse, VF last) {
+  return hn::BitCast(DU(), Codes(Steps(x, min, inverse), last));
+}
+
+// ResidualSum() of the n values of x.
+HWY_INLINE int32_t ResidualSum(const float* HWY_RESTRICT x, int64_t n, float min, float inverse, VF last) {
   const DF df;
-  const VF value = ClampToHalfRange(hn::LoadU(df, x));
-  const VF steps = hn::Mul(hn::Sub(value, min), inverse);
-  return hn::BitCast(DU(), hn::NearestInt(hn::Min(hn::Max(steps, hn::Zero(df)), last)));
+  const DI di;
+  const VF most = hn::Set(df, kMostResidual), units = hn::Set(df, kResidualUnits);
+  hn::Vec<DI> sum = hn::Zero(di);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const VF steps = Steps(x + i, hn::Set(df, min), hn::Set(df, inverse));
+    const VF off = hn::Mul(hn::Sub(steps, hn::ConvertTo(df, Codes(steps, last))), units);
+    const hn::Vec<DI> residual = hn::NearestInt(hn::Min(hn::Max(off, hn::Neg(most)), most));
+    sum = hn::Add(sum, hn::Mul(residual, residual));
+  }
+  return hn::GetLane(hn::SumOfLanes(di, sum));
+}
+
+// Ranges with kNarrowMargin taken off at both ends; empty ones stay empty. n is a multiple of 16.
+HWY_INLINE void NarrowRanges(const Groups& from, int64_t n, Groups& to) {
+  const DF df;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const VF low = hn::Load(df, from.low + i), high = hn::Load(df, from.high + i);
+    const VF margin = hn::Mul(hn::Sub(high, low), hn::Set(df, kNarrowMargin));
+    hn::Store(hn::Add(low, margin), df, to.low + i);
+    hn::Store(hn::Sub(high, margin), df, to.high + i);
+  }
 }
 
 // Values of byte j of every word.
