@@ -3,50 +3,35 @@
 #include <algorithm>
 #include <cmath>
 #include <mutex>
-#include <numeric>
 
-#include "moend/engine/compress.h"
+#include "moend/calibrate/probe.h"
 #include "moend/engine/engine_impl.h"
+#include "moend/engine/queries.h"
 
 namespace moend {
 namespace {
 
-// Everything of one chunk that the experts are compared with.
-struct Chunk {
-  int64_t context = 0, evaluated = 0;
-  std::vector<LayerScratch> layers;           // all tokens, nothing compressed
-  std::vector<std::vector<float>> inputs;     // [layer] f32 [evaluated][n_embd]
-  std::vector<std::vector<float>> attention;  // [layer] f32 [evaluated][n_heads * head_size]
-  std::vector<float> logits;                  // [evaluated][n_vocab], of the full cache
-};
-
-double SquaredNorm(const std::vector<float>& x) {
-  return std::transform_reduce(x.begin(), x.end(), 0.0, std::plus<>(), [](float v) { return double{v} * v; });
-}
-
-// KL(softmax(p) || softmax(q)) in nats.
-double KlDivergence(const float* p, const float* q, int64_t n) {
-  const float p_max = *std::max_element(p, p + n), q_max = *std::max_element(q, q + n);
-  double p_sum = 0, q_sum = 0, cross = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double e = std::exp(double{p[i]} - p_max);
-    p_sum += e;
-    q_sum += std::exp(double{q[i]} - q_max);
-    cross += e * (double{p[i]} - q[i]);
-  }
-  const double kl = cross / p_sum - (p_max + std::log(p_sum)) + (q_max + std::log(q_sum));
-  return std::max(0.0, kl);
-}
-
+// Fills the cells of one chunk.
 class Calibrator {
  public:
   Calibrator(Engine::Impl& machine, const CalibrateOptions& options, const Scorer& scorer)
-      : machine_(machine), hp_(machine.model->hparams()), options_(options), scorer_(scorer) {}
+      : machine_(machine),
+        hp_(machine.model->hparams()),
+        options_(options),
+        needs_(scorer.needs()),
+        probe_(machine, scorer, options.guard) {}
 
-  // Measures one chunk; adds to the cells of `sums`. `tick` gets the share of the chunk done and may stop.
+  // Adds to the cells of `sums`, and to sums.queries what it read. `tick` gets the share of the chunk done
+  // and may stop.
   Expected<void> Measure(std::span<const int32_t> tokens, Profile& sums,
                          const std::function<bool(double)>& tick) {
-    MOEND_TRY(Read(tokens, tick));
+    const auto read = [&](double share) { return !tick || tick(kReadShare * share); };
+    MOEND_TRY(probe_.Read(tokens, options_.evaluated, read));
+    sums.queries = MergeQueryStats(sums.queries, probe_.queries());
+    if (needs_.query_stats) {
+      MOEND_ASSIGN(auto expected, MakeQueryModel(*machine_.model, sums.queries));
+      probe_.Expect(std::move(expected));
+    }
     const std::vector<Expert> parts = options_.heads ? Parts() : std::vector<Expert>();
     const double per_layer = static_cast<double>(options_.experts.size()) +
                              static_cast<double>(parts.size()) * static_cast<double>(hp_.n_kv_heads);
@@ -59,12 +44,9 @@ class Calibrator {
       return {};
     };
     for (int64_t l = 0; l < hp_.n_layers; ++l) {
-      MOEND_ASSIGN(const auto scores,
-                   ScoreScratch(*machine_.compute, chunk_.layers[static_cast<std::size_t>(l)], chunk_.context,
-                                scorer_));
       for (std::size_t e = 0; e < options_.experts.size(); ++e) {
         const std::vector<Expert> all(static_cast<std::size_t>(hp_.n_kv_heads), options_.experts[e]);
-        MOEND_ASSIGN(const ProfileCell cell, MeasureExperts(l, all, scores));
+        MOEND_ASSIGN(const ProfileCell cell, probe_.MeasureLayer(l, all));
         sums.cells[static_cast<std::size_t>(l)][e].l2 += cell.l2;
         sums.cells[static_cast<std::size_t>(l)][e].kl += cell.kl;
         MOEND_TRY(finished(l));
@@ -74,7 +56,7 @@ class Calibrator {
         for (const Expert& part : parts) {
           std::vector<Expert> one(static_cast<std::size_t>(hp_.n_kv_heads));
           one[static_cast<std::size_t>(h)] = part;
-          MOEND_ASSIGN(const ProfileCell cell, MeasureExperts(l, one, scores));
+          MOEND_ASSIGN(const ProfileCell cell, probe_.MeasureLayer(l, one));
           measured.push_back(cell);
           MOEND_TRY(finished(l));
         }
@@ -115,104 +97,11 @@ class Calibrator {
 
   double LayerWork(int64_t layer) const { return static_cast<double>(hp_.n_layers - layer) + 1; }
 
-  // Reads the chunk with nothing compressed: the context through each layer, then the evaluated tokens.
-  Expected<void> Read(std::span<const int32_t> tokens, const std::function<bool(double)>& tick) {
-    chunk_ = {};
-    const auto n = static_cast<int64_t>(tokens.size());
-    chunk_.evaluated = std::min(options_.evaluated, n / 2);
-    chunk_.context = n - chunk_.evaluated;
-    const KvShape shape{hp_.n_kv_heads, hp_.head_size};
-    Compute& compute = *machine_.compute;
-    MOEND_ASSIGN(auto hidden, Buffer<float>::Create(nullptr, n * hp_.n_embd));
-    MOEND_TRY(compute.Embed(tokens, hidden.data()));
-    float* tail = hidden.data() + chunk_.context * hp_.n_embd;
-    for (int64_t l = 0; l < hp_.n_layers; ++l) {
-      MOEND_ASSIGN(auto scratch,
-                   LayerScratch::Create(nullptr, shape, hp_.n_heads, n, chunk_.context, scorer_.needs()));
-      chunk_.layers.push_back(std::move(scratch));
-      machine_.prefill->Begin({}, &chunk_.layers.back());
-      for (int64_t at = 0; at < chunk_.context; at += compute.block_tokens()) {
-        const int64_t m = std::min(compute.block_tokens(), chunk_.context - at);
-        MOEND_TRY(compute.Layer(l, hidden.data() + at * hp_.n_embd, m, at, *machine_.prefill));
-      }
-      chunk_.inputs.emplace_back(tail, tail + chunk_.evaluated * hp_.n_embd);
-      MOEND_ASSIGN(auto attention, RunTail(l, tail, true));
-      chunk_.attention.push_back(std::move(attention));
-      machine_.prefill->EndAccumulation();
-      if (tick && !tick(kReadShare * static_cast<double>(l + 1) / static_cast<double>(hp_.n_layers)))
-        return Fail(ErrorCode::kCancelled, "the calibration was stopped");
-    }
-    chunk_.logits.resize(static_cast<std::size_t>(chunk_.evaluated * hp_.n_vocab));
-    return compute.Head(tail, chunk_.evaluated, chunk_.logits.data());
-  }
-
-  // The evaluated tokens through one layer, in place; the hook has begun. Returns the attention output if
-  // wanted.
-  Expected<std::vector<float>> RunTail(int64_t layer, float* hidden, bool want_attention) {
-    const int64_t width = hp_.n_heads * hp_.head_size;
-    std::vector<float> attention(want_attention ? static_cast<std::size_t>(chunk_.evaluated * width) : 0);
-    const int64_t block = machine_.compute->block_tokens();
-    for (int64_t at = 0; at < chunk_.evaluated; at += block) {
-      const int64_t m = std::min(block, chunk_.evaluated - at);
-      MOEND_TRY(machine_.compute->Layer(layer, hidden + at * hp_.n_embd, m, chunk_.context + at,
-                                        *machine_.prefill,
-                                        want_attention ? attention.data() + at * width : nullptr));
-    }
-    return attention;
-  }
-
-  // One layer compressed, each KV head by its expert.
-  Expected<ProfileCell> MeasureExperts(int64_t layer, const std::vector<Expert>& experts,
-                                       const std::vector<std::vector<float>>& scores) {
-    const auto li = static_cast<std::size_t>(layer);
-    ProfileCell cell;
-    // 16 bit and every token: the full cache itself.
-    if (std::all_of(experts.begin(), experts.end(), [](const Expert& e) { return e == Expert{}; }))
-      return cell;
-    MOEND_ASSIGN(const auto caches,
-                 CompressScratch(*machine_.compute, std::make_shared<Ledger>(), chunk_.layers[li],
-                                 chunk_.context, experts, options_.guard, scorer_, &scores));
-    std::vector<float> hidden = chunk_.inputs[li];
-    if (!tail_) {
-      MOEND_ASSIGN(auto scratch, LayerScratch::Create(nullptr, {hp_.n_kv_heads, hp_.head_size}, hp_.n_heads,
-                                                      chunk_.evaluated, 0, {}));
-      tail_ = std::make_unique<LayerScratch>(std::move(scratch));
-    }
-    tail_->Clear();
-    machine_.prefill->Begin(caches, tail_.get());
-    MOEND_ASSIGN(const auto attention, RunTail(layer, hidden.data(), true));
-    double error = 0;
-    for (std::size_t i = 0; i < attention.size(); ++i) {
-      const double d = double{attention[i]} - chunk_.attention[li][i];
-      error += d * d;
-    }
-    const double norm = SquaredNorm(chunk_.attention[li]);
-    cell.l2 = norm > 0 ? std::sqrt(error / norm) : 0;
-    for (int64_t l = layer + 1; l < hp_.n_layers; ++l) {
-      LayerScratch& scratch = chunk_.layers[static_cast<std::size_t>(l)];
-      scratch.Truncate(chunk_.context);
-      machine_.prefill->Begin({}, &scratch);
-      MOEND_TRY(RunTail(l, hidden.data(), false));
-    }
-    logits_.resize(chunk_.logits.size());
-    MOEND_TRY(machine_.compute->Head(hidden.data(), chunk_.evaluated, logits_.data()));
-    std::vector<double> kl(static_cast<std::size_t>(chunk_.evaluated));
-    MOEND_TRY(machine_.compute->ParallelFor(chunk_.evaluated, [&](int64_t i, int) {
-      const int64_t at = i * hp_.n_vocab;
-      kl[static_cast<std::size_t>(i)] =
-          KlDivergence(chunk_.logits.data() + at, logits_.data() + at, hp_.n_vocab);
-    }));
-    cell.kl = std::accumulate(kl.begin(), kl.end(), 0.0) / static_cast<double>(chunk_.evaluated);
-    return cell;
-  }
-
   Engine::Impl& machine_;
   const HyperParams& hp_;
   const CalibrateOptions& options_;
-  const Scorer& scorer_;
-  Chunk chunk_;
-  std::unique_ptr<LayerScratch> tail_;
-  std::vector<float> logits_;
+  const ScorerNeeds needs_;
+  Probe probe_;
 };
 
 Expected<void> CheckResumable(const Profile& have, const Profile& want) {
@@ -342,6 +231,7 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   const auto n_chunks = static_cast<int64_t>(chunks.size());
   for (int64_t c = profile.chunks; c < n_chunks; ++c) {
     Profile sums = wanted;
+    sums.queries = profile.queries;
     const auto tick = [&](double part) {
       if (!progress) return true;
       const double share = (static_cast<double>(c) + part) / static_cast<double>(n_chunks);
@@ -350,6 +240,7 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
     MOEND_TRY(calibrator.Measure(chunks[static_cast<std::size_t>(c)], sums, tick));
     MixIn(profile.cells, sums.cells, profile.chunks);
     MixIn(profile.head_cells, sums.head_cells, profile.chunks);
+    profile.queries = sums.queries;
     ++profile.chunks;
     if (save) MOEND_TRY(save(profile));
   }

@@ -5,7 +5,8 @@
 // scorer and codecs that will run; the last `evaluated` tokens are then read over the compressed layer and
 // compared with the full cache:
 //   l2 = ||attention(full) - attention(compressed)|| / ||attention(full)||   over the evaluated tokens of
-//   that layer kl = mean over the evaluated tokens of KL(softmax(logits full) || softmax(logits compressed))
+//   that layer
+//   kl = mean over the evaluated tokens of KL(softmax(logits full) || softmax(logits compressed))
 #pragma once
 
 #include <cstdint>

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "moend/attention/attention.h"
+#include "moend/engine/head_budgets.h"
 
 namespace moend {
 namespace {
@@ -18,7 +19,8 @@ QueryRows Newest(const QueryRows& all, int64_t tokens, int64_t head_size) {
 }  // namespace
 
 Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const LayerScratch& scratch,
-                                                       int64_t n_tokens, const Scorer& scorer) {
+                                                       int64_t n_tokens, const LayerScorer& with) {
+  const Scorer& scorer = with.scorer;
   const KvShape& shape = scratch.shape();
   std::vector<std::vector<float>> scores(static_cast<std::size_t>(shape.n_kv_heads));
   std::vector<Buffer<float>> workspaces;
@@ -34,6 +36,7 @@ Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const L
     in.kv = scratch.view(h, n_tokens);
     in.observed = Newest(scratch.observed(h), scorer.needs().observed_queries, shape.head_size);
     in.accumulated = scratch.accumulated(h);
+    in.queries = with.head(h);
     in.workspace = workspaces[static_cast<std::size_t>(thread)].data();
     scorer.ScorePrefill(in, out);
   }));
@@ -42,19 +45,24 @@ Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const L
 
 Expected<std::vector<LayerCache>> CompressScratch(Compute& compute, const std::shared_ptr<Ledger>& ledger,
                                                   const LayerScratch& scratch, int64_t n_tokens,
-                                                  std::span<const Expert> experts, const Protected& guard,
-                                                  const Scorer& scorer,
+                                                  std::span<const Expert> given, const Protected& guard,
+                                                  const LayerScorer& scorer,
                                                   const std::vector<std::vector<float>>* scores) {
   const int64_t heads = scratch.shape().n_kv_heads;
   const auto evicts = [&](const Expert& e) { return KeptTokens(e.keep, guard, n_tokens) < n_tokens; };
+  std::vector<Expert> experts(given.begin(), given.end());
   std::vector<std::vector<float>> made;
   if (!scores && std::any_of(experts.begin(), experts.end(), evicts)) {
     MOEND_ASSIGN(made, ScoreScratch(compute, scratch, n_tokens, scorer));
     scores = &made;
   }
+  if (scorer.shares && evicts(experts[0])) {
+    const int64_t score_bytes = scorer.scorer.needs().accumulated ? 4 : 0;
+    MOEND_ASSIGN(experts, SplitHeads(*scores, experts[0], guard, scratch.shape().head_size, score_bytes));
+  }
   std::vector<LayerCache> caches;
   for (const Expert& expert : experts) {
-    const bool keep_scores = scorer.needs().accumulated && expert.keep < 1;
+    const bool keep_scores = scorer.scorer.needs().accumulated && expert.keep < 1;
     MOEND_ASSIGN(auto cache,
                  LayerCache::Create(ledger, {1, scratch.shape().head_size}, expert, guard, keep_scores));
     caches.push_back(std::move(cache));
@@ -99,7 +107,8 @@ Expected<void> AppendScratch(Compute& compute, std::span<LayerCache> heads, cons
   return {};
 }
 
-Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, const QueryRows& observed) {
+Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, const QueryRows& observed,
+                           const HeadQueries* queries) {
   const int64_t excess = cache.Excess(0);
   if (excess <= 0) return {};
   CachedScoreInput in;
@@ -107,6 +116,7 @@ Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, const QueryR
   in.positions = cache.positions(0);
   in.observed = observed;
   in.accumulated = cache.scores(0);
+  in.queries = queries;
   in.tokens_seen = cache.tokens_seen();
   const int64_t rows = std::max<int64_t>(1, observed.rows);
   MOEND_ASSIGN(auto workspace, Buffer<float>::Create(nullptr, WorkspaceFloats(in.kv.layout.head_size, rows)));

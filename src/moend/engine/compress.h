@@ -14,22 +14,36 @@
 
 namespace moend {
 
+// A scorer and what it gets of one layer beside K/V.
+struct LayerScorer {
+  LayerScorer(const Scorer& s, std::span<const HeadQueries> q = {}) : scorer(s), queries(q) {}
+  const Scorer& scorer;
+  std::span<const HeadQueries> queries;  // one a KV head; empty unless the scorer needs them
+  bool shares = false;                   // the heads share their layer's tokens (Plan::adaptive_heads)
+  const HeadQueries* head(int64_t h) const {
+    return queries.empty() ? nullptr : &queries[static_cast<std::size_t>(h)];
+  }
+};
+
 // Importance of the first `n_tokens` tokens of a scratch for every KV head: [head][token].
 Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const LayerScratch& scratch,
-                                                       int64_t n_tokens, const Scorer& scorer);
+                                                       int64_t n_tokens, const LayerScorer& scorer);
 
 // A cache for every KV head of the first `n_tokens` tokens of a scratch, heads in parallel. experts: one a KV
-// head. `scores` as ScoreScratch gives them; may be null, then they are made if an expert evicts.
+// head; where the heads share their tokens, the caches have other keep ratios with the same bytes. `scores`
+// as ScoreScratch gives them; may be null, then they are made if an expert evicts.
 Expected<std::vector<LayerCache>> CompressScratch(Compute& compute, const std::shared_ptr<Ledger>& ledger,
                                                   const LayerScratch& scratch, int64_t n_tokens,
                                                   std::span<const Expert> experts, const Protected& guard,
-                                                  const Scorer& scorer,
+                                                  const LayerScorer& scorer,
                                                   const std::vector<std::vector<float>>* scores);
 
 // Adds the scratch's tokens to the caches of its KV heads, which already remember others.
 Expected<void> AppendScratch(Compute& compute, std::span<LayerCache> heads, const LayerScratch& scratch);
 
-// Evicts a head's cache back to its keep ratio. `observed`: its newest queries (may be empty).
-Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, const QueryRows& observed);
+// Evicts a head's cache back to its keep ratio. `observed`: its newest queries (may be empty); `queries`: as
+// in LayerScorer.
+Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, const QueryRows& observed,
+                           const HeadQueries* queries);
 
 }  // namespace moend

@@ -6,10 +6,12 @@
 #include <mutex>
 #include <vector>
 
+#include "moend/engine/compress.h"
 #include "moend/engine/compute.h"
 #include "moend/engine/decode_hook.h"
 #include "moend/engine/engine.h"
 #include "moend/engine/prefill_hook.h"
+#include "moend/score/query_model.h"
 
 namespace moend {
 
@@ -40,6 +42,7 @@ struct Session::Impl {
   std::shared_ptr<Engine> engine;
   std::shared_ptr<Ledger> ledger;
   std::shared_ptr<const Scorer> scorer;
+  std::shared_ptr<const QueryModel> queries;  // null unless the scorer needs it
   Plan plan;
   int64_t n_ctx = 0;
   std::vector<int32_t> tokens;
@@ -54,6 +57,17 @@ struct Session::Impl {
     return std::span(caches).subspan(static_cast<std::size_t>(layer) * n, n);
   }
   std::vector<Expert> experts(int64_t layer) const;  // one a KV head
+  LayerScorer scorer_of(int64_t layer) const {
+    LayerScorer of(*scorer, queries ? queries->layer(layer) : std::span<const HeadQueries>());
+    of.shares = plan.adaptive_heads;
+    return of;
+  }
+  // Once a prompt is read, plans of adaptive heads say what each of them got.
+  void NoteHeads();
+  const HeadQueries* queries_of(int64_t cache) const {  // index into `caches`
+    const int64_t n = plan.model.shape.n_kv_heads;
+    return scorer_of(cache / n).head(cache % n);
+  }
   // Tokens of queries that a scorer sees when it evicts while generating.
   int64_t observed_window() const;
   Expected<void> PrepareStep(DecodeContext* context);

@@ -4,6 +4,7 @@
 #include "moend/engine/compress.h"
 #include "moend/engine/engine.h"
 #include "moend/engine/engine_impl.h"
+#include "moend/engine/queries.h"
 
 namespace moend {
 namespace {
@@ -42,6 +43,9 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
                 options.n_ctx, kMostContextTokens);
   impl->n_ctx = options.n_ctx ? options.n_ctx : hp.n_ctx_train;
   MOEND_ASSIGN(impl->scorer, MakeScorer(options.scorer.empty() ? plan.scorer : options.scorer));
+  if (impl->scorer->needs().query_stats && Evicts(plan)) {
+    MOEND_ASSIGN(impl->queries, MakeQueryModel(engine->model(), plan.queries));
+  }
   impl->ledger = options.ledger ? options.ledger : std::make_shared<Ledger>();
   impl->plan = plan;
   impl->engine = std::move(engine);
@@ -84,13 +88,14 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
     const std::span<LayerCache> heads = s.heads(l);
     if (fresh) {
       MOEND_ASSIGN(auto packed, CompressScratch(*machine.compute, s.ledger, done, n, s.experts(l),
-                                                s.plan.guard, *s.scorer, nullptr));
+                                                s.plan.guard, s.scorer_of(l), nullptr));
       std::move(packed.begin(), packed.end(), heads.begin());
       return {};
     }
     MOEND_TRY(AppendScratch(*machine.compute, heads, done));
     for (int64_t h = 0; evict && h < hp.n_kv_heads; ++h)
-      MOEND_TRY(EvictExcess(heads[static_cast<std::size_t>(h)], *s.scorer, done.observed(h)));
+      MOEND_TRY(EvictExcess(heads[static_cast<std::size_t>(h)], *s.scorer, done.observed(h),
+                            s.scorer_of(l).head(h)));
     return {};
   };
   // Between two blocks others may decode.
@@ -103,6 +108,7 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
   MOEND_TRY(
       machine.ReadLayerByLayer(tokens, first, hooks, s.logits, progress ? Progress(between) : Progress()));
   s.tokens.insert(s.tokens.end(), tokens.begin(), tokens.end());
+  if (fresh) s.NoteHeads();
   if (!fresh) s.since_eviction = evict ? 0 : s.since_eviction + n;
   return {};
 }
@@ -111,6 +117,12 @@ std::vector<Expert> Session::Impl::experts(int64_t layer) const {
   std::vector<Expert> experts;
   for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h) experts.push_back(plan.expert(layer, h));
   return experts;
+}
+
+void Session::Impl::NoteHeads() {
+  if (!plan.adaptive_heads) return;
+  plan.heads.clear();
+  for (const LayerCache& cache : caches) plan.heads.push_back(cache.expert());
 }
 
 int64_t Session::Impl::observed_window() const {
@@ -152,7 +164,7 @@ Expected<void> Session::Impl::EvictAll() {
     QueryRows observed{nullptr, 0, group};
     if (rows > 0) observed = {ring.queries.data() + i * ring.window * group * hp.head_size, rows, group};
     results[static_cast<std::size_t>(i)] =
-        EvictExcess(caches[static_cast<std::size_t>(i)], *scorer, observed);
+        EvictExcess(caches[static_cast<std::size_t>(i)], *scorer, observed, queries_of(i));
   }));
   ring = {};
   for (auto& r : results)
@@ -217,6 +229,7 @@ Expected<Session> Session::Fork() const {
   copy->engine = impl_->engine;
   copy->ledger = impl_->ledger;
   copy->scorer = impl_->scorer;
+  copy->queries = impl_->queries;
   copy->plan = impl_->plan;
   copy->n_ctx = impl_->n_ctx;
   copy->tokens = impl_->tokens;
@@ -300,9 +313,10 @@ Expected<Session> SessionFromCapture(std::shared_ptr<Engine> engine, const Plan&
   const std::lock_guard lock(s.machine().busy);
   for (int64_t l = 0; l < plan.model.n_layers; ++l) {
     MOEND_ASSIGN(auto packed, CompressScratch(*s.machine().compute, s.ledger, capture.layer(l), n,
-                                              s.experts(l), plan.guard, *s.scorer, nullptr));
+                                              s.experts(l), plan.guard, s.scorer_of(l), nullptr));
     std::move(packed.begin(), packed.end(), s.heads(l).begin());
   }
+  s.NoteHeads();
   s.tokens = capture.tokens();
   s.logits = capture.logits();
   return session;

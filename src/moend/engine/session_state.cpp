@@ -6,6 +6,7 @@
 #include "moend/cache/serialize.h"
 #include "moend/engine/compress.h"
 #include "moend/engine/engine_impl.h"
+#include "moend/engine/queries.h"
 
 namespace moend {
 namespace {
@@ -47,6 +48,9 @@ Expected<void> RecompressSession(Session& session, const Plan& plan) {
     return Fail(ErrorCode::kMismatch,
                 "the plan has {} layers and {} heads or protects other tokens; the session has {}",
                 plan.layers.size(), plan.heads.size(), s.plan.layers.size());
+  if (s.scorer->needs().query_stats && !s.queries && Evicts(plan)) {
+    MOEND_ASSIGN(s.queries, MakeQueryModel(s.engine->model(), plan.queries));
+  }
   const std::lock_guard lock(s.machine().busy);
   const int64_t n_heads = s.plan.model.shape.n_kv_heads;
   for (int64_t i = 0; i < std::ssize(s.caches); ++i) {
@@ -55,7 +59,7 @@ Expected<void> RecompressSession(Session& session, const Plan& plan) {
       MOEND_ASSIGN(cache, cache.Repack(expert));
     }
     // Nobody is asking anything just now: the scorer goes by what it keeps with the cache.
-    MOEND_TRY(EvictExcess(cache, *s.scorer, QueryRows{nullptr, 0, 1}));
+    MOEND_TRY(EvictExcess(cache, *s.scorer, QueryRows{nullptr, 0, 1}, s.queries_of(i)));
   }
   const std::string scorer = s.plan.scorer;
   s.plan = plan;
@@ -110,12 +114,15 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
     MOEND_ASSIGN(const int64_t size, TakeNumber(bytes));
     MOEND_ASSIGN(const std::string_view blob, Take(bytes, size));
     MOEND_ASSIGN(LayerCache restored, DeserializeCache(s.ledger, blob, kSource));
-    if (restored.shape() != cache.shape() || restored.expert() != cache.expert() ||
+    Expert expert = cache.expert();
+    if (plan.adaptive_heads) expert.keep = restored.expert().keep;  // as it was dealt out then
+    if (restored.shape() != cache.shape() || restored.expert() != expert ||
         restored.guard() != cache.guard() || restored.tokens_seen() != n)
       return Fail(ErrorCode::kMismatch, "{} was made with another plan, or its layers differ in length",
                   kSource);
     cache = std::move(restored);
   }
+  s.NoteHeads();
   if (!bytes.empty()) return Fail(ErrorCode::kCorrupt, "{} has {} bytes too many", kSource, bytes.size());
   return session;
 }

@@ -10,18 +10,15 @@
 namespace moend::eval {
 namespace {
 
-constexpr std::array<std::string_view, 12> kVariants = {
-    "full", "1d", "2d_uniform", "2d", "2d_hetero", "2d_heads", "pyramid", "kvtuner", "q8", "q4", "q3", "q2"};
+constexpr std::array<std::string_view, 13> kVariants = {
+    "full",  "1d",      "2d_uniform", "2d", "2d_hetero", "2d_heads", "pyramid",
+    "adakv", "kvtuner", "q8",         "q4", "q3",        "q2"};
 
 std::optional<int> UniformBits(const std::string& variant) {
   if (variant.size() != 2 || variant[0] != 'q') return {};
   const int bits = variant[1] - '0';
   if (!IsBitWidth(bits)) return {};
   return bits;
-}
-
-bool Evicts(const Plan& plan) {
-  return std::ranges::any_of(plan.layers, [](const Expert& e) { return e.keep < 1; });
 }
 
 bool HasScorer(const std::string& variant) {
@@ -87,6 +84,12 @@ class Maker {
       solve.score_bytes = 0;
       return Named(Solve(kept, solve), variant, scorer);
     }
+    if (variant == "adakv") {
+      solve.variant = Variant::k1d;
+      MOEND_ASSIGN(Plan plan, Named(Solve(*profile_, solve), variant, scorer));
+      plan.adaptive_heads = true;
+      return plan;
+    }
     MOEND_ASSIGN(solve.variant, ParseVariant(variant));
     return Named(Solve(*profile_, solve), variant, scorer);
   }
@@ -107,6 +110,7 @@ class Maker {
     plan.variant = "pyramid";
     plan.scorer = scorer;
     plan.guard = profile_->guard;
+    plan.queries = profile_->queries;
     const double full = static_cast<double>(FullBytes(model_, request_.context_length));
     plan.budget_bytes = static_cast<int64_t>(full / compression);
     double low = 0, high = 1;

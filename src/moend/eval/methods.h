@@ -6,6 +6,9 @@
 //   pyramid   16 bit, token budgets that fall linearly from the first layer to the last (PyramidKV, Cai et
 //   al.
 //             2024, with its beta of 20)
+//   adakv     1d whose KV heads share their layer's tokens: each prompt deals them out to where the scores
+//   are
+//             highest, a fifth of the even share at least (Ada-KV, Feng et al. 2024)
 //   kvtuner   no eviction, bits routed by layer (KVTuner, Li et al. 2025)
 //   q8, q4, q3, q2   no eviction, the same bits everywhere, K per channel and V per token (KIVI, Liu et al.
 //             2024); their ratio follows from the bits, whatever was asked for

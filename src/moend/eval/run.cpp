@@ -110,6 +110,7 @@ class Runner {
     run.mode = results_.settings.mode;
     run.compression = method.compression;
     run.plan = method.plan;
+    run.plan.queries = nullptr;  // long, and nothing that tells runs apart
     results_.runs.push_back(std::move(run));
     return results_.runs.size() - 1;
   }

@@ -104,6 +104,11 @@ Expected<double> JsonNode::Real(double low, double high) const {
   return x;
 }
 
+Expected<bool> JsonNode::Bool() const {
+  if (!value_->is_boolean()) return Wrong("is {}, where true or false is needed", Shown());
+  return value_->get<bool>();
+}
+
 Expected<std::string> JsonNode::Text(std::size_t limit) const {
   if (!value_->is_string()) return Wrong("is {}, where a string is needed", Shown());
   std::string s = value_->get<std::string>();

@@ -31,7 +31,8 @@ class JsonNode {
 
   Expected<int64_t> Int(int64_t low, int64_t high) const;
   Expected<double> Real(double low, double high) const;  // finite and low <= x <= high
-  Expected<std::string> Text(std::size_t limit) const;   // at most `limit` bytes
+  Expected<bool> Bool() const;
+  Expected<std::string> Text(std::size_t limit) const;  // at most `limit` bytes
 
   // An error about this value: Wrong("is {}; possible: {}", ...).
   template <class... Args>

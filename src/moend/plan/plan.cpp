@@ -4,6 +4,7 @@
 
 #include "moend/base/file.h"
 #include "moend/plan/json_fields.h"
+#include "moend/plan/query_stats_json.h"
 
 namespace moend {
 namespace {
@@ -82,6 +83,11 @@ Expected<Plan> ParsePlan(const std::string& json, const std::string& source) {
   MOEND_ASSIGN(plan.bytes, bytes.Int(0, INT64_MAX));
   MOEND_ASSIGN(const JsonNode layers, root.At("layers"));
   MOEND_TRY(ReadLayers(layers, plan));
+  if (root.Has("adaptive_heads")) {
+    MOEND_ASSIGN(const JsonNode adaptive, root.At("adaptive_heads"));
+    MOEND_ASSIGN(plan.adaptive_heads, adaptive.Bool());
+  }
+  MOEND_ASSIGN(plan.queries, ReadQueryStats(root, plan.model.n_layers, plan.model.shape));
   return plan;
 }
 
@@ -94,18 +100,21 @@ std::string ToJson(const Plan& plan) {
       layer["heads"].push_back(Write(plan.expert(static_cast<int64_t>(l), h)));
     layers.push_back(std::move(layer));
   }
-  return Pretty({{"moend", "plan"},
-                 {"schema", Plan::kSchema},
-                 {"model", Write(plan.model)},
-                 {"variant", plan.variant},
-                 {"scorer", plan.scorer},
-                 {"solver", plan.solver},
-                 {"metric", plan.metric},
-                 {"protected", Write(plan.guard)},
-                 {"context_length", plan.context_length},
-                 {"budget_bytes", plan.budget_bytes},
-                 {"bytes", plan.bytes},
-                 {"layers", std::move(layers)}});
+  nlohmann::ordered_json object = {{"moend", "plan"},
+                                   {"schema", Plan::kSchema},
+                                   {"model", Write(plan.model)},
+                                   {"variant", plan.variant},
+                                   {"scorer", plan.scorer},
+                                   {"solver", plan.solver},
+                                   {"metric", plan.metric},
+                                   {"protected", Write(plan.guard)},
+                                   {"context_length", plan.context_length},
+                                   {"budget_bytes", plan.budget_bytes},
+                                   {"bytes", plan.bytes},
+                                   {"layers", std::move(layers)}};
+  if (plan.adaptive_heads) object["adaptive_heads"] = true;
+  WriteQueryStats(plan.queries, object);
+  return Pretty(object);
 }
 
 Expected<Plan> LoadPlan(const std::string& path) {
@@ -122,6 +131,12 @@ Expected<void> CheckSameModel(const Fingerprint& made_for, const Fingerprint& ru
   return Fail(ErrorCode::kMismatch,
               "{} was made for the model {}, but the model here is {}; calibrate again with this model",
               source, Describe(made_for), Describe(running));
+}
+
+bool Evicts(const Plan& plan) {
+  const auto evicts = [](const Expert& e) { return e.keep < 1; };
+  return std::any_of(plan.layers.begin(), plan.layers.end(), evicts) ||
+         std::any_of(plan.heads.begin(), plan.heads.end(), evicts);
 }
 
 Plan FullPlan(const Fingerprint& model, int64_t context_length) {

@@ -4,12 +4,14 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "moend/base/error.h"
 #include "moend/plan/expert.h"
 #include "moend/plan/layout.h"
+#include "moend/plan/query_stats.h"
 
 namespace moend {
 
@@ -48,12 +50,13 @@ struct Profile {
   // The same for a single KV head compressed alone: [layer * n_kv_heads + head][expert]; empty when not
   // measured.
   std::vector<std::vector<ProfileCell>> head_cells;
+  std::shared_ptr<const QueryStats> queries;  // null in profiles of older versions
 };
 
 struct Plan {
   static constexpr int kSchema = 1;
   Fingerprint model;
-  std::string variant = "2d_hetero";  // full, 1d, 2d_uniform, 2d, 2d_hetero, 2d_heads
+  std::string variant = "2d_hetero";  // full, 1d, 2d_uniform, 2d, 2d_hetero, 2d_heads, ...
   std::string scorer = kDefaultScorer;
   std::string solver;  // greedy, hull, exact; empty when nothing was solved
   std::string metric;  // kl or l2
@@ -66,7 +69,11 @@ struct Plan {
   // its expert. The layer's own entry then sums its heads up for people: the mean keep ratio, the bits of the
   // head with most bytes.
   std::vector<Expert> heads;
-  std::vector<double> predicted;  // loss of each layer by the profile; may be empty
+  // The KV heads of a layer share the tokens that its expert keeps: each prompt deals them out anew, to where
+  // its scores are highest (Ada-KV). Then `heads` is empty, but for the plan of a session that has read.
+  bool adaptive_heads = false;
+  std::vector<double> predicted;              // loss of each layer by the profile; may be empty
+  std::shared_ptr<const QueryStats> queries;  // for scorers that need them (ScorerNeeds); else null
 
   const Expert& expert(int64_t layer, int64_t head) const {
     if (heads.empty()) return layers[static_cast<std::size_t>(layer)];
@@ -87,6 +94,9 @@ Expected<Plan> LoadPlan(const std::string& path);
 // kMismatch, naming both models, unless they are one and the same.
 Expected<void> CheckSameModel(const Fingerprint& made_for, const Fingerprint& running,
                               const std::string& source);
+
+// Whether any layer or KV head gives tokens up.
+bool Evicts(const Plan& plan);
 
 // A plan that compresses nothing.
 Plan FullPlan(const Fingerprint& model, int64_t context_length);

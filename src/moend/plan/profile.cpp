@@ -1,6 +1,7 @@
 #include "moend/base/file.h"
 #include "moend/plan/json_fields.h"
 #include "moend/plan/plan.h"
+#include "moend/plan/query_stats_json.h"
 
 namespace moend {
 namespace {
@@ -100,6 +101,7 @@ Expected<Profile> ParseProfile(const std::string& json, const std::string& sourc
       profile.head_cells.push_back(std::move(head_cells));
     }
   }
+  MOEND_ASSIGN(profile.queries, ReadQueryStats(root, profile.model.n_layers, profile.model.shape));
   return profile;
 }
 
@@ -112,17 +114,19 @@ std::string ToJson(const Profile& profile) {
     for (std::size_t h = 0; h < heads && l * heads + h < profile.head_cells.size(); ++h)
       layers.back()["heads"].push_back(WriteCells(profile.head_cells[l * heads + h]));
   }
-  return Pretty({{"moend", "profile"},
-                 {"schema", Profile::kSchema},
-                 {"model", Write(profile.model)},
-                 {"scorer", profile.scorer},
-                 {"protected", Write(profile.guard)},
-                 {"length", profile.length},
-                 {"evaluated", profile.evaluated},
-                 {"chunks", profile.chunks},
-                 {"chunks_wanted", profile.chunks_wanted},
-                 {"experts", std::move(experts)},
-                 {"layers", std::move(layers)}});
+  nlohmann::ordered_json object = {{"moend", "profile"},
+                                   {"schema", Profile::kSchema},
+                                   {"model", Write(profile.model)},
+                                   {"scorer", profile.scorer},
+                                   {"protected", Write(profile.guard)},
+                                   {"length", profile.length},
+                                   {"evaluated", profile.evaluated},
+                                   {"chunks", profile.chunks},
+                                   {"chunks_wanted", profile.chunks_wanted},
+                                   {"experts", std::move(experts)},
+                                   {"layers", std::move(layers)}};
+  WriteQueryStats(profile.queries, object);
+  return Pretty(object);
 }
 
 Expected<Profile> LoadProfile(const std::string& path) {

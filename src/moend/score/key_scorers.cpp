@@ -1,24 +1,13 @@
 // Scorers that look at the keys, and at most at statistics of the queries.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 
-#include "moend/score/key_blocks.h"
+#include "moend/score/lanes.h"
 #include "moend/score/scorers.h"
 
 namespace moend {
 namespace {
-
-constexpr auto kLanes = static_cast<std::size_t>(kPageTokens);
-using LaneFloats = std::array<float, kLanes>;
-
-// out[t] = sum over channels of a[c] * k[c][t].
-void Dot(const float* a, const float* k, int64_t d, LaneFloats& out) {
-  out.fill(0);
-  for (int64_t c = 0; c < d; ++c)
-    for (std::size_t t = 0; t < kLanes; ++t) out[t] += a[c] * k[c * kPageTokens + static_cast<int64_t>(t)];
-}
 
 // out[t] = sum over channels of weight[c] * k[c][t]^2; weights of 1 where `weight` is null.
 void SquaredDot(const float* weight, const float* k, int64_t d, LaneFloats& out) {
@@ -29,16 +18,6 @@ void SquaredDot(const float* weight, const float* k, int64_t d, LaneFloats& out)
       const float x = k[c * kPageTokens + static_cast<int64_t>(t)];
       out[t] += w * x * x;
     }
-  }
-}
-
-// Calls write(index of the score, lane) for every token of a block that is scored.
-template <class F>
-void ForEachScored(const KeyBlock& block, std::span<float> scores, F write) {
-  if (block.first < 0) return;
-  for (std::size_t t = 0; t < kLanes; ++t) {
-    const auto at = static_cast<std::size_t>(block.first) + t;
-    if ((block.live >> t & 1) && at < scores.size()) write(at, t);
   }
 }
 

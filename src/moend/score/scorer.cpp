@@ -19,7 +19,7 @@ struct Entry {
 constexpr Entry kScorers[] = {
     {"streaming", MakeStreaming}, {"snapkv", MakeSnapKv},   {"h2o", MakeH2o},
     {"tova", MakeTova},           {"keydiff", MakeKeyDiff}, {"expected", MakeExpectedAttention},
-    {"knorm", MakeKeyNorm},       {"random", MakeRandom},
+    {"trig", MakeTrigonometric},  {"knorm", MakeKeyNorm},   {"random", MakeRandom},
 };
 
 // Orders like (score, position), with NaN below everything; every key is unique.

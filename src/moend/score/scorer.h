@@ -12,6 +12,7 @@
 #include "moend/attention/params.h"
 #include "moend/base/error.h"
 #include "moend/cache/layer_cache.h"
+#include "moend/score/query_model.h"
 
 namespace moend {
 
@@ -19,6 +20,7 @@ namespace moend {
 struct ScorerNeeds {
   int64_t observed_queries = 0;  // newest query tokens to hand over (SnapKV, TOVA: their observation window)
   bool accumulated = false;      // attention each token received from all queries so far (H2O)
+  bool query_stats = false;      // statistics of the model's queries before RoPE (trigonometric)
 };
 
 // One KV head at the end of a prefill of n tokens (kv.n_tokens).
@@ -27,8 +29,9 @@ struct PrefillScoreInput {
   // Post-RoPE queries of the newest tokens, times the softmax scale; row order as in QueryRows. rows / group
   // tokens.
   QueryRows observed;
-  const float* accumulated = nullptr;  // [n_tokens], if needed
-  float* workspace = nullptr;          // WorkspaceFloats(head_size, observed.rows) floats
+  const float* accumulated = nullptr;    // [n_tokens], if needed
+  const HeadQueries* queries = nullptr;  // if needed
+  float* workspace = nullptr;            // WorkspaceFloats(head_size, observed.rows) floats
 };
 
 // One KV head while generating; only paged tokens are scored.
@@ -37,6 +40,7 @@ struct CachedScoreInput {
   std::vector<uint32_t> positions;     // as LayerCache::positions()
   QueryRows observed;                  // newest queries
   const float* accumulated = nullptr;  // [n_pages * 64]
+  const HeadQueries* queries = nullptr;
   int64_t tokens_seen = 0;
   float* workspace = nullptr;
 };
@@ -60,6 +64,8 @@ class Scorer {
 //   tova       attention of the newest query (arXiv 2401.06104)
 //   keydiff    minus the cosine similarity to the mean key (arXiv 2504.15364)
 //   expected   attention expected from normally distributed queries (after arXiv 2510.00636)
+//   trig       expected logits of queries to come, from the model's queries before RoPE, which the profile
+//              measured: the scorer of the MoE-nD paper (TriAttention, arXiv 2604.04921)
 //   knorm      minus the length of the key (arXiv 2406.11430)
 //   random     a fixed hash of the position
 Expected<std::unique_ptr<Scorer>> MakeScorer(std::string_view name);

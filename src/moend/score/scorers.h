@@ -16,6 +16,7 @@ std::unique_ptr<Scorer> MakeH2o();
 std::unique_ptr<Scorer> MakeKeyDiff();
 std::unique_ptr<Scorer> MakeKeyNorm();
 std::unique_ptr<Scorer> MakeExpectedAttention();
+std::unique_ptr<Scorer> MakeTrigonometric();
 
 // Replaces what is not finite by the lowest finite score.
 void MakeFinite(std::span<float> scores);

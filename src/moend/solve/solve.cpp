@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "moend/solve/losses.h"
+#include "moend/solve/sum_up.h"
 
 namespace moend {
 namespace {
@@ -61,6 +62,7 @@ class Job {
     plan.scorer = profile.scorer;
     plan.metric = Name(request.metric);
     plan.guard = profile.guard;
+    plan.queries = profile.queries;
     plan.context_length = request.context_length;
     plan.budget_bytes = request.budget_bytes;
     if (request.compression > 0) {
@@ -88,7 +90,7 @@ class Job {
         break;
       case Variant::k2dHeads:
         MOEND_TRY(Routed(profile_.experts));
-        SumUpHeads();
+        MoveHeads();
         break;
     }
     MOEND_ASSIGN(solution_.plan.bytes, Bytes());
@@ -161,22 +163,14 @@ class Job {
   }
 
   // Routed() took KV heads for layers: puts them where they belong, and sums each layer up.
-  void SumUpHeads() {
+  void MoveHeads() {
     Plan& plan = solution_.plan;
     plan.heads = std::exchange(plan.layers, {});
+    SumUpHeads(plan);
     const std::vector<double> losses = std::exchange(plan.predicted, {});
-    const auto n = static_cast<std::size_t>(profile_.model.shape.n_kv_heads);
-    for (std::size_t first = 0; first < plan.heads.size(); first += n) {
-      const auto begin = plan.heads.begin() + static_cast<std::ptrdiff_t>(first);
-      const auto end = begin + static_cast<std::ptrdiff_t>(n);
-      const auto size = [](const Expert& e) { return e.keep * (e.k_bits + e.v_bits); };
-      Expert layer = *std::max_element(begin, end, [&](auto& a, auto& b) { return size(a) < size(b); });
-      layer.keep = std::accumulate(begin, end, 0.0, [](double s, const Expert& e) { return s + e.keep; }) /
-                   static_cast<double>(n);
-      plan.layers.push_back(layer);
-      const auto loss = losses.begin() + static_cast<std::ptrdiff_t>(first);
-      plan.predicted.push_back(std::accumulate(loss, loss + static_cast<std::ptrdiff_t>(n), 0.0));
-    }
+    const auto n = static_cast<std::ptrdiff_t>(profile_.model.shape.n_kv_heads);
+    for (auto loss = losses.begin(); loss != losses.end(); loss += n)
+      plan.predicted.push_back(std::accumulate(loss, loss + n, 0.0));
   }
 
   Expected<std::vector<int64_t>> ExpertBytes(const std::vector<Expert>& experts) const {
@@ -257,6 +251,19 @@ class Job {
 };
 
 }  // namespace
+
+void SumUpHeads(Plan& plan) {
+  const auto n = static_cast<std::ptrdiff_t>(plan.model.shape.n_kv_heads);
+  const auto size = [](const Expert& e) { return e.keep * (e.k_bits + e.v_bits); };
+  plan.layers.clear();
+  for (auto begin = plan.heads.begin(); begin != plan.heads.end(); begin += n) {
+    const auto end = begin + n;
+    Expert layer = *std::max_element(begin, end, [&](auto& a, auto& b) { return size(a) < size(b); });
+    layer.keep = std::accumulate(begin, end, 0.0, [](double s, const Expert& e) { return s + e.keep; }) /
+                 static_cast<double>(n);
+    plan.layers.push_back(layer);
+  }
+}
 
 const char* Name(Solver solver) {
   return solver == Solver::kGreedy ? "greedy" : solver == Solver::kHull ? "hull" : "exact";
