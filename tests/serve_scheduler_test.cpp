@@ -315,6 +315,23 @@ TEST(Scheduler, NeverExceedsTheBudget) {
   EXPECT_GT(m.backend.compressed, 0);
 }
 
+// Reading most of a prompt behind a short kept prefix takes more scratch than reading all of it at once.
+TEST(Scheduler, ALongRestBehindAPrefixStaysWithinTheBudget) {
+  SchedulerOptions options;
+  options.slots = 1;
+  options.kv_budget_bytes = 64 * (2000 + 2000 + 600);
+  Machine m({}, options);
+  const std::string beginning = Letters(399, 5);
+  auto first = MakeJob(beginning, 1);
+  ASSERT_TRUE(m.scheduler.Submit(first));
+  EXPECT_FALSE(Finish(*first).outcome.error);
+  auto second = MakeJob(beginning + Letters(1500, 6), 1);
+  second->split = 0;
+  ASSERT_TRUE(m.scheduler.Submit(second));
+  EXPECT_FALSE(Finish(*second).outcome.error);
+  EXPECT_LE(m.backend.peak_bytes(), options.kv_budget_bytes);
+}
+
 TEST(Scheduler, CompressesIdleContextsBeforeItDropsThem) {
   FakeOptions fake;
   fake.levels = 3;
@@ -408,11 +425,11 @@ TEST(Scheduler, DrainCancelsWhatTakesTooLong) {
 
 struct SlowStore : KvStore {
   std::map<std::string, std::string>& values;
-  std::chrono::milliseconds delay;
-  SlowStore(std::map<std::string, std::string>& v, std::chrono::milliseconds d) : values(v), delay(d) {}
+  std::atomic<bool>& answers;
+  SlowStore(std::map<std::string, std::string>& v, std::atomic<bool>& a) : values(v), answers(a) {}
   std::string description() const override { return "map"; }
   Expected<std::optional<int64_t>> FirstPresent(std::span<const std::string> names) override {
-    std::this_thread::sleep_for(delay);
+    answers.wait(false);
     for (std::size_t i = 0; i < names.size(); ++i)
       if (values.contains(names[i])) return static_cast<int64_t>(i);
     return std::nullopt;
@@ -429,17 +446,18 @@ struct SlowStore : KvStore {
 };
 
 std::unique_ptr<PrefixStore> MakeStore(std::map<std::string, std::string>& values,
-                                       std::chrono::milliseconds delay = 0ms) {
+                                       std::atomic<bool>& answers) {
   std::vector<std::unique_ptr<KvStore>> stores;
-  stores.push_back(std::make_unique<SlowStore>(values, delay));
+  stores.push_back(std::make_unique<SlowStore>(values, answers));
   return std::make_unique<PrefixStore>(std::move(stores), Log());
 }
 
 TEST(SchedulerStore, APrefixOutlivesItsServer) {
   std::map<std::string, std::string> values;
+  std::atomic<bool> answers = true;
   const std::string document = Letters(1000, 9);
   {
-    const auto store = MakeStore(values);
+    const auto store = MakeStore(values, answers);
     Machine m({}, {}, {}, store.get());
     auto job = MakeJob(document + "one", 5);
     ASSERT_TRUE(m.scheduler.Submit(job));
@@ -447,7 +465,7 @@ TEST(SchedulerStore, APrefixOutlivesItsServer) {
     EXPECT_EQ(m.metrics.prefixes_saved, 1);
   }
   ASSERT_EQ(values.size(), 1u);
-  const auto store = MakeStore(values);
+  const auto store = MakeStore(values, answers);
   Machine m({}, {}, {}, store.get());
   auto foreign = MakeJob(document + "two", 5, "other key");
   ASSERT_TRUE(m.scheduler.Submit(foreign));
@@ -462,7 +480,8 @@ TEST(SchedulerStore, APrefixOutlivesItsServer) {
 
 TEST(SchedulerStore, ASlowOneHoldsUpNobodyElse) {
   std::map<std::string, std::string> values;
-  const auto store = MakeStore(values, 300ms);
+  std::atomic<bool> answers = false;
+  const auto store = MakeStore(values, answers);
   FakeOptions fake;
   fake.step = 1ms;
   Machine m(fake, {}, {}, store.get());
@@ -472,11 +491,13 @@ TEST(SchedulerStore, ASlowOneHoldsUpNobodyElse) {
   auto asking = MakeJob(Letters(1000, 10), 5);
   ASSERT_TRUE(m.scheduler.Submit(asking));
   const int64_t before = m.backend.steps;
-  std::this_thread::sleep_for(200ms);
-  EXPECT_GT(m.backend.steps - before, 30);
+  EXPECT_TRUE(Eventually([&] { return m.backend.steps - before > 30; }, 30));
+  EXPECT_EQ(asking->phase, Phase::kQueued);
   // Its client leaves while the store still thinks; the next one is answered properly.
   asking->Cancel();
   EXPECT_TRUE(Finish(*asking).outcome.error);
+  answers = true;
+  answers.notify_all();
   auto next = MakeJob(Letters(1000, 11), 5);
   ASSERT_TRUE(m.scheduler.Submit(next));
   EXPECT_EQ(Finish(*next).text, m.backend.Expect(next->prompt, 5));

@@ -111,7 +111,7 @@ Expected<void> FakeBackend::Prefill(Context& context, std::span<const int32_t> t
   if (fail_prefill) return Fail(ErrorCode::kInternal, "the prefill failed on purpose");
   if (throw_in_prefill) throw std::runtime_error("thrown on purpose");
   const auto n = std::ssize(tokens);
-  const Block scratch(ledger_, n * 64);
+  const Block scratch(ledger_, PrefillScratch(std::ssize(c.ids), n));
   for (int64_t at = 0; at < n; at += options_.block_tokens) {
     const int64_t m = std::min(options_.block_tokens, n - at);
     if (options_.prefill_block.count() > 0) std::this_thread::sleep_for(options_.prefill_block);

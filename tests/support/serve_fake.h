@@ -48,7 +48,9 @@ class FakeBackend : public Backend {
   int64_t live_bytes() const override { return ledger_->live(); }
   int64_t peak_bytes() const override { return ledger_->peak(); }
   int64_t ContextBound(int64_t n_tokens) const override { return n_tokens * options_.bytes_per_token; }
-  int64_t PrefillScratch(int64_t, int64_t n_new) const override { return n_new * 64; }
+  int64_t PrefillScratch(int64_t n_past, int64_t n_new) const override {
+    return n_new * (n_past > 0 ? 160 : 64);  // a further turn takes more than a first one
+  }
   int64_t CompressScratch(int64_t n_tokens) const override { return n_tokens * options_.bytes_per_token; }
 
   // What a request with this prompt answers, at most n tokens, worked out without the server.

@@ -117,6 +117,41 @@ Expected<std::unique_ptr<serve::PrefixStore>> OpenStores(const ServeFlags& flags
   return std::make_unique<serve::PrefixStore>(std::move(stores), log);
 }
 
+// Most tokens, prompt and answer, that a lone request can have within `budget` bytes.
+int64_t LongestContext(const serve::Backend& backend, int64_t budget) {
+  int64_t low = 0, high = backend.info().n_ctx;
+  while (low < high) {
+    const int64_t n = low + (high - low + 1) / 2;
+    if (backend.ContextBound(n) + backend.PrefillScratch(0, n) <= budget) {
+      low = n;
+    } else {
+      high = n - 1;
+    }
+  }
+  return low;
+}
+
+// `given` is the budget in MiB as the flag had it. A budget that no request fits is an error, one that only
+// short ones fit a warning.
+Expected<void> CheckBudget(const serve::Backend& backend, int64_t budget, double given,
+                           const serve::Log& log) {
+  if (budget <= 0) return {};
+  constexpr int64_t kLeast = 2;  // a token of prompt and one of answer
+  const auto bytes = [&](int64_t n) { return backend.ContextBound(n) + backend.PrefillScratch(0, n); };
+  const int64_t longest = LongestContext(backend, budget), n_ctx = backend.info().n_ctx;
+  if (longest < kLeast)
+    return Fail(ErrorCode::kBudget,
+                "--kv-budget-mib {} holds not even the shortest request; that takes {:.4g} MiB, and one "
+                "with a context of {} tokens {:.4g} MiB",
+                given, MiB(bytes(kLeast)), n_ctx, MiB(bytes(n_ctx)));
+  if (longest < n_ctx)
+    log.Warning(
+        "--kv-budget-mib {} holds no context of {} tokens ({:.4g} MiB with what reading it takes); "
+        "requests of more than about {} tokens are refused",
+        given, n_ctx, MiB(bytes(n_ctx)), longest);
+  return {};
+}
+
 Expected<serve::ApiKeys> LoadKeys(const ServeFlags& flags) {
   std::vector<std::string> keys = flags.api_keys;
   if (!flags.api_key_file.empty()) {
@@ -139,6 +174,7 @@ Expected<void> Serve(ServeFlags& flags) {
   if (flags.kv_budget_mib > 0) {
     MOEND_ASSIGN(flags.server.scheduler.kv_budget_bytes, BudgetBytes(flags.kv_budget_mib));
   }
+  const int64_t budget = flags.server.scheduler.kv_budget_bytes;
   const std::string host = flags.server.host;
   serve::Server server(std::move(flags.server), log);
   MOEND_ASSIGN(const int port, server.Start());
@@ -146,13 +182,17 @@ Expected<void> Serve(ServeFlags& flags) {
            flags.model.path);
 
   MOEND_ASSIGN(auto engine, flags.model.Load());
+  if (const int64_t trained = engine->model().hparams().n_ctx_train; flags.n_ctx > trained)
+    log.Warning("contexts of {} tokens; {} was trained for {}", flags.n_ctx, flags.model.path, trained);
   MOEND_ASSIGN(const auto plans, MakePlans(flags, *engine));
   MOEND_ASSIGN(auto backend, serve::MakeEngineBackend(engine, plans));
+  MOEND_TRY(CheckBudget(*backend, budget, flags.kv_budget_mib, log));
   const serve::BackendInfo info = backend->info();
   const int64_t context = backend->ContextBound(info.n_ctx);
   server.Serve(std::move(backend), std::move(store));
-  log.Info("ready: {}, plan {}, context {} tokens of at most {:.1f} MiB, {} threads", info.model_name,
-           info.plan_name, info.n_ctx, MiB(context), engine->n_threads());
+  log.Info("ready: {}, plan {}, context {} tokens of at most {:.1f} MiB, K/V budget {:.0f} MiB, {} threads",
+           info.model_name, info.plan_name, info.n_ctx, MiB(context), MiB(server.gauges().kv_budget_bytes),
+           engine->n_threads());
 
   stop.Wait();
   log.Info("finishing the accepted requests");
@@ -196,8 +236,10 @@ void AddLimits(CLI::App& command, serve::Limits& l) {
   whole("--max-prompt-tokens", l.prompt_tokens, 0, "0: the context less one; 400");
   whole("--max-tokens", l.max_tokens, 0, "most that a request may ask for; 0: the context; 400");
   whole("--default-max-tokens", l.default_max_tokens, 1, "for requests that do not say");
+  whole("--max-top-logprobs", l.top_logprobs, 0, "alternatives a token with logprobs; 400");
   whole("--max-queue", l.queue, 1, "waiting requests; 429");
   whole("--max-queue-per-key", l.queue_per_key, 1, "the same of one API key; 429");
+  whole("--max-requests-per-connection", l.requests_per_connection, 1, "then it is closed");
   seconds("--queue-timeout", l.queue_seconds, "a request that waited longer gets 503");
   seconds("--header-timeout", l.header_seconds, "for a request's head; 408");
   seconds("--body-timeout", l.body_seconds, "for a request's body; 408");

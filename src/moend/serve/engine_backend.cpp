@@ -230,9 +230,9 @@ Expected<std::unique_ptr<Backend>> MakeEngineBackend(std::shared_ptr<Engine> eng
   const HyperParams& hp = engine->model().hparams();
   MOEND_TRY(CheckSameModel(options.plan.model, model, "the plan"));
   for (const Plan& p : options.further) MOEND_TRY(CheckSameModel(p.model, model, "a further plan"));
-  if (options.n_ctx < 0 || options.n_ctx > hp.n_ctx_train)
-    return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; {} was trained for {}",
-                options.n_ctx, engine->model().path(), hp.n_ctx_train);
+  if (options.n_ctx < 0 || options.n_ctx > kMostContextTokens)
+    return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; 0 to {} are",
+                options.n_ctx, kMostContextTokens);
   const std::string& scorer = options.scorer.empty() ? options.plan.scorer : options.scorer;
   MOEND_ASSIGN(const auto made, MakeScorer(scorer));
   BackendInfo info;

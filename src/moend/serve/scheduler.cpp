@@ -40,7 +40,7 @@ Scheduler::~Scheduler() {
 
 ApiResult<void> Scheduler::Submit(std::shared_ptr<Job> job) {
   const auto n = std::ssize(job->prompt);
-  const int64_t worst = backend_.ContextBound(n + job->max_tokens) + backend_.PrefillScratch(0, n);
+  const int64_t worst = backend_.ContextBound(n + job->max_tokens) + ReadScratch(*job, 0);
   if (options_.kv_budget_bytes > 0 && worst > options_.kv_budget_bytes)
     return std::unexpected(BadField(
         "max_tokens",

@@ -84,6 +84,8 @@ class Scheduler {
   bool Turn();  // false: nothing to do
   // scheduler_admit.cpp
   bool Admit();
+  // Most scratch while the rest of a prompt is read of which `cached` tokens are there.
+  int64_t ReadScratch(const Job& job, int64_t cached) const;
   bool AskStore();
   void Begin(std::shared_ptr<Job> job, std::shared_ptr<Prefix> parent);
   Expected<void> Prefill(Stream& stream);

@@ -22,14 +22,14 @@ bool Scheduler::Admit() {
   }
   if (AskStore()) return false;
   const auto n = std::ssize(pending_->prompt);
-  const int64_t need = backend_.ContextBound(n + pending_->max_tokens) + backend_.PrefillScratch(0, n);
+  const int64_t bound = backend_.ContextBound(n + pending_->max_tokens);
   std::shared_ptr<Prefix> parent;
   if (pending_->use_cache) parent = prefixes_.Find(pending_->scope, pending_->prompt, n - 1);
-  if (!MakeRoom(need, parent.get())) {
+  if (!MakeRoom(bound + ReadScratch(*pending_, parent ? parent->length() : 0), parent.get())) {
     if (!streams_.empty()) return false;  // their end will bring room
     // Alone, and still not: the prefix it would fork does not fit beside it.
     parent = nullptr;
-    if (!MakeRoom(need, nullptr)) {
+    if (!MakeRoom(bound + ReadScratch(*pending_, 0), nullptr)) {
       FailJob(*std::exchange(pending_, nullptr),
               {.status = 503, .message = "the K/V budget has no room for this request", .code = "kv_budget"});
       return true;
@@ -37,6 +37,13 @@ bool Scheduler::Admit() {
   }
   Begin(std::exchange(pending_, nullptr), std::move(parent));
   return true;
+}
+
+int64_t Scheduler::ReadScratch(const Job& job, int64_t cached) const {
+  const auto n = std::ssize(job.prompt);
+  if (job.split <= cached) return backend_.PrefillScratch(cached, n - cached);
+  return std::max(backend_.PrefillScratch(cached, job.split - cached),
+                  backend_.PrefillScratch(job.split, n - job.split));
 }
 
 bool Scheduler::AskStore() {
