@@ -236,6 +236,25 @@ TEST(Prompt, LeavesRoomForTheAnswer) {
   EXPECT_EQ(MaxNewTokens(suite.contexts[0].questions[0], {0, 7, 16}), 7);
 }
 
+TEST(Run, KvInFilesChangesNoAnswer) {
+  Suite suite = SomeSuite();
+  const auto prepared = PrepareSuite(TheWorld().model->tokenizer(), suite, 4096, {});
+  ASSERT_TRUE(prepared);
+  const std::vector<Method> full = {MethodOf(FullPlan(TheWorld().engine->fingerprint(), 4096), "")};
+  const auto save = [](const Results&) -> Expected<void> { return {}; };
+  EvalOptions options;
+  const auto memory = Evaluate(TheWorld().engine, suite, *prepared, full, options, {}, {}, save);
+  options.spill = TheWorld().dir / "";
+  const auto files = Evaluate(TheWorld().engine, suite, *prepared, full, options, {}, {}, save);
+  ASSERT_TRUE(memory && files);
+  ASSERT_EQ(memory->runs[0].answers.size(), files->runs[0].answers.size());
+  for (std::size_t i = 0; i < memory->runs[0].answers.size(); ++i)
+    EXPECT_EQ(memory->runs[0].answers[i].text, files->runs[0].answers[i].text);
+  options.spill = "/nowhere/at/all";
+  EXPECT_EQ(Evaluate(TheWorld().engine, suite, *prepared, full, options, {}, {}, save).error().code,
+            ErrorCode::kIo);
+}
+
 TEST(Run, AnAnswerMayPassTheTrainedContext) {
   Suite suite = SomeSuite();
   suite.contexts.resize(1);

@@ -15,17 +15,26 @@ void Ledger::Remove(int64_t bytes) {
   live_.fetch_sub(bytes, std::memory_order_relaxed);
 }
 
+void* Ledger::Take(int64_t bytes) {
+  return ::operator new (static_cast<std::size_t>(bytes), std::align_val_t{kCacheLine}, std::nothrow);
+}
+
+void Ledger::Give(void* p, int64_t) {
+  ::operator delete (p, std::align_val_t{kCacheLine});
+}
+
 void* Ledger::Allocate(int64_t bytes) {
   const int64_t rounded = RoundUp(bytes, kCacheLine);
-  void* p = ::operator new (static_cast<std::size_t>(rounded), std::align_val_t{kCacheLine}, std::nothrow);
+  void* p = Take(rounded);
   if (p) Add(rounded);
   return p;
 }
 
 void Ledger::Free(void* p, int64_t bytes) {
   if (!p) return;
-  ::operator delete (p, std::align_val_t{kCacheLine});
-  Remove(RoundUp(bytes, kCacheLine));
+  const int64_t rounded = RoundUp(bytes, kCacheLine);
+  Give(p, rounded);
+  Remove(rounded);
 }
 
 }  // namespace moend

@@ -23,6 +23,11 @@ constexpr int64_t RoundUp(int64_t n, int64_t multiple) {
 // why the owners keep it in a shared_ptr.
 class Ledger {
  public:
+  Ledger() = default;
+  Ledger(const Ledger&) = delete;
+  Ledger& operator=(const Ledger&) = delete;
+  virtual ~Ledger() = default;
+
   int64_t live() const { return live_.load(std::memory_order_relaxed); }
   int64_t peak() const { return peak_.load(std::memory_order_relaxed); }
   int64_t allocations() const { return allocations_.load(std::memory_order_relaxed); }  // live ones
@@ -36,6 +41,11 @@ class Ledger {
   // For containers that allocate by themselves (LedgerVector).
   void Add(int64_t bytes);
   void Remove(int64_t bytes);
+
+ protected:
+  // Where the bytes come from, a multiple of kCacheLine, and go back to.
+  virtual void* Take(int64_t bytes);
+  virtual void Give(void* p, int64_t bytes);
 
  private:
   std::atomic<int64_t> live_{0}, peak_{0}, allocations_{0};

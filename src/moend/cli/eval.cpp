@@ -208,6 +208,11 @@ void AddEval(CLI::App& app, int& exit_code) {
       ->type_name("NAME");
   command->add_flag("--recompute", f.recompute,
                     "read a context anew for each method: slow, with the least memory");
+  command
+      ->add_option("--spill", f.options.spill,
+                   "keep a context's uncompressed K/V in files in this folder, not in memory")
+      ->check(CLI::ExistingDirectory)
+      ->type_name("FOLDER");
   command->add_flag("--restart", f.restart, "start anew even if the output holds answers");
   command->footer(kFooter);
   command->callback([flags, &exit_code] { exit_code = ExitCode(Run(*flags)); });

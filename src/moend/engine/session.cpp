@@ -275,7 +275,8 @@ void Session::ResetPeak() {
 }
 
 Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<const int32_t> tokens,
-                                      std::span<const std::string> scorers, const Progress& progress) {
+                                      std::span<const std::string> scorers, const Progress& progress,
+                                      std::shared_ptr<Ledger> ledger) {
   if (tokens.empty()) return Fail(ErrorCode::kInvalidArgument, "there are no tokens to read");
   ScorerNeeds needs;
   for (const std::string& name : scorers) {
@@ -287,7 +288,7 @@ Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<
   const std::scoped_lock lock(machine.reading, machine.busy);
   const HyperParams& hp = machine.model->hparams();
   KvCapture capture;
-  capture.ledger_ = std::make_shared<Ledger>();
+  capture.ledger_ = ledger ? std::move(ledger) : std::make_shared<Ledger>();
   capture.tokens_.assign(tokens.begin(), tokens.end());
   const auto n = static_cast<int64_t>(tokens.size());
   Engine::Impl::LayerHooks hooks;

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <optional>
 
+#include "moend/base/spill.h"
 #include "moend/engine/capture.h"
 #include "moend/engine/generate.h"
 
@@ -15,12 +16,12 @@ constexpr std::chrono::seconds kSaveInterval{30};
 
 class Captured : public ContextSource {
  public:
-  Captured(std::shared_ptr<Engine> engine, std::vector<std::string> scorers)
-      : engine_(std::move(engine)), scorers_(std::move(scorers)) {}
+  Captured(std::shared_ptr<Engine> engine, std::vector<std::string> scorers, std::shared_ptr<Ledger> ledger)
+      : engine_(std::move(engine)), scorers_(std::move(scorers)), ledger_(std::move(ledger)) {}
 
   Expected<void> Read(std::span<const int32_t> tokens, const Progress& progress) override {
     capture_.reset();  // before the next one asks for as much memory
-    MOEND_ASSIGN(capture_, KvCapture::Create(engine_, tokens, scorers_, progress));
+    MOEND_ASSIGN(capture_, KvCapture::Create(engine_, tokens, scorers_, progress, ledger_));
     return {};
   }
   Expected<Session> Open(const Method& method, int64_t n_ctx) override {
@@ -30,6 +31,7 @@ class Captured : public ContextSource {
  private:
   std::shared_ptr<Engine> engine_;
   std::vector<std::string> scorers_;
+  std::shared_ptr<Ledger> ledger_;
   std::optional<KvCapture> capture_;
 };
 
@@ -71,8 +73,8 @@ bool IsRunOf(const Run& run, const Method& method) {
 class Runner {
  public:
   Runner(std::shared_ptr<Engine> engine, const Suite& suite, const PreparedSuite& prepared,
-         std::span<const Method> methods, const EvalOptions& options, Results& results,
-         const std::function<bool(const EvalProgress&)>& progress,
+         std::span<const Method> methods, const EvalOptions& options, std::shared_ptr<Ledger> ledger,
+         Results& results, const std::function<bool(const EvalProgress&)>& progress,
          const std::function<Expected<void>(const Results&)>& save)
       : suite_(suite),
         prepared_(prepared),
@@ -82,7 +84,8 @@ class Runner {
         progress_(progress),
         save_(save),
         saved_(Clock::now()) {
-    source_ = options.capture ? CapturedContext(engine, ScorersOf(methods)) : PlainContext(engine);
+    source_ = options.capture ? CapturedContext(engine, ScorersOf(methods), std::move(ledger))
+                              : PlainContext(engine);
     for (const Method& method : methods) runs_.push_back(RunOf(method));
     for (std::size_t c = 0; c < suite.contexts.size(); ++c)
       for (std::size_t m = 0; m < methods.size(); ++m)
@@ -178,8 +181,7 @@ class Runner {
       for (std::size_t i = 0; i < pending.size(); ++i) {
         const double share = (static_cast<double>(q * pending.size() + i)) / static_cast<double>(n);
         if (!Tick(c, methods_[pending[i]].variant, share)) return Stopped();
-        MOEND_ASSIGN(Session session,
-                     source_->Open(methods_[pending[i]], Length(prompt) + MaxNew(question)));
+        MOEND_ASSIGN(Session session, source_->Open(methods_[pending[i]], Length(prompt) + MaxNew(question)));
         const KvStats stats = session.stats();
         sums[i].bytes += stats.bytes;
         sums[i].bytes_full += stats.bytes_full;
@@ -261,8 +263,9 @@ class Runner {
 }  // namespace
 
 std::unique_ptr<ContextSource> CapturedContext(std::shared_ptr<Engine> engine,
-                                               std::vector<std::string> scorers) {
-  return std::make_unique<Captured>(std::move(engine), std::move(scorers));
+                                               std::vector<std::string> scorers,
+                                               std::shared_ptr<Ledger> ledger) {
+  return std::make_unique<Captured>(std::move(engine), std::move(scorers), std::move(ledger));
 }
 
 std::unique_ptr<ContextSource> PlainContext(std::shared_ptr<Engine> engine) {
@@ -311,7 +314,12 @@ Expected<Results> Evaluate(std::shared_ptr<Engine> engine, const Suite& suite, c
   results.n_questions = suite.n_questions();
   results.n_malformed = static_cast<int64_t>(suite.malformed.size());
   results.n_truncated = prepared.n_truncated;
-  Runner runner(std::move(engine), suite, prepared, methods, options, results, progress, save);
+  std::shared_ptr<Ledger> ledger;
+  if (!options.spill.empty()) {
+    MOEND_ASSIGN(ledger, SpillLedger::Create(options.spill));
+  }
+  Runner runner(std::move(engine), suite, prepared, methods, options, std::move(ledger), results, progress,
+                save);
   MOEND_TRY(runner.Run());
   return results;
 }

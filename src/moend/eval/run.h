@@ -28,16 +28,18 @@ class ContextSource {
 };
 
 // Prefills once per Read, keeps every layer's K/V at 16 bit and compresses them at each Open. `scorers`: all
-// that will be asked for.
+// that will be asked for. `ledger` as in KvCapture::Create.
 std::unique_ptr<ContextSource> CapturedContext(std::shared_ptr<Engine> engine,
-                                               std::vector<std::string> scorers);
+                                               std::vector<std::string> scorers,
+                                               std::shared_ptr<Ledger> ledger = {});
 // Prefills at every Open: slower, but never holds more than one layer uncompressed.
 std::unique_ptr<ContextSource> PlainContext(std::shared_ptr<Engine> engine);
 
 struct EvalOptions {
-  bool aware = false;   // compress with the question in the prompt, instead of before it is known
-  Lengths lengths;      // as the suite was prepared with
-  bool capture = true;  // CapturedContext or PlainContext
+  bool aware = false;      // compress with the question in the prompt, instead of before it is known
+  Lengths lengths;         // as the suite was prepared with
+  bool capture = true;     // CapturedContext or PlainContext
+  std::string spill = {};  // a folder for the captured K/V; empty: they stay in memory
 };
 
 struct EvalProgress {
