@@ -10,6 +10,7 @@
 
 #include "moend/base/file.h"
 #include "moend/calibrate/calibrate.h"
+#include "moend/calibrate/paper.h"
 #include "moend/cli/commands.h"
 #include "moend/cli/common.h"
 #include "moend/cli/progress.h"
@@ -23,7 +24,11 @@ Example:
   moend calibrate -m model.gguf -f text.txt -o profile.json -c 8192 --chunks 4
 
 The text should resemble what the model will read, and be at least a chunk long. The profile is saved after
-every chunk; after Ctrl-C, or with more --chunks, the same command goes on where the profile ends.)";
+every chunk; after Ctrl-C, or with more --chunks, the same command goes on where the profile ends.
+
+--paper measures what the paper did: on the first 27 tokens of the text, for keep 0.1 to 1 and 16, 8 or 4 bit,
+the relative L2 error of each layer's attention output, tokens being evicted at random. Its profile is for
+moend solve --metric l2, with -c for the length that the budget is for.)";
 
 struct CalibrateFlags {
   ModelFlags model;
@@ -32,7 +37,7 @@ struct CalibrateFlags {
   CalibrateOptions options;
   std::vector<double> keeps;
   std::vector<std::string> bits;
-  bool restart = false;
+  bool restart = false, paper = false;
 };
 
 // "4/2" is K 4 bit, V 2 bit; "4" is both.
@@ -75,17 +80,6 @@ Expected<std::vector<Expert>> Experts(const CalibrateFlags& flags) {
   return experts;
 }
 
-Expected<std::vector<std::vector<int32_t>>> ReadTexts(const CalibrateFlags& flags,
-                                                      const Tokenizer& tokenizer) {
-  std::vector<std::vector<int32_t>> texts;
-  for (const std::string& file : flags.files) {
-    MOEND_ASSIGN(const std::string text, ReadInput(file));
-    MOEND_ASSIGN(auto tokens, tokenizer.Tokenize(text, false, true));
-    texts.push_back(std::move(tokens));
-  }
-  return texts;
-}
-
 // What an earlier run left at the output path; an empty profile when there is nothing.
 Expected<Profile> Unfinished(const CalibrateFlags& flags) {
   std::error_code ignored;
@@ -95,7 +89,27 @@ Expected<Profile> Unfinished(const CalibrateFlags& flags) {
   return std::move(*profile);
 }
 
+// The first tokens of the text, in a moment.
+Expected<void> RunPaper(const CalibrateFlags& flags) {
+  MOEND_TRY(CheckWritable(flags.output));
+  MOEND_ASSIGN(auto engine, flags.model.Load());
+  MOEND_ASSIGN(const auto texts, ReadTexts(flags.files, engine->model().tokenizer()));
+  const std::vector<int32_t>& text = texts[0];
+  if (std::ssize(text) < kPaperTokens)
+    return Fail(ErrorCode::kInvalidArgument, "{} has {} tokens; --paper takes the first {}", flags.files[0],
+                text.size(), kPaperTokens);
+  MOEND_ASSIGN(Profile profile, CalibrateLikePaper(*engine, std::span(text).first(kPaperTokens)));
+  profile.scorer = flags.options.scorer;
+  profile.guard = flags.options.guard;
+  MOEND_TRY(WriteFileAtomically(flags.output, ToJson(profile)));
+  Note(fmt::format("wrote {}; it has no KL: moend solve {} --metric l2 -c TOKENS ...", flags.output,
+                   flags.output));
+  fmt::print("{}", DescribeProfile(profile, OutputStyle()));
+  return {};
+}
+
 Expected<void> Run(CalibrateFlags& flags) {
+  if (flags.paper) return RunPaper(flags);
   MOEND_ASSIGN(flags.options.experts, Experts(flags));
   MOEND_TRY(CheckWritable(flags.output));
   MOEND_ASSIGN(Profile profile, Unfinished(flags));
@@ -106,7 +120,7 @@ Expected<void> Run(CalibrateFlags& flags) {
     return Fail(ErrorCode::kInvalidArgument, "chunks of {} tokens are not possible; {} was trained for {}",
                 flags.options.length, flags.model.path, trained);
   const Tokenizer& tokenizer = engine->model().tokenizer();
-  MOEND_ASSIGN(const auto texts, ReadTexts(flags, tokenizer));
+  MOEND_ASSIGN(const auto texts, ReadTexts(flags.files, tokenizer));
   MOEND_ASSIGN(const auto chunks, MakeChunks(texts, tokenizer.bos(), flags.options));
   const auto n_chunks = static_cast<int64_t>(chunks.size());
   if (profile.chunks >= n_chunks) {
@@ -186,6 +200,10 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->type_name("N");
   command->add_flag("--heads", f.options.heads, "measure each KV head too, for solve --variant 2d_heads");
+  command
+      ->add_flag("--paper", f.paper,
+                 "the MoE-nD paper's calibration, to compare with: 27 tokens, random eviction, L2 only")
+      ->excludes("--chunks", "--evaluated", "--ctx-size", "--keep", "--bits", "--heads");
   command->add_flag("--restart", f.restart, "start anew even if the output has finished chunks");
   command->footer(kFooter);
   command->callback([flags, &exit_code] { exit_code = ExitCode(Run(*flags)); });

@@ -175,6 +175,17 @@ Expected<std::string> ReadInput(const std::string& path) {
   return text;
 }
 
+Expected<std::vector<std::vector<int32_t>>> ReadTexts(const std::vector<std::string>& files,
+                                                      const Tokenizer& tokenizer) {
+  std::vector<std::vector<int32_t>> texts;
+  for (const std::string& file : files) {
+    MOEND_ASSIGN(const std::string text, ReadInput(file));
+    MOEND_ASSIGN(auto tokens, tokenizer.Tokenize(text, false, true));
+    texts.push_back(std::move(tokens));
+  }
+  return texts;
+}
+
 double MiB(int64_t bytes) {
   return static_cast<double>(bytes) / (1024.0 * 1024.0);
 }

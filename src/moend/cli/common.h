@@ -71,6 +71,10 @@ Expected<int64_t> BudgetBytes(double mib);
 // The whole of `path`, or of stdin for "-".
 Expected<std::string> ReadInput(const std::string& path);
 
+// The tokens of each file, "-" being stdin; special tokens that the text spells out count as such.
+Expected<std::vector<std::vector<int32_t>>> ReadTexts(const std::vector<std::string>& files,
+                                                      const Tokenizer& tokenizer);
+
 double MiB(int64_t bytes);
 int64_t PeakResidentBytes();  // of this process so far
 

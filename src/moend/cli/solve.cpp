@@ -6,6 +6,8 @@
 #include "moend/base/file.h"
 #include "moend/cli/commands.h"
 #include "moend/cli/common.h"
+#include "moend/cli/solve_measure.h"
+#include "moend/score/scorer.h"
 #include "moend/solve/solve.h"
 
 namespace moend::cli {
@@ -16,6 +18,8 @@ Examples:
   moend solve profile.json --compression 14 -o plan.json
   moend solve profile.json --budget-mib 64 -c 32768 --solver greedy -o plan.json
   moend solve profile.json --compression 14 --variant 1d
+  moend solve profile.json --compression 14 --refine -m model.gguf -f text.txt -o plan.json
+  moend solve profile.json --validate 50 -m model.gguf -f text.txt -o pairs.json
 
 Variants at the same bytes: 1d evicts the same share of tokens in every layer at 16 bit; 2d_uniform does so
 with K 8 bit, V 4 bit; 2d routes the bits of each layer; 2d_hetero routes bits and evicted share of each layer,
@@ -25,12 +29,13 @@ struct SolveFlags {
   std::string profile, output;
   double compression = 0, budget_mib = 0;
   int64_t context_length = 0;
-  std::string solver = "exact", metric = "kl", variant = "2d_hetero";
+  std::string solver = "exact", metric = "kl", variant = "2d_hetero", scorer;
+  MeasureFlags measure;
 };
 
 Expected<void> Run(const SolveFlags& flags) {
   if (!flags.output.empty()) MOEND_TRY(CheckWritable(flags.output));
-  MOEND_ASSIGN(const Profile profile, LoadProfile(flags.profile));
+  MOEND_ASSIGN(Profile profile, LoadProfile(flags.profile));
   if (profile.chunks < profile.chunks_wanted)
     Note(fmt::format("{} is unfinished: {} of {} chunks", flags.profile, profile.chunks,
                      profile.chunks_wanted));
@@ -38,17 +43,31 @@ Expected<void> Run(const SolveFlags& flags) {
   MOEND_ASSIGN(request.solver, ParseSolver(flags.solver));
   MOEND_ASSIGN(request.metric, ParseMetric(flags.metric));
   MOEND_ASSIGN(request.variant, ParseVariant(flags.variant));
-  MOEND_ASSIGN(request.score_bytes, ScoreBytes(profile.scorer));
+  if (!flags.scorer.empty()) profile.scorer = flags.scorer;
+  MOEND_ASSIGN(const auto scorer, MakeScorer(profile.scorer));
+  // In a file only where somebody will read them.
+  if (!scorer->needs().query_stats) profile.queries = nullptr;
+  if (scorer->needs().query_stats && !profile.queries)
+    return Fail(ErrorCode::kInvalidArgument,
+                "{} has no statistics of the model's queries, which the scorer {} needs; moend calibrate "
+                "--restart measures them",
+                flags.profile, profile.scorer);
+  request.score_bytes = scorer->needs().accumulated ? 4 : 0;
   request.context_length = flags.context_length > 0 ? flags.context_length : profile.length;
   request.compression = flags.compression;
   if (flags.budget_mib > 0) {
     MOEND_ASSIGN(request.budget_bytes, BudgetBytes(flags.budget_mib));
   }
-  MOEND_ASSIGN(const Solution solution, Solve(profile, request));
+  if (flags.measure.validate > 0) return RunValidate(flags.measure, profile, request, flags.output);
+  MOEND_ASSIGN(Solution solution, Solve(profile, request));
   fmt::print("{}", DescribePlan(solution.plan, OutputStyle()));
   fmt::print("predicted loss {:.6g}, no plan can be below {:.6g} (gap {:.3g}); solved by {} in {:.1f} ms\n",
              solution.loss, solution.lower_bound, solution.loss - solution.lower_bound, flags.solver,
              solution.milliseconds);
+  if (flags.measure.refine) {
+    MOEND_ASSIGN(solution.plan, RunRefine(flags.measure, profile, request, solution.plan));
+    fmt::print("{}", DescribePlan(solution.plan, OutputStyle()));
+  }
   if (flags.output.empty()) return {};
   MOEND_TRY(WriteFileAtomically(flags.output, ToJson(solution.plan)));
   Note(fmt::format("wrote {}", flags.output));
@@ -85,11 +104,19 @@ void AddSolve(CLI::App& app, int& exit_code) {
   choice("--solver", f.solver, "how the plan is found", kSolvers);
   choice("--metric", f.metric, "what it minimizes: KL of the logits or L2 of the attention output", kMetrics);
   choice("--variant", f.variant, "what is routed layer by layer", kVariants);
+  command
+      ->add_option("--scorer", f.scorer,
+                   "how the plan chooses tokens; default: as the profile, whose losses were measured with it")
+      ->check(CLI::IsMember(ScorerNames()))
+      ->type_name("NAME");
   command->add_option("-o,--output", f.output, "the plan; without it, it is only shown")
       ->type_name("PLAN.json");
+  f.measure.AddTo(*command);
   command->footer(kFooter);
   command->callback([flags, ratio, budget, &exit_code] {
-    if (ratio->count() + budget->count() == 0) throw CLI::RequiredError("--compression R or --budget-mib N");
+    flags->measure.Check();
+    if (flags->measure.validate == 0 && ratio->count() + budget->count() == 0)
+      throw CLI::RequiredError("--compression R or --budget-mib N");
     exit_code = ExitCode(Run(*flags));
   });
 }

@@ -36,6 +36,13 @@ Expected<std::vector<std::vector<double>>> CleanLosses(const Profile& profile, M
   if (std::ssize(table) != wanted || profile.experts.empty())
     return Fail(ErrorCode::kInvalidArgument, "a profile of {} {}s and {} experts for a model of {} {}s",
                 table.size(), row, profile.experts.size(), wanted, row);
+  const auto any = [&](double ProfileCell::*member) {
+    return std::any_of(table.begin(), table.end(), [&](const auto& cells) {
+      return std::any_of(cells.begin(), cells.end(), [&](const ProfileCell& c) { return c.*member != 0; });
+    });
+  };
+  if (metric == Metric::kKl && !any(&ProfileCell::kl) && any(&ProfileCell::l2))
+    return Fail(ErrorCode::kInvalidArgument, "the profile did not measure the KL of anything; solve by l2");
   std::vector<std::vector<double>> losses;
   for (std::size_t l = 0; l < table.size(); ++l) {
     if (table[l].size() != profile.experts.size())
