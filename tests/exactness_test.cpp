@@ -160,8 +160,10 @@ TEST(Reference, LogitsAreLibllamas) {
 // With weights of few bits ggml rounds every matrix's input to 8 bits too. The least difference before such
 // a rounding, even of one part in 10^7, flips some of them: libllama's own two attention kernels end up
 // further apart than the bounds above. Ours must be no further from libllama than these are from each other.
-void ExpectWithinSpread(const std::string& path, const Model& model, std::span<const int32_t> tokens) {
-  const auto plain = LibllamaLogits(path, tokens, false), flash = LibllamaLogits(path, tokens, true);
+void ExpectWithinSpread(const std::string& path, const Model& model, std::span<const int32_t> tokens,
+                        bool repack) {
+  const auto plain = LibllamaLogits(path, tokens, false, 512, repack);
+  const auto flash = LibllamaLogits(path, tokens, true, 512, repack);
   const auto ours = PlainLogits(model, tokens, 100);
   const LogitDistance spread = Compare(plain, flash);
   ASSERT_EQ(spread.positions, static_cast<int64_t>(tokens.size()));
@@ -175,7 +177,7 @@ TEST(Reference, QuantizedFileStaysWithinLibllamasOwnSpread) {
   const auto model = Model::Load(kReference);
   ASSERT_TRUE(model) << model.error().message;
   const std::vector<int32_t> tokens = HeldOutTokens(**model, 400);
-  ExpectWithinSpread(kReference, **model, tokens);
+  ExpectWithinSpread(kReference, **model, tokens, true);
 }
 
 class WeightTypes : public testing::TestWithParam<ggml_type> {};
@@ -190,16 +192,19 @@ TEST_P(WeightTypes, MultiplyAsInLibllama) {
   const TempDir dir;
   const std::string path = dir / "model.gguf";
   ASSERT_TRUE(WriteTestModel(options, path));
-  const auto model = Model::Load(path);
-  ASSERT_TRUE(model) << model.error().message;
-  // The first token attends to itself alone, which leaves attention nothing to round: the same bits.
-  for (const int32_t token : RandomTokens(10, 3)) {
-    const std::vector<int32_t> first = {token};
-    const auto want = LibllamaLogits(path, first);
-    ASSERT_EQ(want.size(), 1u);
-    EXPECT_EQ(want, PlainLogits(**model, first, 1));
+  for (const bool repack : {false, true}) {
+    const auto model = Model::Load(path, {.repack = repack});
+    ASSERT_TRUE(model) << model.error().message;
+    if (repack && (*model)->repacked_bytes() == 0) break;  // the same weights again
+    // The first token attends to itself alone, which leaves attention nothing to round: the same bits.
+    for (const int32_t token : RandomTokens(10, 3)) {
+      const std::vector<int32_t> first = {token};
+      const auto want = LibllamaLogits(path, first, false, 512, repack);
+      ASSERT_EQ(want.size(), 1u);
+      EXPECT_EQ(want, PlainLogits(**model, first, 1)) << (repack ? "repacked" : "as in the file");
+    }
+    ExpectWithinSpread(path, **model, RandomTokens(150, 4), repack);
   }
-  ExpectWithinSpread(path, **model, RandomTokens(150, 4));
 }
 
 INSTANTIATE_TEST_SUITE_P(Types, WeightTypes,

@@ -20,13 +20,12 @@ double LogSum(const std::vector<float>& row) {
 }  // namespace
 
 std::vector<std::vector<float>> LibllamaLogits(const std::string& path, std::span<const int32_t> tokens,
-                                               bool flash_attention, int block) {
+                                               bool flash_attention, int block, bool repack) {
   llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
   llama_backend_init();
   llama_model_params model_params = llama_model_default_params();
   model_params.n_gpu_layers = 0;
-  // Weights as they lie in the file: repacked ones go through other kernels.
-  model_params.use_extra_bufts = false;
+  model_params.use_extra_bufts = repack;
   const llama_model_ptr model(llama_model_load_from_file(path.c_str(), model_params));
   if (!model) return {};
   llama_context_params params = llama_context_default_params();

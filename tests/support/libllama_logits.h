@@ -9,9 +9,11 @@
 namespace moend::test {
 
 // Logits of every position, [tokens][n_vocab], from a half-float cache; empty when libllama cannot run the
-// file. Blocks of `block` tokens are decoded at a time.
+// file. Blocks of `block` tokens are decoded at a time. `repack`: weights as LoadOptions::repack has them,
+// which go through other kernels.
 std::vector<std::vector<float>> LibllamaLogits(const std::string& path, std::span<const int32_t> tokens,
-                                               bool flash_attention = false, int block = 512);
+                                               bool flash_attention = false, int block = 512,
+                                               bool repack = false);
 
 // How far `got` is from `want`, both [positions][n_vocab].
 struct LogitDistance {

@@ -72,11 +72,13 @@ void ModelFlags::AddTo(CLI::App& app) {
   app.add_option("-t,--threads", threads, "threads; 0: one a core")
       ->check(CLI::Range(0, 1024))
       ->type_name("N");
+  app.add_flag("--no-repack", no_repack, "leave all weights as in the file: less memory, slower");
 }
 
 Expected<std::shared_ptr<Engine>> ModelFlags::Load() const {
   LoadOptions load;
   load.n_threads = threads;
+  load.repack = !no_repack;
   MOEND_ASSIGN(auto model, Model::Load(path, load));
   EngineOptions options;
   options.n_threads = threads;

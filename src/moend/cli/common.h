@@ -32,10 +32,11 @@ int FlushOutput();
 // llama.cpp's do to LLAMA_ARG_*. Call when all flags of a command are declared.
 void AddEnvironment(CLI::App& app);
 
-// -m, -t
+// -m, -t, --no-repack
 struct ModelFlags {
   std::string path;
   int threads = 0;
+  bool no_repack = false;
 
   void AddTo(CLI::App& app);
   Expected<std::shared_ptr<Engine>> Load() const;

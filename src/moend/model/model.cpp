@@ -29,6 +29,7 @@ class LoadedModel final : public Model {
   const Tokenizer& tokenizer() const override { return *tokenizer_; }
   const std::string& hash() const override { return hash_; }
   int64_t file_bytes() const override { return static_cast<int64_t>(file_.bytes().size()); }
+  int64_t repacked_bytes() const override { return bound_.repacked.bytes; }
 
  private:
   GgufFile file_;  // before what points into it
@@ -41,10 +42,11 @@ class LoadedModel final : public Model {
 }  // namespace
 
 Expected<std::shared_ptr<const Model>> Model::Load(const std::string& path, const LoadOptions& options) {
+  StartLibllama();  // before ggml repacks weights, which it would print
   ggml_cpu_init();  // tables of the half float conversions; safe to repeat
   MOEND_ASSIGN(GgufFile file, GgufFile::Open(path));
   MOEND_ASSIGN(HyperParams hparams, ReadHyperParams(file));
-  MOEND_ASSIGN(BoundWeights bound, BindWeights(file, hparams));
+  MOEND_ASSIGN(BoundWeights bound, BindWeights(file, hparams, options.repack));
   std::unique_ptr<Tokenizer> tokenizer;
   if (options.vocabulary) {
     MOEND_ASSIGN(tokenizer, LoadTokenizer(file, hparams.n_vocab));

@@ -1,5 +1,6 @@
 // A GGUF model, checked and mapped. Every count, offset and size in the file is checked by our own reader
-// (gguf.h) before ggml or libllama see the file; weights stay in the mapping and are not copied.
+// (gguf.h) before ggml or libllama see the file. Weights stay in the mapping, but for those that are copied
+// into a layout that ggml multiplies faster (LoadOptions::repack).
 #pragma once
 
 #include <ggml.h>
@@ -46,7 +47,9 @@ struct LayerWeights {
 };
 
 struct Weights {
-  ggml_tensor *tok_embd = nullptr, *output_norm = nullptr, *output = nullptr;  // output = tok_embd when tied
+  ggml_tensor *tok_embd = nullptr, *output_norm = nullptr, *output = nullptr;
+  // The file has no output matrix; `output` is tok_embd or a repacked copy of it.
+  bool tied = false;
   ggml_tensor* output_b = nullptr;                                             // qwen2, optional
   ggml_tensor* rope_freqs = nullptr;
   std::vector<LayerWeights> layers;
@@ -55,6 +58,9 @@ struct Weights {
 struct LoadOptions {
   int n_threads = 0;       // 0: all cores; for fingerprinting only
   bool vocabulary = true;  // load the tokenizer through libllama as well
+  // Copy matrices of the types for which ggml has a faster layout on this machine (on x86 Q4_0, IQ4_NL and
+  // most K quants). Costs as much memory as they take in the file; results differ by the order of the sums.
+  bool repack = true;
 };
 
 struct ChatMessage {
@@ -89,6 +95,7 @@ class Model {
   virtual const Tokenizer& tokenizer() const = 0;  // only when loaded with `vocabulary`
   virtual const std::string& hash() const = 0;     // Fingerprint::hash
   virtual int64_t file_bytes() const = 0;
+  virtual int64_t repacked_bytes() const = 0;  // allocated for copies of weights
 };
 
 }  // namespace moend

@@ -33,14 +33,6 @@ std::string Cause(std::string_view log) {
   return log.empty() ? "it gives no reason" : Printable(log);
 }
 
-void StartLibllama() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    llama_log_set(KeepErrors, nullptr);
-    llama_backend_init();
-  });
-}
-
 // libllama's vocabulary functions are const and keep no state, so they may run on several threads at once.
 // Some of them throw, which must not cross the library's border.
 class LlamaTokenizer final : public Tokenizer {
@@ -187,6 +179,14 @@ class LlamaTokenizer final : public Tokenizer {
 };
 
 }  // namespace
+
+void StartLibllama() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    llama_log_set(KeepErrors, nullptr);
+    llama_backend_init();
+  });
+}
 
 Expected<std::unique_ptr<Tokenizer>> LoadTokenizer(const GgufFile& file, int64_t n_vocab) {
   MOEND_TRY(CheckVocabulary(file, n_vocab));

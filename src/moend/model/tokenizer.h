@@ -9,6 +9,9 @@
 
 namespace moend {
 
+// Takes libllama's and ggml's log, so that neither prints, and starts libllama. Safe to repeat.
+void StartLibllama();
+
 // CheckVocabulary first, then libllama reads the file. kCorrupt / kUnsupported carry libllama's own words.
 Expected<std::unique_ptr<Tokenizer>> LoadTokenizer(const GgufFile& file, int64_t n_vocab);
 

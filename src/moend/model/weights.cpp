@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kMaxVocab = 1 << 24;
 
 enum class Role {
-  kMatrix,  // multiplied, or rows taken of it: any type ggml's CPU back end can multiply
+  kRows,    // rows are taken of it: any type ggml's CPU back end can multiply
+  kMatrix,  // only multiplied, so that its layout is ggml's to choose; the same types
   kVector,  // norms, biases and frequency factors: float32
 };
 
@@ -37,8 +38,9 @@ std::string MultipliedTypes() {
 
 class Binder {
  public:
-  Binder(const GgufFile& file, ggml_context* context, ggml_backend_buffer_t buffer)
-      : file_(file), context_(context), buffer_(buffer) {}
+  // repacker: null leaves all weights in the file.
+  Binder(const GgufFile& file, ggml_context* context, ggml_backend_buffer_t buffer, Repacker* repacker)
+      : file_(file), context_(context), buffer_(buffer), repacker_(repacker) {}
 
   // Optional() leaves null where the file has no such tensor.
   Expected<ggml_tensor*> Optional(const std::string& name, Role role, int64_t ne0, int64_t ne1 = 1) {
@@ -50,7 +52,7 @@ class Binder {
                   file_.path(), name, ShapeText(t->ne), ShapeText(wanted));
     MOEND_TRY(CheckType(*t, role));
     used_.insert(t->name);
-    return Place(*t, ne0, ne1, 0);
+    return Place(*t, role, ne0, ne1, 0);
   }
 
   Expected<ggml_tensor*> Required(const std::string& name, Role role, int64_t ne0, int64_t ne1 = 1) {
@@ -61,13 +63,21 @@ class Binder {
     return tensor;
   }
 
+  // A copy of a matrix that is already checked, for products; null where ggml has no better layout for it.
+  ggml_tensor* Repacked(const std::string& name) {
+    const GgufTensor& t = *file_.FindTensor(name);
+    if (!repacker_) return nullptr;
+    return repacker_->Add(t.type, t.ne[0], t.ne[1], file_.bytes().data() + t.offset, name.c_str());
+  }
+
   // Parts of a tensor that is already checked: rows [first, first + rows) of a matrix, elements of a vector.
   ggml_tensor* Rows(const std::string& name, int64_t first, int64_t rows) {
     const GgufTensor& t = *file_.FindTensor(name);
-    return Place(t, t.ne[0], rows, t.bytes / t.ne[1] * first);
+    return Place(t, Role::kMatrix, t.ne[0], rows, t.bytes / t.ne[1] * first);
   }
   ggml_tensor* Elements(const std::string& name, int64_t first, int64_t count) {
-    return Place(*file_.FindTensor(name), count, 1, first * static_cast<int64_t>(sizeof(float)));
+    return Place(*file_.FindTensor(name), Role::kVector, count, 1,
+                 first * static_cast<int64_t>(sizeof(float)));
   }
 
   // A tensor that no part of the graph asked for would silently change what the model computes.
@@ -88,17 +98,21 @@ class Binder {
     if (role == Role::kVector && t.type != GGML_TYPE_F32)
       return Fail(ErrorCode::kUnsupported, "{}: tensor {} is of type {}; moend reads norms and biases as f32",
                   file_.path(), t.name, ggml_type_name(t.type));
-    if (role == Role::kMatrix && !CanMultiply(t.type))
+    if (role != Role::kVector && !CanMultiply(t.type))
       return Fail(ErrorCode::kUnsupported, "{}: tensor {} is of type {}; ggml's CPU back end multiplies {}",
                   file_.path(), t.name, ggml_type_name(t.type), MultipliedTypes());
     return {};
   }
 
-  ggml_tensor* Place(const GgufTensor& t, int64_t ne0, int64_t ne1, int64_t skipped_bytes) {
+  ggml_tensor* Place(const GgufTensor& t, Role role, int64_t ne0, int64_t ne1, int64_t skipped_bytes) {
+    const std::string name(t.name);
+    const uint8_t* data = file_.bytes().data() + t.offset + skipped_bytes;
+    if (repacker_ && role == Role::kMatrix)
+      if (ggml_tensor* repacked = repacker_->Add(t.type, ne0, ne1, data, name.c_str())) return repacked;
     ggml_tensor* tensor = ggml_new_tensor_2d(context_, t.type, ne0, ne1);
-    ggml_set_name(tensor, std::string(t.name).c_str());
+    ggml_set_name(tensor, name.c_str());
     // ggml's interface has no read-only tensors; nothing writes to a weight.
-    tensor->data = const_cast<uint8_t*>(file_.bytes().data()) + t.offset + skipped_bytes;
+    tensor->data = const_cast<uint8_t*>(data);
     tensor->buffer = buffer_;
     return tensor;
   }
@@ -106,6 +120,7 @@ class Binder {
   const GgufFile& file_;
   ggml_context* context_;
   ggml_backend_buffer_t buffer_;
+  Repacker* repacker_;
   std::unordered_set<std::string_view> used_;
 };
 
@@ -115,7 +130,7 @@ Expected<void> BindProjections(Binder& bind, const GgufFile& file, const HyperPa
   const int64_t q_rows = h.n_heads * h.head_size, kv_rows = h.n_kv_heads * h.head_size;
   const std::string fused = prefix + "attn_qkv.weight", fused_bias = prefix + "attn_qkv.bias";
   if (file.FindTensor(fused)) {
-    MOEND_TRY(bind.Required(fused, Role::kMatrix, h.n_embd, q_rows + 2 * kv_rows));
+    MOEND_TRY(bind.Required(fused, Role::kRows, h.n_embd, q_rows + 2 * kv_rows));
     w.wq = bind.Rows(fused, 0, q_rows);
     w.wk = bind.Rows(fused, q_rows, kv_rows);
     w.wv = bind.Rows(fused, q_rows + kv_rows, kv_rows);
@@ -175,7 +190,7 @@ Expected<void> CheckFactors(const GgufFile& file, const ggml_tensor* factors) {
 
 }  // namespace
 
-Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h) {
+Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool repack) {
   const GgufTensor* embedding = file.FindTensor("token_embd.weight");
   if (!embedding) return Fail(ErrorCode::kCorrupt, "{} lacks the tensor token_embd.weight", file.path());
   h.n_vocab = embedding->ne[1];
@@ -187,6 +202,7 @@ Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h) {
   BoundWeights out;
   // Fused projections are described three times over.
   const auto descriptions = file.tensors().size() * 3 + 8;
+  Repacker repacker(static_cast<int64_t>(descriptions));
   out.context.reset(ggml_init({ggml_tensor_overhead() * descriptions, nullptr, /*no_alloc=*/true}));
   const std::span<const uint8_t> bytes = file.bytes();
   if (out.context)
@@ -194,11 +210,14 @@ Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h) {
   if (!out.buffer) return Fail(ErrorCode::kOutOfMemory, "{}: no memory to describe its tensors", file.path());
   ggml_backend_buffer_set_usage(out.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
 
-  Binder bind(file, out.context.get(), out.buffer.get());
+  Binder bind(file, out.context.get(), out.buffer.get(), repack ? &repacker : nullptr);
   Weights& w = out.weights;
-  MOEND_ASSIGN(w.tok_embd, bind.Required("token_embd.weight", Role::kMatrix, h.n_embd, h.n_vocab));
+  MOEND_ASSIGN(w.tok_embd, bind.Required("token_embd.weight", Role::kRows, h.n_embd, h.n_vocab));
   MOEND_ASSIGN(w.output_norm, bind.Required("output_norm.weight", Role::kVector, h.n_embd));
   MOEND_ASSIGN(w.output, bind.Optional("output.weight", Role::kMatrix, h.n_embd, h.n_vocab));
+  w.tied = w.output == nullptr;
+  // Rows are taken of a tied embedding, so that it stays as it is; products may gain from a repacked copy.
+  if (w.tied) w.output = bind.Repacked("token_embd.weight");
   if (!w.output) w.output = w.tok_embd;
   if (h.architecture == Architecture::kQwen2) {
     MOEND_ASSIGN(w.output_b, bind.Optional("output.bias", Role::kVector, h.n_vocab));
@@ -214,6 +233,7 @@ Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h) {
     w.layers.push_back(weights);
   }
   MOEND_TRY(bind.RefuseUnused());
+  MOEND_ASSIGN(out.repacked, repacker.Finish());
   return out;
 }
 

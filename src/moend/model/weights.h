@@ -1,4 +1,5 @@
-// Weights of a model: ggml tensors whose data is the mapped file.
+// Weights of a model: ggml tensors whose data is the mapped file, or a copy in a layout that is multiplied
+// faster.
 #pragma once
 
 #include <ggml-cpp.h>
@@ -6,6 +7,7 @@
 #include "moend/base/error.h"
 #include "moend/model/gguf.h"
 #include "moend/model/model.h"
+#include "moend/model/repack.h"
 
 namespace moend {
 
@@ -13,12 +15,14 @@ namespace moend {
 struct BoundWeights {
   ggml_context_ptr context;
   ggml_backend_buffer_ptr buffer;  // the whole mapping, read-only
+  RepackedWeights repacked;        // those that ggml multiplies faster so
   Weights weights;
 };
 
 // Finds every tensor that the architecture needs, checks its shape against the hyper-parameters and its type
 // against what ggml's CPU back end multiplies. Sets h.n_vocab, which only the embedding's shape tells.
-// kCorrupt for missing or misshapen tensors, kUnsupported for types and tensors that moend cannot honour.
-Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h);
+// `repack`: as LoadOptions. kCorrupt for missing or misshapen tensors, kUnsupported for types and tensors
+// that moend cannot honour.
+Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool repack = true);
 
 }  // namespace moend
