@@ -50,7 +50,7 @@ struct Weights {
   ggml_tensor *tok_embd = nullptr, *output_norm = nullptr, *output = nullptr;
   // The file has no output matrix; `output` is tok_embd or a repacked copy of it.
   bool tied = false;
-  ggml_tensor* output_b = nullptr;                                             // qwen2, optional
+  ggml_tensor* output_b = nullptr;  // qwen2, optional
   ggml_tensor* rope_freqs = nullptr;
   std::vector<LayerWeights> layers;
 };
