@@ -1,10 +1,11 @@
 // How many contexts of 16k tokens fit in 256 MiB of K/V, all still answering rightly: each is read once, and then
-// asked again, when all of them are held.
+// asked again, when all of them are held. With --profile, contexts are compressed further when the budget is tight.
 import { check, filler, flags, get, metric, request, secret } from "./client.mjs";
 import { startServer } from "./server.mjs";
 
-const f = flags({ moend: "build/moend", model: "models/moend-reference-23m-q8_0.gguf", plan: "", contexts: 32, tokens: 16000, budget: 256 });
-const server = await startServer(f.moend, ["-m", f.model, ...(f.plan ? ["--plan", f.plan] : []), "--metrics", "-np", "4",
+const f = flags({ moend: "build/moend", model: "models/moend-reference-23m-q8_0.gguf", plan: "", profile: "", contexts: 32, tokens: 16000, budget: 256 });
+const server = await startServer(f.moend, ["-m", f.model, ...(f.plan ? ["--plan", f.plan] : []),
+  ...(f.profile ? ["--profile", f.profile] : []), "--metrics", "-np", "4",
   "--kv-budget-mib", String(f.budget)]);
 const url = server.url + "/v1/completions";
 

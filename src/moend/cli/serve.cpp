@@ -62,9 +62,10 @@ class StopSignal {
     const timespec now{};
     return sigtimedwait(&set_, nullptr, &now) > 0;
   }
-  void Wait() const {
-    int signal = 0;
-    sigwait(&set_, &signal);
+  // False when none came within the time.
+  bool Wait(time_t seconds) const {
+    const timespec time{.tv_sec = seconds, .tv_nsec = 0};
+    return sigtimedwait(&set_, nullptr, &time) > 0;
   }
 
  private:
@@ -75,6 +76,13 @@ class StopSignal {
 void FewHeaps() {
 #ifdef M_ARENA_MAX
   mallopt(M_ARENA_MAX, 4);
+#endif
+}
+
+// What bursts of long requests leave in the heaps goes back to the system.
+void TrimHeaps() {
+#ifdef M_TRIM_THRESHOLD
+  malloc_trim(0);
 #endif
 }
 
@@ -91,11 +99,18 @@ Expected<serve::EngineBackendOptions> MakePlans(const ServeFlags& flags, const E
   options.n_ctx = flags.n_ctx > 0 ? flags.n_ctx : engine.model().hparams().n_ctx_train;
   options.scorer = flags.plan.scorer;
   PlanFlags plan = flags.plan;
-  if (plan.plan.empty() && !plan.profile.empty() && plan.compression <= 0 && plan.budget_mib <= 0) {
-    // All slots full, and as much again for what is kept and for reading prompts.
-    plan.budget_mib = flags.kv_budget_mib / 2 / static_cast<double>(flags.server.scheduler.slots);
-  }
-  MOEND_ASSIGN(options.plan, plan.Make(engine, options.n_ctx));
+  const bool from_budget =
+      plan.plan.empty() && !plan.profile.empty() && plan.compression <= 0 && plan.budget_mib <= 0;
+  const int64_t slots = flags.server.scheduler.slots;
+  // All slots full, and as much again for what is kept and for reading prompts.
+  if (from_budget) plan.budget_mib = flags.kv_budget_mib / 2 / static_cast<double>(slots);
+  auto made = plan.Make(engine, options.n_ctx);
+  if (!made && from_budget)
+    return Fail(made.error().code,
+                "half of --kv-budget-mib {} is {:.3g} MiB for each of {} slots (-np): {}; fewer slots or "
+                "shorter contexts (-c) need less",
+                flags.kv_budget_mib, plan.budget_mib, slots, made.error().message);
+  MOEND_ASSIGN(options.plan, std::move(made));
   if (!flags.plan.profile.empty()) {
     MOEND_ASSIGN(const Profile profile, LoadProfile(flags.plan.profile));
     options.further = serve::FurtherPlans(profile, options.plan, options.n_ctx, 4);
@@ -194,7 +209,11 @@ Expected<void> Serve(ServeFlags& flags) {
            info.model_name, info.plan_name, info.n_ctx, MiB(context), MiB(server.gauges().kv_budget_bytes),
            engine->n_threads());
 
-  stop.Wait();
+  constexpr time_t kTrimInterval = 10;  // seconds
+  while (!stop.Wait(kTrimInterval)) {
+    const serve::Gauges now = server.gauges();
+    if (now.slots_busy == 0 && now.queued == 0) TrimHeaps();
+  }
   log.Info("finishing the accepted requests");
   std::jthread second([&](const std::stop_token& done) {
     while (!done.stop_requested()) {
