@@ -9,6 +9,12 @@ namespace {
 // Below this many pages a head is not worth splitting: merging costs about as much as attending a few pages.
 constexpr int64_t kMinPagesPerShare = 8;
 
+// Time of a stream's pages, in bytes: those that are read, and as many as pass by while a page of any codec
+// is scored and summed (16 bit pages take 1.8 times as long as 2 bit ones).
+int64_t Cost(const StreamView& kv) {
+  return kv.n_pages * (kv.layout.bytes + kPageTokens * kv.layout.head_size * 4);
+}
+
 }  // namespace
 
 DecodeHook::DecodeHook(const HyperParams& hp)
@@ -64,17 +70,21 @@ LayerCache& DecodeHook::Cache(int64_t context, int64_t layer, int64_t head) {
 void DecodeHook::PlanItems(int64_t layer) {
   items_.clear();
   first_item_.clear();
-  const auto streams = static_cast<int64_t>(contexts_.size()) * shape_.n_kv_heads;
-  // Whole heads suffice when there are many; few heads are cut so that each thread gets about four items.
-  const int64_t wanted = std::max<int64_t>(1, (4 * n_threads_ + streams - 1) / streams);
-  for (std::size_t b = 0; b < contexts_.size(); ++b) {
+  // Heads may remember different numbers of tokens in different numbers of bits: they are cut by what they
+  // cost, so that each thread gets about four items of like size.
+  int64_t total = 0;
+  for (int64_t b = 0; b < std::ssize(contexts_); ++b)
+    for (int64_t h = 0; h < shape_.n_kv_heads; ++h) total += Cost(Cache(b, layer, h).view(0));
+  const int64_t item = std::max<int64_t>(1, total / (4 * n_threads_));
+  for (int64_t b = 0; b < std::ssize(contexts_); ++b) {
     for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
       first_item_.push_back(static_cast<int64_t>(items_.size()));
-      const int64_t pages = Cache(static_cast<int64_t>(b), layer, h).view(0).n_pages;
-      const int64_t shares = n_threads_ == 1 ? 1 : std::clamp<int64_t>(pages / kMinPagesPerShare, 1, wanted);
+      const StreamView kv = Cache(b, layer, h).view(0);
+      const int64_t most = n_threads_ == 1 ? 1 : std::max<int64_t>(1, kv.n_pages / kMinPagesPerShare);
+      const int64_t shares = std::clamp<int64_t>((Cost(kv) + item - 1) / item, 1, most);
       for (int64_t s = 0; s < shares; ++s)
         items_.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), static_cast<int32_t>(s),
-                          pages * s / shares, pages * (s + 1) / shares});
+                          kv.n_pages * s / shares, kv.n_pages * (s + 1) / shares});
     }
   }
   first_item_.push_back(static_cast<int64_t>(items_.size()));
