@@ -13,7 +13,7 @@ const body = (i) => {
   const s = secret(i);
   return { prompt: filler(20 + (i % 7) * 12, i) + " " + s.fact + " " + filler(10, i + 5000) + s.question, max_tokens: 24, temperature: 0, stream: i % 3 === 0 };
 };
-const text = (r) => r.body.startsWith("data:")
+const text = (r) => r.json === undefined  // a stream; it may begin with a comment
   ? r.body.split("\n\n").filter((l) => l.startsWith("data: {")).map((l) => JSON.parse(l.slice(6)).choices[0].text).join("")
   : r.json?.choices?.[0].text;
 const ask = (i) => request(url, { body: body(i), headers: { Authorization: "Bearer " + keys[i % keys.length] } });

@@ -38,7 +38,7 @@ for (let c = 0; c < f.contexts; ++c)
   for (let k = 1; k < facts; ++k) {
     const a = await ask(c, k);
     again += a.right;
-    if (k === 1 && a.usage.prompt_tokens_details.cached_tokens > 0.9 * f.tokens) ++held;
+    if (k === 1 && a.usage.prompt_tokens_details.cached_tokens >= a.usage.prompt_tokens - 400) ++held;
   }
 const peak = (await metric(server.url, "kv_peak_bytes")) / 2 ** 20;
 console.log(`     full caches of these would take ${(full / 2 ** 20).toFixed(0)} MiB; ${await metric(server.url, "compressions_total")} compressions, ${await metric(server.url, "evictions_total")} evictions`);
