@@ -35,10 +35,10 @@ struct PreparedSuite {
 };
 
 // Prompts that are too long keep their first and their last half, as LongBench does it; the question belongs
-// to the last one. Too long is what exceeds lengths.prompt_tokens or the model's n_ctx. One that is cut leaves
-// its answer the room in n_ctx that it may take, or n_ctx / 32 if it may take more; one that is not cut may be
-// answered past n_ctx, for what is cut out of a context is lost for certain, while a model goes on a little
-// beyond what it was trained for. kTooLong when a question alone fills more than half.
+// to the last one. Too long is what exceeds lengths.prompt_tokens or the model's n_ctx. One that is cut
+// leaves its answer the room in n_ctx that it may take, or n_ctx / 32 if it may take more; one that is not
+// cut may be answered past n_ctx, for what is cut out of a context is lost for certain, while a model goes on
+// a little beyond what it was trained for. kTooLong when a question alone fills more than half.
 Expected<PreparedSuite> PrepareSuite(const Tokenizer& tokenizer, const Suite& suite, int64_t n_ctx,
                                      const Lengths& lengths);
 
