@@ -193,6 +193,23 @@ TEST(Suite, Limit) {
   EXPECT_EQ(suite->n_questions(), 4);
 }
 
+TEST(Suite, KeepDatasets) {
+  const std::string row = OneLine(kMoendRow);
+  auto suite = ParseSuite(row + row, "s.jsonl");
+  ASSERT_TRUE(suite);
+  const std::vector<std::string> names = suite->datasets();
+  ASSERT_GE(names.size(), 2u);
+  const auto unknown = KeepDatasets(*suite, {names[0], "nothing"});
+  ASSERT_FALSE(unknown);
+  EXPECT_EQ(unknown.error().code, ErrorCode::kNotFound);
+  EXPECT_NE(unknown.error().message.find(names[1]), std::string::npos) << unknown.error().message;
+  EXPECT_EQ(suite->datasets(), names);
+  ASSERT_TRUE(KeepDatasets(*suite, {names[1]}));
+  EXPECT_EQ(suite->datasets(), std::vector<std::string>{names[1]});
+  ASSERT_TRUE(KeepDatasets(*suite, {}));
+  EXPECT_EQ(suite->contexts.size(), 2u);
+}
+
 // The suites that ship with the reference model, when they are there.
 TEST(Suite, ReferenceSuitesLoadWithoutALoss) {
   int found = 0;

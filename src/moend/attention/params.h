@@ -9,6 +9,12 @@
 
 namespace moend {
 
+// How one KV head's K was turned before it was packed (rotation.h). Both have head_size positive numbers.
+struct KeyRotation {
+  const float* balance = nullptr;
+  const float* inverse = nullptr;  // 1 / balance
+};
+
 // What one KV head of one layer remembers: packed pages, then raw (unquantized) tokens. Token order is
 // ascending by original position within each part, but raw tokens include the sinks, so it is not ascending
 // over both.
@@ -17,6 +23,8 @@ struct StreamView {
   const uint8_t* const* pages = nullptr;  // [n_pages]
   const uint64_t* live = nullptr;         // [n_pages] bit t: slot t holds a token (evicted slots are 0)
   int64_t n_pages = 0;
+  // Null: K of the pages is as it was. Never set for pages of 16 bit K. Raw tokens are never rotated.
+  const KeyRotation* rotation = nullptr;
   const uint16_t* raw_k = nullptr;  // f16 [ceil(n_raw / 16)][head_size][16]
   const uint16_t* raw_v = nullptr;  // f16 [n_raw][head_size]
   int64_t n_raw = 0;

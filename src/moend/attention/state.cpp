@@ -10,7 +10,7 @@ int64_t WorkspaceFloats(int64_t head_size, int64_t rows) {
   const int64_t block = std::min(rows, simd::kRowsPerBlock);
   const int64_t tiles = 2 * kPageTokens * head_size + block * kPageTokens;
   const int64_t fused = simd::FusedWorkspaceFloats(head_size, rows);
-  return std::max(tiles, fused);
+  return simd::RotatedFloats(head_size, rows) + std::max(tiles, fused);
 }
 
 void ResetState(SoftmaxState state, int64_t rows, int64_t head_size) {

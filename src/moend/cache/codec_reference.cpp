@@ -118,6 +118,27 @@ void PackKeys(const PageLayout& layout, const float* k, uint64_t live, uint8_t* 
   });
 }
 
+void PackKeysFeedback(const PageLayout& layout, float* k, const float* factors, uint8_t* page) {
+  WithRows<ScalarPlanes>(layout.k_bits, [&]<class Rows>(Rows) {
+    CodeRows rows;
+    // The codes are replaced below, the scales stay.
+    EncodeKeys(layout, k, ~uint64_t{0}, Rows::kMaxCode, page, rows.data());
+    for (int64_t c = 0; c < layout.head_size; ++c) {
+      const uint16_t scale = Halves16(page, layout.k_scale)[c];
+      const float min = HalfToFloat(Halves16(page, layout.k_min)[c]);
+      for (int64_t t = 0; t < kPageTokens; ++t) {
+        const float x = ClampToHalfRange(k[c * kPageTokens + t]);
+        const uint8_t code = EncodeValue(x, min, InverseScale(scale), Rows::kMaxCode);
+        rows[KIndex(t, c)] = code;
+        const float error = x - DecodeValue(code, min, HalfToFloat(scale));
+        for (int64_t j = c + 1; j < layout.head_size; ++j)
+          k[j * kPageTokens + t] -= factors[c * layout.head_size + j] * error;
+      }
+    }
+    Rows::Pack(rows.data(), layout.head_size, page + layout.k_codes);
+  });
+}
+
 void PackValues(const PageLayout& layout, const float* v, uint64_t live, uint8_t* page) {
   if (layout.v_bits == 16) {
     for (int64_t i = 0; i < layout.head_size * kPageTokens; ++i)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "moend/attention/rotation.h"
 #include "moend/cache/codec.h"
 #include "moend/cache/layer_cache_impl.h"
 
@@ -33,17 +34,19 @@ LayerCache::LayerCache(LayerCache&&) noexcept = default;
 LayerCache& LayerCache::operator=(LayerCache&&) noexcept = default;
 LayerCache::~LayerCache() = default;
 
-Expected<std::unique_ptr<LayerCache::Impl>> LayerCache::Impl::Create(std::shared_ptr<Ledger> ledger,
-                                                                     const KvShape& shape,
-                                                                     const Expert& expert,
-                                                                     const Protected& guard,
-                                                                     bool keep_scores) {
+Expected<std::unique_ptr<LayerCache::Impl>> LayerCache::Impl::Create(
+    std::shared_ptr<Ledger> ledger, const KvShape& shape, const Expert& expert, const Protected& guard,
+    bool keep_scores, std::shared_ptr<const KeyRotations> turns) {
   MOEND_TRY(CheckCacheConfig(shape, expert, guard));
+  if (turns && turns->shape() != shape)
+    return Fail(ErrorCode::kInvalidArgument, "rotations of {} KV heads of size {} for a cache of {} of {}",
+                turns->shape().n_kv_heads, turns->shape().head_size, shape.n_kv_heads, shape.head_size);
   auto impl = std::make_unique<Impl>(shape);
   impl->ledger = ledger ? std::move(ledger) : std::make_shared<Ledger>();
   impl->expert = expert;
   impl->guard = guard;
   impl->keep_scores = keep_scores;
+  impl->rotations = std::move(turns);
   MOEND_ASSIGN(impl->layout, MakePageLayout(shape.head_size, expert.k_bits, expert.v_bits));
   impl->heads.reserve(static_cast<std::size_t>(shape.n_kv_heads));
   for (int64_t h = 0; h < shape.n_kv_heads; ++h)
@@ -52,12 +55,25 @@ Expected<std::unique_ptr<LayerCache::Impl>> LayerCache::Impl::Create(std::shared
 }
 
 Expected<LayerCache> LayerCache::Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
-                                        const Expert& expert, const Protected& guard, bool keep_scores) {
+                                        const Expert& expert, const Protected& guard, bool keep_scores,
+                                        std::shared_ptr<const KeyRotations> rotations) {
   return CatchBadAlloc([&]() -> Expected<LayerCache> {
     LayerCache cache;
-    MOEND_ASSIGN(cache.impl_, Impl::Create(std::move(ledger), shape, expert, guard, keep_scores));
+    MOEND_ASSIGN(cache.impl_,
+                 Impl::Create(std::move(ledger), shape, expert, guard, keep_scores, std::move(rotations)));
     return cache;
   });
+}
+
+void LayerCache::Impl::PackPage(int64_t h, PageScratch& from, const float* feedback, uint8_t* page) const {
+  if (const KeyRotation* turn = rotation(h))
+    simd::RotateLanes(from.k.data(), shape.head_size, turn->balance, nullptr);
+  if (feedback && layout.k_bits < 16) {
+    PackKeysFeedback(layout, from.k.data(), feedback, page);
+  } else {
+    PackKeys(layout, from.k.data(), ~uint64_t{0}, page);
+  }
+  PackValues(layout, from.v.data(), ~uint64_t{0}, page);
 }
 
 void LayerCache::Impl::Clear() {
@@ -101,8 +117,7 @@ Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int
   for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
     PageRef& page = pages[static_cast<std::size_t>(h)];
     raw.LoadPage(h, guard.sinks, scratch);
-    PackKeys(layout, scratch.k.data(), ~uint64_t{0}, page.data());
-    PackValues(layout, scratch.v.data(), ~uint64_t{0}, page.data());
+    PackPage(h, scratch, nullptr, page.data());
     head(h).table.Push(std::move(page), ~uint64_t{0});
     head(h).paged += kPageTokens;
     raw.RemovePage(h, guard.sinks, n_raw);
@@ -139,7 +154,7 @@ Expected<LayerCache> LayerCache::Repack(const Expert& expert) const {
   if (s.filling) return Fail(ErrorCode::kInvalidArgument, "a cache that is being filled cannot be copied");
   return CatchBadAlloc([&]() -> Expected<LayerCache> {
     LayerCache cache;
-    MOEND_ASSIGN(cache.impl_, Impl::Create(s.ledger, s.shape, expert, s.guard, s.keep_scores));
+    MOEND_ASSIGN(cache.impl_, Impl::Create(s.ledger, s.shape, expert, s.guard, s.keep_scores, s.rotations));
     Impl& d = *cache.impl_;
     d.tokens_seen = s.tokens_seen;
     d.n_raw = s.n_raw;
@@ -150,7 +165,9 @@ Expected<LayerCache> LayerCache::Repack(const Expert& expert) const {
       MOEND_ASSIGN(scratch, PageScratch::Create(s.shape.head_size));
     }
     d.heads.clear();
-    for (const CacheHead& from : s.heads) {
+    for (int64_t h = 0; h < s.shape.n_kv_heads; ++h) {
+      const CacheHead& from = s.head(h);
+      const KeyRotation *was = s.rotation(h), *becomes = d.rotation(h);
       if (same_k && same_v) {
         MOEND_ASSIGN(auto shared, from.table.Share());
         d.heads.emplace_back(std::move(shared));
@@ -166,6 +183,11 @@ Expected<LayerCache> LayerCache::Repack(const Expert& expert) const {
             CopySide(s.layout, source, d.layout, page.data(), true);
           } else {
             UnpackKeys(s.layout, source, scratch.k.data());
+            // Rotated keys are packed anew as they are.
+            if (was && !becomes)
+              simd::RotateLanes(scratch.k.data(), s.shape.head_size, nullptr, was->inverse);
+            if (!was && becomes)
+              simd::RotateLanes(scratch.k.data(), s.shape.head_size, becomes->balance, nullptr);
             PackKeys(d.layout, scratch.k.data(), live, page.data());
           }
           if (same_v) {
@@ -193,6 +215,7 @@ StreamView LayerCache::view(int64_t head) const {
   const Impl& s = *impl_;
   StreamView view;
   view.layout = s.layout;
+  view.rotation = s.rotation(head);
   const PageTable& table = s.head(head).table;
   view.n_pages = table.size();
   if (view.n_pages > 0) {

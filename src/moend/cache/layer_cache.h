@@ -19,6 +19,7 @@
 #include "moend/attention/params.h"
 #include "moend/base/error.h"
 #include "moend/base/ledger.h"
+#include "moend/cache/key_rotations.h"
 #include "moend/plan/layout.h"
 
 namespace moend {
@@ -28,8 +29,11 @@ class LayerCache {
   struct Impl;
 
   // `keep_scores`: each paged slot carries a float that eviction can use (accumulated attention for H2O).
+  // `rotations`: of these KV heads; pages of less than 16 bits then hold rotated keys. Null: keys as they
+  // are.
   static Expected<LayerCache> Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
-                                     const Expert& expert, const Protected& guard, bool keep_scores);
+                                     const Expert& expert, const Protected& guard, bool keep_scores,
+                                     std::shared_ptr<const KeyRotations> rotations = {});
   LayerCache(LayerCache&&) noexcept;
   LayerCache& operator=(LayerCache&&) noexcept;
   ~LayerCache();
@@ -43,11 +47,13 @@ class LayerCache {
                       std::span<const float* const> scores);
 
   // The same in steps, so that threads can fill different heads at the same time. n_kept is the size of each
-  // kept[h], n_tokens if they are empty. EndFill() fails, and empties the cache, unless every head was
-  // filled; it is also the way to give up after an error. In between nothing else may be called.
+  // kept[h], n_tokens if they are empty. `feedback`: FeedbackFactors() of the head's queries, or null; keys
+  // of less than 16 bits are then rounded for these queries. EndFill() fails, and empties the cache, unless
+  // every head was filled; it is also the way to give up after an error. In between nothing else may be
+  // called.
   Expected<void> BeginFill(int64_t n_tokens, int64_t n_kept);
   Expected<void> FillHead(int64_t head, const DenseView& from, std::span<const uint32_t> kept,
-                          const float* scores);
+                          const float* scores, const float* feedback = nullptr);
   Expected<void> EndFill();
 
   // Appends tokens at positions tokens_seen()...; k and v are f32 [n][n_kv_heads][head_size]. Packs pages as
@@ -87,7 +93,8 @@ class LayerCache {
  private:
   friend Expected<std::string> SerializeCache(const LayerCache& cache);
   friend Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::string_view blob,
-                                               std::string_view source);
+                                               std::string_view source,
+                                               std::shared_ptr<const KeyRotations> rotations);
   LayerCache();
   std::unique_ptr<Impl> impl_;
 };

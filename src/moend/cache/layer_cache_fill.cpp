@@ -63,7 +63,7 @@ Expected<void> LayerCache::BeginFill(int64_t n_tokens, int64_t n_kept) {
 }
 
 Expected<void> LayerCache::FillHead(int64_t h, const DenseView& from, std::span<const uint32_t> kept,
-                                    const float* scores) {
+                                    const float* scores, const float* feedback) {
   Impl& s = *impl_;
   if (!s.filling || !s.HasHead(h) || s.head(h).filled)
     return Fail(ErrorCode::kInvalidArgument, "KV head {} of {} is not waiting to be filled", h,
@@ -98,8 +98,7 @@ Expected<void> LayerCache::FillHead(int64_t h, const DenseView& from, std::span<
       const uint32_t* positions = kept.data() + sinks + i * kPageTokens;
       MOEND_ASSIGN(auto page, PageRef::Create(s.ledger, s.layout));
       LoadPage(from, positions, scratch);
-      PackKeys(s.layout, scratch.k.data(), ~uint64_t{0}, page.data());
-      PackValues(s.layout, scratch.v.data(), ~uint64_t{0}, page.data());
+      s.PackPage(h, scratch, feedback, page.data());
       head.table.Push(std::move(page), ~uint64_t{0});
       if (float* out = head.table.scores(); out && scores)
         for (int64_t t = 0; t < kPageTokens; ++t) out[i * kPageTokens + t] = scores[positions[t]];

@@ -27,6 +27,7 @@ struct LayerCache::Impl {
   Expert expert;
   Protected guard;
   bool keep_scores = false;
+  std::shared_ptr<const KeyRotations> rotations;  // of these heads, or null
   PageLayout layout;
   int64_t tokens_seen = 0;
   int64_t n_raw = 0;
@@ -37,12 +38,20 @@ struct LayerCache::Impl {
 
   static Expected<std::unique_ptr<Impl>> Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
                                                 const Expert& expert, const Protected& guard,
-                                                bool keep_scores);
+                                                bool keep_scores,
+                                                std::shared_ptr<const KeyRotations> rotations);
   explicit Impl(const KvShape& s) : shape(s), raw(s) {}
 
   CacheHead& head(int64_t h) { return heads[static_cast<std::size_t>(h)]; }
   const CacheHead& head(int64_t h) const { return heads[static_cast<std::size_t>(h)]; }
   bool HasHead(int64_t h) const { return h >= 0 && h < shape.n_kv_heads; }
+
+  // How the keys in the pages of a head are turned; null: not at all.
+  const KeyRotation* rotation(int64_t h) const {
+    return rotations && expert.k_bits < 16 ? rotations->head(h) : nullptr;
+  }
+  // Packs the 64 tokens in `from`, which may be changed, into a page of a head; `feedback` may be null.
+  void PackPage(int64_t h, PageScratch& from, const float* feedback, uint8_t* page) const;
 
   // Raw tokens at which the oldest page of them is packed.
   int64_t RawLimit() const { return guard.sinks + guard.window + kPageTokens; }

@@ -12,12 +12,12 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "the format is written as it is in memory");
 
 constexpr uint64_t kMagic = 0x766B646E656F6Du;  // "moendkv"
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 struct Header {
   uint64_t magic = kMagic;
   uint32_t version = kVersion;
-  uint32_t keep_scores = 0;
+  uint16_t keep_scores = 0, rotated = 0;
   int64_t n_kv_heads = 0, head_size = 0;
   double keep = 0;
   int32_t k_bits = 0, v_bits = 0;
@@ -145,6 +145,7 @@ Expected<std::string> SerializeCache(const LayerCache& cache) {
     std::string blob;
     blob.reserve(static_cast<std::size_t>(cache.bytes()) + sizeof(Header) + 64);
     const Header header{.keep_scores = s.keep_scores,
+                        .rotated = s.rotations != nullptr,
                         .n_kv_heads = s.shape.n_kv_heads,
                         .head_size = s.shape.head_size,
                         .keep = s.expert.keep,
@@ -173,7 +174,8 @@ Expected<std::string> SerializeCache(const LayerCache& cache) {
 }
 
 Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::string_view blob,
-                                      std::string_view source) {
+                                      std::string_view source,
+                                      std::shared_ptr<const KeyRotations> rotations) {
   const auto corrupt = [&](const char* what) {
     return Fail(ErrorCode::kCorrupt, "{} is no saved K/V cache, or is damaged: {}", source, what);
   };
@@ -194,8 +196,11 @@ Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::strin
     const KvShape shape{header.n_kv_heads, header.head_size};
     const Expert expert{header.keep, header.k_bits, header.v_bits};
     const Protected guard{header.sinks, header.window};
-    if (header.keep_scores > 1 || !CheckCacheConfig(shape, expert, guard))
+    if (header.keep_scores > 1 || header.rotated > 1 || !CheckCacheConfig(shape, expert, guard))
       return corrupt("its shape or expert does not exist");
+    if (header.rotated != (rotations != nullptr) || (rotations && rotations->shape() != shape))
+      return Fail(ErrorCode::kMismatch, "{} has keys that are{} rotated; here they are{}", source,
+                  header.rotated ? "" : " not", rotations ? " for other heads" : " not");
     const int64_t seen = header.tokens_seen, n_raw = header.n_raw;
     const int64_t guarded = guard.sinks + guard.window;
     if (seen < 0 || seen > int64_t{1} << 31 || n_raw < std::min(seen, guarded) ||
@@ -207,8 +212,8 @@ Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::strin
     const int64_t head_bytes = 8 + BitmapBytes(seen) + (RawBlocks(n_raw) + n_raw) * shape.head_size * 2;
     if (!reader.Has(shape.n_kv_heads, head_bytes)) return corrupt("it is too short for its tokens");
     LayerCache cache;
-    MOEND_ASSIGN(cache.impl_,
-                 LayerCache::Impl::Create(std::move(ledger), shape, expert, guard, header.keep_scores != 0));
+    MOEND_ASSIGN(cache.impl_, LayerCache::Impl::Create(std::move(ledger), shape, expert, guard,
+                                                       header.keep_scores != 0, std::move(rotations)));
     LayerCache::Impl& s = *cache.impl_;
     s.tokens_seen = seen;
     s.n_raw = n_raw;

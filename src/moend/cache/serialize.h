@@ -14,9 +14,11 @@ namespace moend {
 Expected<std::string> SerializeCache(const LayerCache& cache);
 
 // `source` names the blob's origin (a path) in errors: kCorrupt for anything that SerializeCache() cannot
-// have written, kMismatch for another version. Everything is checked before it is used, also behind the
+// have written, kMismatch for another version, or when one has rotations and the other has not (`rotations`
+// as in LayerCache::Create(); they are not saved). Everything is checked before it is used, also behind the
 // checksum, and no more memory is asked for than the blob's size accounts for.
 Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::string_view blob,
-                                      std::string_view source);
+                                      std::string_view source,
+                                      std::shared_ptr<const KeyRotations> rotations = {});
 
 }  // namespace moend

@@ -138,12 +138,18 @@ void MixIn(std::vector<std::vector<ProfileCell>>& mean, const std::vector<std::v
 }  // namespace
 
 std::vector<Expert> DefaultExperts() {
-  static constexpr double kKeeps[] = {0.02, 0.05, 0.1, 0.25, 0.5, 1.0};
-  static constexpr std::pair<int, int> kBits[] = {{2, 2}, {3, 2}, {3, 3}, {4, 2},  {4, 3},
-                                                  {4, 4}, {8, 4}, {8, 8}, {16, 16}};
+  using Bits = std::pair<int, int>;
+  // Layers that give nearly everything up do so at any bits: few are worth their time there.
+  static constexpr Bits kHardly[] = {{2, 2}, {16, 16}}, kFew[] = {{2, 2}, {3, 2}, {4, 4}, {16, 16}},
+                        kMany[] = {{2, 2}, {3, 2}, {3, 3}, {4, 2}, {4, 4}, {8, 4}, {8, 8}, {16, 16}};
   std::vector<Expert> experts;
-  for (const double keep : kKeeps)
-    for (const auto& [k, v] : kBits) experts.push_back({keep, k, v});
+  const auto add = [&](std::initializer_list<double> keeps, std::span<const Bits> bits) {
+    for (const double keep : keeps)
+      for (const auto& [k, v] : bits) experts.push_back({keep, k, v});
+  };
+  add({0.005}, kHardly);
+  add({0.02, 0.05}, kFew);
+  add({0.1, 0.25, 0.5, 0.75, 1.0}, kMany);
   std::sort(experts.begin(), experts.end());
   return experts;
 }

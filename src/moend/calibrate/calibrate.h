@@ -35,8 +35,8 @@ struct CalibrateOptions {
   bool heads = false;
 };
 
-// keep x (K bits, V bits), ascending. K never gets fewer bits than V: the opposite loses more for the same
-// bytes.
+// 50 pairs of keep and (K bits, V bits), ascending. K never gets fewer bits than V: the opposite loses more
+// for the same bytes.
 std::vector<Expert> DefaultExperts();
 
 // Cuts tokens into chunks as described above, longest texts first in file order. kInvalidArgument when all

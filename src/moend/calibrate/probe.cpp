@@ -126,8 +126,9 @@ Expected<ProfileCell> Probe::MeasureLayer(int64_t layer, std::span<const Expert>
   ProfileCell cell;
   if (IsFull(heads)) return cell;
   MOEND_ASSIGN(const auto* scores, Scores(layer));
+  MOEND_ASSIGN(const auto rotations, machine_.Rotations(layer));
   MOEND_ASSIGN(const auto caches, CompressScratch(*machine_.compute, std::make_shared<Ledger>(), layers_[li],
-                                                  context_, heads, guard_, scorer_, scores));
+                                                  context_, heads, guard_, rotations, scorer_, scores));
   std::vector<float> hidden = inputs_[li];
   MOEND_ASSIGN(LayerScratch* const tail, EmptyTail());
   machine_.prefill->Begin(caches, tail);
@@ -167,8 +168,9 @@ Expected<std::vector<LayerCache>> Probe::TakeCaches(int64_t layer, std::span<con
     return taken;
   }
   MOEND_ASSIGN(const auto* scores, Scores(layer));
+  MOEND_ASSIGN(const auto rotations, machine_.Rotations(layer));
   return CompressScratch(*machine_.compute, ledger_, layers_[static_cast<std::size_t>(layer)], context_,
-                         heads, guard_, scorer_, scores);
+                         heads, guard_, rotations, scorer_, scores);
 }
 
 void Probe::KeepCaches(int64_t layer, std::span<const Expert> heads, std::vector<LayerCache> caches) {

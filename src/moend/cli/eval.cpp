@@ -29,7 +29,7 @@ added to the same file later.)";
 struct EvalFlags {
   ModelFlags model;
   std::string suite, output, profile, mode = "agnostic", solver = "exact", metric = "kl";
-  std::vector<std::string> plans, variants, scorers;
+  std::vector<std::string> plans, variants, scorers, datasets;
   std::vector<double> compressions;
   int64_t limit = 0, context_length = 0;
   eval::EvalOptions options;
@@ -98,6 +98,7 @@ Expected<void> Run(EvalFlags& flags) {
   if (!flags.output.empty()) MOEND_TRY(CheckWritable(flags.output));
   MOEND_ASSIGN(eval::Suite suite, eval::LoadSuite(flags.suite));
   NoteMalformed(suite);
+  MOEND_TRY(eval::KeepDatasets(suite, flags.datasets));
   eval::Limit(suite, flags.limit);
   MOEND_ASSIGN(auto engine, flags.model.Load());
   const int64_t trained = engine->model().hparams().n_ctx_train;
@@ -170,7 +171,7 @@ void AddEval(CLI::App& app, int& exit_code) {
       ->check(CLI::Range(1.0, 1e6))
       ->needs(profile)
       ->type_name("R,...");
-  command->add_option("--variant", f.variants, fmt::format("of: {}", fmt::join(eval::MethodNames(), ", ")))
+  command->add_option("--variant", f.variants, "ways of compressing")
       ->delimiter(',')
       ->check(CLI::IsMember(eval::MethodNames()))
       ->type_name("NAME,...");
@@ -186,6 +187,9 @@ void AddEval(CLI::App& app, int& exit_code) {
   const auto number = [&](const char* flag, int64_t& value, const char* text) {
     command->add_option(flag, value, text)->check(CLI::Range(int64_t{0}, kMost))->type_name("N");
   };
+  command->add_option("--dataset", f.datasets, "only these data sets of the suite; default: all")
+      ->delimiter(',')
+      ->type_name("NAME,...");
   number("--limit", f.limit, "at most so many questions of each data set; 0: all");
   number("--prompt-tokens", f.options.lengths.prompt_tokens,
          "longer prompts lose their middle; 0: as many as the model takes");

@@ -52,9 +52,10 @@ Expected<std::string> PromptText(const RunOptions& options) {
 int64_t ContextLimit(const RunOptions& options, const Model& model) {
   const int64_t trained = model.hparams().n_ctx_train;
   if (options.n_ctx > trained)
-    Note(fmt::format("{} was trained for contexts of {} tokens; beyond them, up to the {} asked for, it gets "
-                     "worse",
-                     model.path(), trained, options.n_ctx));
+    Note(
+        fmt::format("{} was trained for contexts of {} tokens; beyond them, up to the {} asked for, it gets "
+                    "worse",
+                    model.path(), trained, options.n_ctx));
   return options.n_ctx > 0 ? options.n_ctx : trained;
 }
 

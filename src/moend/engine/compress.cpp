@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "moend/attention/attention.h"
+#include "moend/cache/key_feedback.h"
 #include "moend/engine/head_budgets.h"
 
 namespace moend {
@@ -14,6 +15,14 @@ namespace {
 QueryRows Newest(const QueryRows& all, int64_t tokens, int64_t head_size) {
   const int64_t rows = std::min(all.rows, tokens * all.group);
   return {all.q + (all.rows - rows) * head_size, rows, all.group};
+}
+
+Expected<void> FillCache(LayerCache& cache, const DenseView& view, const std::vector<uint32_t>& kept,
+                         const float* scores, const std::vector<float>& feedback) {
+  MOEND_TRY(cache.BeginFill(view.n_tokens, kept.empty() ? view.n_tokens : std::ssize(kept)));
+  auto filled = cache.FillHead(0, view, kept, scores, feedback.empty() ? nullptr : feedback.data());
+  auto ended = cache.EndFill();  // also the way to give up
+  return filled ? ended : filled;
 }
 
 }  // namespace
@@ -43,11 +52,11 @@ Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const L
   return scores;
 }
 
-Expected<std::vector<LayerCache>> CompressScratch(Compute& compute, const std::shared_ptr<Ledger>& ledger,
-                                                  const LayerScratch& scratch, int64_t n_tokens,
-                                                  std::span<const Expert> given, const Protected& guard,
-                                                  const LayerScorer& scorer,
-                                                  const std::vector<std::vector<float>>* scores) {
+Expected<std::vector<LayerCache>> CompressScratch(
+    Compute& compute, const std::shared_ptr<Ledger>& ledger, const LayerScratch& scratch, int64_t n_tokens,
+    std::span<const Expert> given, const Protected& guard,
+    std::span<const std::shared_ptr<const KeyRotations>> rotations, const LayerScorer& scorer,
+    const std::vector<std::vector<float>>* scores) {
   const int64_t heads = scratch.shape().n_kv_heads;
   const auto evicts = [&](const Expert& e) { return KeptTokens(e.keep, guard, n_tokens) < n_tokens; };
   std::vector<Expert> experts(given.begin(), given.end());
@@ -63,8 +72,8 @@ Expected<std::vector<LayerCache>> CompressScratch(Compute& compute, const std::s
   std::vector<LayerCache> caches;
   for (const Expert& expert : experts) {
     const bool keep_scores = scorer.scorer.needs().accumulated && expert.keep < 1;
-    MOEND_ASSIGN(auto cache,
-                 LayerCache::Create(ledger, {1, scratch.shape().head_size}, expert, guard, keep_scores));
+    MOEND_ASSIGN(auto cache, LayerCache::Create(ledger, {1, scratch.shape().head_size}, expert, guard,
+                                                keep_scores, rotations[caches.size()]));
     caches.push_back(std::move(cache));
   }
   std::vector<Expected<void>> results(static_cast<std::size_t>(heads));
@@ -74,8 +83,10 @@ Expected<std::vector<LayerCache>> CompressScratch(Compute& compute, const std::s
     if (evicts(experts[hi]))
       kept = SelectKept((*scores)[hi], guard, KeptTokens(experts[hi].keep, guard, n_tokens));
     const DenseView view = scratch.view(h, n_tokens);
-    const float* accumulated = scratch.accumulated(h);
-    results[hi] = caches[hi].Fill({&view, 1}, {&kept, 1}, {&accumulated, 1});
+    std::vector<float> feedback;
+    if (experts[hi].k_bits < 16 && !scratch.moment(h).empty())
+      feedback = FeedbackFactors(scratch.moment(h), scratch.shape().head_size, rotations[hi]->head(0));
+    results[hi] = FillCache(caches[hi], view, kept, scratch.accumulated(h), feedback);
   }));
   for (auto& r : results)
     if (!r) return Forward(r);

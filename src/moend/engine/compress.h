@@ -31,12 +31,12 @@ Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const L
 
 // A cache for every KV head of the first `n_tokens` tokens of a scratch, heads in parallel. experts: one a KV
 // head; where the heads share their tokens, the caches have other keep ratios with the same bytes. `scores`
-// as ScoreScratch gives them; may be null, then they are made if an expert evicts.
-Expected<std::vector<LayerCache>> CompressScratch(Compute& compute, const std::shared_ptr<Ledger>& ledger,
-                                                  const LayerScratch& scratch, int64_t n_tokens,
-                                                  std::span<const Expert> experts, const Protected& guard,
-                                                  const LayerScorer& scorer,
-                                                  const std::vector<std::vector<float>>* scores);
+// as ScoreScratch gives them; may be null, then they are made if an expert evicts. rotations: one a KV head.
+Expected<std::vector<LayerCache>> CompressScratch(
+    Compute& compute, const std::shared_ptr<Ledger>& ledger, const LayerScratch& scratch, int64_t n_tokens,
+    std::span<const Expert> experts, const Protected& guard,
+    std::span<const std::shared_ptr<const KeyRotations>> rotations, const LayerScorer& scorer,
+    const std::vector<std::vector<float>>* scores);
 
 // Adds the scratch's tokens to the caches of its KV heads, which already remember others.
 Expected<void> AppendScratch(Compute& compute, std::span<LayerCache> heads, const LayerScratch& scratch);

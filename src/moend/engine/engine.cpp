@@ -36,6 +36,23 @@ Fingerprint Engine::fingerprint() const {
   return {hp.architecture_name, hp.name, hp.n_layers, {hp.n_kv_heads, hp.head_size}, model().hash()};
 }
 
+Expected<std::span<const std::shared_ptr<const KeyRotations>>> Engine::Impl::Rotations(int64_t layer) {
+  const HyperParams& hp = model->hparams();
+  const auto n = static_cast<std::size_t>(hp.n_kv_heads);
+  const std::lock_guard lock(turning);
+  if (rotations.empty()) rotations.resize(static_cast<std::size_t>(hp.n_layers) * n);
+  const auto of_layer = std::span(rotations).subspan(static_cast<std::size_t>(layer) * n, n);
+  if (!of_layer[0]) {
+    const std::vector<float> balance = model->KeyBalance(layer);
+    for (std::size_t h = 0; h < n; ++h) {
+      const auto first = balance.begin() + static_cast<std::ptrdiff_t>(h) * hp.head_size;
+      MOEND_ASSIGN(of_layer[h],
+                   KeyRotations::Create({1, hp.head_size}, std::vector<float>(first, first + hp.head_size)));
+    }
+  }
+  return of_layer;
+}
+
 Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, int64_t first,
                                               const LayerHooks& hooks, std::vector<float>& logits,
                                               const Progress& progress) {

@@ -32,10 +32,10 @@ using Progress = std::function<bool(double)>;
 inline constexpr int64_t kMostContextTokens = INT32_MAX;
 
 struct SessionOptions {
-  // Most tokens, prompt and generated; 0: what the model was trained for. It may be more, as in llama.cpp, but
-  // models get worse there.
+  // Most tokens, prompt and generated; 0: what the model was trained for. It may be more, as in llama.cpp,
+  // but models get worse there.
   int64_t n_ctx = 0;
-  std::string scorer = {};  // empty: the plan's
+  std::string scorer = {};              // empty: the plan's
   std::shared_ptr<Ledger> ledger = {};  // counts the K/V bytes; null: one of the session's own
 };
 

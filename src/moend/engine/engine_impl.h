@@ -26,6 +26,12 @@ struct Engine::Impl {
   std::vector<DecodeContext> contexts;
   std::vector<int32_t> positions;
 
+  // How keys are turned before they are quantized: [layer][KV head], each of one head. Made when it is first
+  // asked for, since it reads weights.
+  Expected<std::span<const std::shared_ptr<const KeyRotations>>> Rotations(int64_t layer);
+  std::mutex turning;
+  std::vector<std::shared_ptr<const KeyRotations>> rotations;
+
   // All of `tokens`, which start at position `first`, through one layer after the other. Per layer: Begin's
   // arguments come from `begin`, and `end` gets the layer's scratch when all tokens went through. Logits of
   // the last token at the end.

@@ -12,6 +12,12 @@ int64_t Pages(int64_t tokens) {
   return (tokens + kPageTokens - 1) / kPageTokens;
 }
 
+// moment += q q'
+void AddMoment(const float* q, int64_t d, float* moment) {
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < d; ++j) moment[i * d + j] += q[i] * q[j];
+}
+
 }  // namespace
 
 Expected<LayerScratch> LayerScratch::Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
@@ -29,6 +35,8 @@ Expected<LayerScratch> LayerScratch::Create(std::shared_ptr<Ledger> ledger, cons
   MOEND_ASSIGN(s.observed_, Buffer<float>::Create(ledger, s.n_observed_ * n_heads * shape.head_size));
   MOEND_ASSIGN(s.accumulated_,
                Buffer<float>::Create(ledger, needs.accumulated ? shape.n_kv_heads * s.score_tokens_ : 0));
+  const int64_t moments = s.score_tokens_ > 0 ? shape.n_kv_heads * shape.head_size * shape.head_size : 0;
+  MOEND_ASSIGN(s.moment_, Buffer<float>::Create(ledger, moments));
   s.Clear();
   return s;
 }
@@ -36,6 +44,7 @@ Expected<LayerScratch> LayerScratch::Create(std::shared_ptr<Ledger> ledger, cons
 void LayerScratch::Clear() {
   n_tokens_ = 0;
   std::fill_n(accumulated_.data(), accumulated_.size(), 0.0f);
+  std::fill_n(moment_.data(), moment_.size(), 0.0f);
 }
 
 void LayerScratch::Append(const float* q, const float* k, const float* v, int64_t n, float softmax_scale) {
@@ -53,6 +62,9 @@ void LayerScratch::Append(const float* q, const float* k, const float* v, int64_
       for (int64_t c = 0; c < d; ++c) kp[c * kPageTokens + slot] = half[c];
       ggml_fp32_to_fp16_row(v + (i * heads + h) * d, v_.data() + h * stride + t * d, d);
     }
+    if (t >= score_tokens_ - kMomentTokens && t < score_tokens_)
+      for (int64_t h = 0; h < n_heads_; ++h)
+        AddMoment(q + (i * n_heads_ + h) * d, d, moment_.data() + h / group * d * d);
     const int64_t seen_from = score_tokens_ - n_observed_;
     if (t < seen_from || t >= score_tokens_) continue;
     for (int64_t h = 0; h < n_heads_; ++h) {
@@ -74,6 +86,12 @@ QueryRows LayerScratch::observed(int64_t head) const {
   const int64_t group = n_heads_ / shape_.n_kv_heads;
   const int64_t rows = n_observed_ * group;
   return {observed_.data() + head * rows * shape_.head_size, rows, group};
+}
+
+std::span<const float> LayerScratch::moment(int64_t head) const {
+  const int64_t size = shape_.head_size * shape_.head_size;
+  if (moment_.size() == 0) return {};
+  return {moment_.data() + head * size, static_cast<std::size_t>(size)};
 }
 
 float* LayerScratch::accumulated(int64_t head) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "moend/attention/params.h"
@@ -36,6 +37,10 @@ class LayerScratch {
   DenseView view(int64_t head, int64_t n) const;
   // Scaled queries of the newest observed tokens among the first score_tokens, rows as in QueryRows.
   QueryRows observed(int64_t head) const;
+  // Sum of q q' over the queries of a head's group at the newest kMomentTokens of the first score_tokens
+  // tokens: f32 [head_size][head_size], what they use of its keys (cache/key_feedback.h).
+  static constexpr int64_t kMomentTokens = 512;
+  std::span<const float> moment(int64_t head) const;
   // f32 [score_tokens] per head; null when the scorer does not accumulate. Written by the prefill's
   // attention.
   float* accumulated(int64_t head);
@@ -47,6 +52,7 @@ class LayerScratch {
   Buffer<uint16_t> k_, v_;     // [n_kv_heads][pages * head_size * 64], [n_kv_heads][pages * 64][head_size]
   Buffer<float> observed_;     // [n_kv_heads][n_observed * group][head_size]
   Buffer<float> accumulated_;  // [n_kv_heads][score_tokens]
+  Buffer<float> moment_;       // [n_kv_heads][head_size][head_size]
 };
 
 }  // namespace moend

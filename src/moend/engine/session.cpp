@@ -50,10 +50,12 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
   impl->plan = plan;
   impl->engine = std::move(engine);
   for (int64_t l = 0; l < hp.n_layers; ++l) {
-    for (const Expert& expert : impl->experts(l)) {
-      const bool keep_scores = impl->scorer->needs().accumulated && expert.keep < 1;
-      MOEND_ASSIGN(auto cache,
-                   LayerCache::Create(impl->ledger, {1, hp.head_size}, expert, plan.guard, keep_scores));
+    MOEND_ASSIGN(const auto rotations, impl->machine().Rotations(l));
+    const std::vector<Expert> experts = impl->experts(l);
+    for (std::size_t h = 0; h < experts.size(); ++h) {
+      const bool keep_scores = impl->scorer->needs().accumulated && experts[h].keep < 1;
+      MOEND_ASSIGN(auto cache, LayerCache::Create(impl->ledger, {1, hp.head_size}, experts[h], plan.guard,
+                                                  keep_scores, rotations[h]));
       impl->caches.push_back(std::move(cache));
     }
   }
@@ -87,8 +89,9 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
   hooks.end = [&](int64_t l, LayerScratch& done) -> Expected<void> {
     const std::span<LayerCache> heads = s.heads(l);
     if (fresh) {
+      MOEND_ASSIGN(const auto rotations, machine.Rotations(l));
       MOEND_ASSIGN(auto packed, CompressScratch(*machine.compute, s.ledger, done, n, s.experts(l),
-                                                s.plan.guard, s.scorer_of(l), nullptr));
+                                                s.plan.guard, rotations, s.scorer_of(l), nullptr));
       std::move(packed.begin(), packed.end(), heads.begin());
       return {};
     }
@@ -313,8 +316,9 @@ Expected<Session> SessionFromCapture(std::shared_ptr<Engine> engine, const Plan&
     return Fail(ErrorCode::kTooLong, "{} tokens do not fit in a context of {} tokens", n, s.n_ctx);
   const std::lock_guard lock(s.machine().busy);
   for (int64_t l = 0; l < plan.model.n_layers; ++l) {
+    MOEND_ASSIGN(const auto rotations, s.machine().Rotations(l));
     MOEND_ASSIGN(auto packed, CompressScratch(*s.machine().compute, s.ledger, capture.layer(l), n,
-                                              s.experts(l), plan.guard, s.scorer_of(l), nullptr));
+                                              s.experts(l), plan.guard, rotations, s.scorer_of(l), nullptr));
     std::move(packed.begin(), packed.end(), s.heads(l).begin());
   }
   s.NoteHeads();

@@ -110,10 +110,14 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
   if (n_caches != std::ssize(s.caches))
     return Fail(ErrorCode::kMismatch, "{} has {} KV heads in all, the model {}", kSource, n_caches,
                 s.caches.size());
-  for (LayerCache& cache : s.caches) {
+  for (int64_t i = 0; i < n_caches; ++i) {
+    LayerCache& cache = s.caches[static_cast<std::size_t>(i)];
+    const int64_t heads = plan.model.shape.n_kv_heads;
+    MOEND_ASSIGN(const auto rotations, s.machine().Rotations(i / heads));
     MOEND_ASSIGN(const int64_t size, TakeNumber(bytes));
     MOEND_ASSIGN(const std::string_view blob, Take(bytes, size));
-    MOEND_ASSIGN(LayerCache restored, DeserializeCache(s.ledger, blob, kSource));
+    MOEND_ASSIGN(LayerCache restored,
+                 DeserializeCache(s.ledger, blob, kSource, rotations[static_cast<std::size_t>(i % heads)]));
     Expert expert = cache.expert();
     if (plan.adaptive_heads) expert.keep = restored.expert().keep;  // as it was dealt out then
     if (restored.shape() != cache.shape() || restored.expert() != expert ||

@@ -102,6 +102,20 @@ Expected<Suite> ParseSuite(const std::string& text, const std::string& path) {
   return suite;
 }
 
+Expected<void> KeepDatasets(Suite& suite, const std::vector<std::string>& names) {
+  if (names.empty()) return {};
+  const std::vector<std::string> known = suite.datasets();
+  for (const std::string& name : names)
+    if (std::ranges::find(known, name) == known.end())
+      return Fail(ErrorCode::kNotFound, "{} has no data set \"{}\"; it has {}", suite.path, name,
+                  fmt::join(known, ", "));
+  for (Context& context : suite.contexts)
+    std::erase_if(context.questions,
+                  [&](const Question& q) { return std::ranges::find(names, q.dataset) == names.end(); });
+  std::erase_if(suite.contexts, [](const Context& context) { return context.questions.empty(); });
+  return {};
+}
+
 void Limit(Suite& suite, int64_t n) {
   if (n <= 0) return;
   std::map<std::string, int64_t> taken;

@@ -62,6 +62,10 @@ struct Suite {
 Expected<Suite> LoadSuite(const std::string& path);
 Expected<Suite> ParseSuite(const std::string& text, const std::string& path);
 
+// Keeps the questions of the data sets named, and no context without questions. An empty list keeps all;
+// kNotFound for a name that the suite lacks.
+Expected<void> KeepDatasets(Suite& suite, const std::vector<std::string>& names);
+
 // Keeps at most `n` questions of each data set, the first ones, and no context without questions. n <= 0
 // keeps all.
 void Limit(Suite& suite, int64_t n);

@@ -7,6 +7,7 @@
 #include "moend/model/fingerprint.h"
 #include "moend/model/gguf.h"
 #include "moend/model/hparams.h"
+#include "moend/model/key_balance.h"
 #include "moend/model/tokenizer.h"
 #include "moend/model/weights.h"
 
@@ -28,6 +29,9 @@ class LoadedModel final : public Model {
   const Weights& weights() const override { return bound_.weights; }
   const Tokenizer& tokenizer() const override { return *tokenizer_; }
   const std::string& hash() const override { return hash_; }
+  std::vector<float> KeyBalance(int64_t layer) const override {
+    return moend::KeyBalance(file_, *this, layer);
+  }
   int64_t file_bytes() const override { return static_cast<int64_t>(file_.bytes().size()); }
   int64_t repacked_bytes() const override { return bound_.repacked.bytes; }
 

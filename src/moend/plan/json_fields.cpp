@@ -45,8 +45,11 @@ Expected<void> CheckHeader(const JsonNode& root, const std::string& source, std:
   MOEND_ASSIGN(const JsonNode version, root.At("schema"));
   MOEND_ASSIGN(const int64_t n, version.Int(INT64_MIN, INT64_MAX));
   if (n != schema) {
-    return Fail(ErrorCode::kMismatch, "{}: a {} of schema version {}; this program reads version {}", source,
-                kind, n, schema);
+    return Fail(ErrorCode::kMismatch, "{}: a {} of schema version {}; this program reads version {}{}",
+                source, kind, n, schema,
+                n > schema          ? " and is older than the file"
+                : kind == "profile" ? " (moend calibrate measures it anew)"
+                                    : " (moend solve makes it anew)");
   }
   return {};
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "moend/attention/rotation.h"
 #include "moend/cache/codec.h"
 
 namespace moend {
@@ -42,18 +43,22 @@ std::vector<float> Lanes(int64_t rows) {
   return std::vector<float>(static_cast<std::size_t>(rows * kPageTokens), 0.0f);
 }
 
-// Page by page; dead slots hold whatever packing left there, so their keys are cleared.
+// Page by page, keys as they were before rotation; dead slots hold whatever packing left there, so their keys
+// are cleared.
 void VisitPages(const StreamView& kv, bool want_v, const KeyBlockVisitor& visit) {
   const int64_t d = kv.layout.head_size;
-  std::vector<float> token_major = Lanes(d), k = Lanes(d), v = Lanes(want_v ? d : 0), length = Lanes(1);
+  std::vector<float> k = Lanes(d), v = Lanes(want_v ? d : 0), length = Lanes(1);
   for (int64_t p = 0; p < kv.n_pages; ++p) {
-    UnpackPage(kv.layout, kv.pages[p], token_major.data(), want_v ? v.data() : nullptr);
+    UnpackKeys(kv.layout, kv.pages[p], k.data());
+    if (kv.rotation) simd::RotateLanes(k.data(), d, nullptr, kv.rotation->inverse);
     for (int64_t t = 0; t < kPageTokens; ++t) {
-      const bool live = kv.live[p] >> t & 1;
-      for (int64_t c = 0; c < d; ++c)
-        k[static_cast<std::size_t>(c * kPageTokens + t)] =
-            live ? token_major[static_cast<std::size_t>(t * d + c)] : 0.0f;
-      if (want_v) length[static_cast<std::size_t>(t)] = Length(v.data() + t * d, d);
+      if (kv.live[p] >> t & 1) continue;
+      for (int64_t c = 0; c < d; ++c) k[static_cast<std::size_t>(c * kPageTokens + t)] = 0.0f;
+    }
+    if (want_v) {
+      UnpackValues(kv.layout, kv.pages[p], v.data());
+      for (int64_t t = 0; t < kPageTokens; ++t)
+        length[static_cast<std::size_t>(t)] = Length(v.data() + t * d, d);
     }
     visit({k.data(), want_v ? length.data() : nullptr, kv.live[p], p * kPageTokens});
   }

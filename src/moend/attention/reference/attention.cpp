@@ -1,5 +1,6 @@
 // The definition of what the kernels compute: one row, one token and one channel at a time, in float64.
 #include "moend/attention/attention.h"
+#include "moend/attention/rotation.h"
 
 #include <cmath>
 #include <cstring>
@@ -43,6 +44,14 @@ double PageK(const PageLayout& layout, const uint8_t* page, int64_t token, int64
   const int64_t byte = token % 16 * 4 + channel % 4;
   const int code = CodeAt(page + layout.k_codes, layout.k_bits, layout.head_size, row, byte);
   return HalfAt(page + layout.k_min, channel) + HalfAt(page + layout.k_scale, channel) * code;
+}
+
+// The rows as packed pages want them.
+std::vector<float> PageQueries(const StreamView& kv, const QueryRows& q) {
+  const int64_t head = kv.layout.head_size;
+  std::vector<float> rows(q.q, q.q + q.rows * head);
+  if (kv.rotation) RotateRows(q.q, q.rows, head, kv.rotation->inverse, rows.data());
+  return rows;
 }
 
 double PageV(const PageLayout& layout, const uint8_t* page, int64_t token, int64_t channel) {
@@ -115,12 +124,13 @@ struct DensePart {
 void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw, const QueryRows& q,
                   SoftmaxState state, float* /*workspace*/) {
   const int64_t head = kv.layout.head_size;
+  const std::vector<float> page_q = PageQueries(kv, q);
   for (int64_t r = 0; r < q.rows; ++r) {
     float* out = state.out + r * head;
     for (int64_t p = page_begin; p < page_end; ++p) {
       const uint8_t* page = kv.pages[p];
       AttendRow(
-          q.q + r * head, head, kPageTokens,
+          page_q.data() + r * head, head, kPageTokens,
           [&](int64_t t, int64_t c) { return PageK(kv.layout, page, t, c); },
           [&](int64_t t, int64_t c) { return PageV(kv.layout, page, t, c); },
           [&](int64_t t) { return (kv.live[p] >> t & 1) != 0; }, out, state.max + r, state.sum + r);
@@ -164,13 +174,14 @@ void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t
 void ColumnSumsStream(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,
                       float* sums, float* /*workspace*/) {
   const int64_t head = kv.layout.head_size;
+  const std::vector<float> page_q = PageQueries(kv, q);
   for (int64_t p = 0; p < kv.n_pages; ++p) {
     for (int64_t t = 0; t < kPageTokens; ++t) {
       if ((kv.live[p] >> t & 1) == 0) continue;
       double total = 0;
       for (int64_t r = 0; r < q.rows; ++r) {
         if (sum[r] == 0.0f) continue;
-        const double score = Score(q.q + r * head, head, t, [&](int64_t token, int64_t c) {
+        const double score = Score(page_q.data() + r * head, head, t, [&](int64_t token, int64_t c) {
           return PageK(kv.layout, kv.pages[p], token, c);
         });
         total += std::exp(score - max[r]) / sum[r];

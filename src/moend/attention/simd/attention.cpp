@@ -1,5 +1,6 @@
 // The entry points that choose between the fused and the tiled kernels, and those that need no K/V.
 #include "moend/attention/attention.h"
+#include "moend/attention/rotation.h"
 
 #include "moend/attention/simd/decode.h"
 #include "moend/attention/simd/prefill.h"
@@ -67,8 +68,19 @@ const char* TargetName() {
   return HWY_DYNAMIC_DISPATCH(TargetName)();
 }
 
-void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw, const QueryRows& q,
-                  SoftmaxState state, float* workspace) {
+namespace {
+
+// Rotated queries lie at the start of the workspace; the kernels get what is behind them.
+QueryRows ForPages(const StreamView& kv, const QueryRows& q, float** workspace) {
+  const int64_t head_size = kv.layout.head_size;
+  RotateRows(q.q, q.rows, head_size, kv.rotation->inverse, *workspace);
+  const QueryRows rotated{*workspace, q.rows, q.group};
+  *workspace += RotatedFloats(head_size, q.rows);
+  return rotated;
+}
+
+void AttendPlain(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw, const QueryRows& q,
+                 SoftmaxState state, float* workspace) {
   if (q.rows <= MostFusedRows()) {
     AttendStreamFused(kv, page_begin, page_end, raw, q, state, workspace);
   } else {
@@ -76,12 +88,26 @@ void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bo
   }
 }
 
+}  // namespace
+
+void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw, const QueryRows& q,
+                  SoftmaxState state, float* workspace) {
+  if (!kv.rotation) return AttendPlain(kv, page_begin, page_end, raw, q, state, workspace);
+  if (page_begin < page_end) {
+    float* behind = workspace;
+    const QueryRows rotated = ForPages(kv, q, &behind);
+    AttendPlain(kv, page_begin, page_end, false, rotated, state, behind);
+  }
+  if (raw) AttendPlain(kv, 0, 0, true, q, state, workspace);
+}
+
 void ColumnSumsStream(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,
                       float* sums, float* workspace) {
-  if (q.rows <= MostFusedRows()) {
-    ColumnSumsStreamFused(kv, q, max, sum, sums, workspace);
+  const QueryRows rows = kv.rotation ? ForPages(kv, q, &workspace) : q;
+  if (rows.rows <= MostFusedRows()) {
+    ColumnSumsStreamFused(kv, rows, max, sum, sums, workspace);
   } else {
-    ColumnSumsStreamTiled(kv, q, max, sum, sums, workspace);
+    ColumnSumsStreamTiled(kv, rows, max, sum, sums, workspace);
   }
 }
 

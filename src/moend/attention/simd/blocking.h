@@ -25,4 +25,10 @@ constexpr int64_t FusedWorkspaceFloats(int64_t head_size, int64_t rows) {
   return (rows < kFusedRows ? rows : kFusedRows) * (2 * kPageTokens + head_size + 4);
 }
 
+// Queries rotated for packed pages, [rows][head_size], at the start of a workspace; what follows stays
+// aligned to cache lines.
+constexpr int64_t RotatedFloats(int64_t head_size, int64_t rows) {
+  return (rows * head_size + 15) / 16 * 16;
+}
+
 }  // namespace moend::simd

@@ -163,6 +163,53 @@ void PackKeys(const PageLayout& layout, const float* k, uint64_t live, uint8_t* 
   });
 }
 
+// A channel's codes to `words` (of four channels, byte `j` is this one's), its errors to those behind it.
+void RoundChannel(int64_t c, int64_t hs, float min, float scale, float inverse, VF last,
+                  const float* HWY_RESTRICT factors, float* HWY_RESTRICT k, uint32_t* HWY_RESTRICT words) {
+  const DF df;
+  const DU du;
+  alignas(64) float error[kPageTokens];
+  const auto shift = static_cast<int>(c % 4 * 8);
+  for (int64_t t = 0; t < kPageTokens; t += kLanes) {
+    const float* x = k + c * kPageTokens + t;
+    const VU code = Encode(x, hn::Set(df, min), hn::Set(df, inverse), last);
+    const VF value =
+        hn::MulAdd(hn::ConvertTo(df, hn::BitCast(DI(), code)), hn::Set(df, scale), hn::Set(df, min));
+    hn::Store(hn::Sub(ClampToHalfRange(hn::LoadU(df, x)), value), df, error + t);
+    const VU placed = hn::ShiftLeftSame(code, shift);
+    hn::StoreU(shift == 0 ? placed : hn::Or(hn::LoadU(du, words + t), placed), du, words + t);
+  }
+  for (int64_t j = c + 1; j < hs; ++j) {
+    const VF factor = hn::Set(df, factors[c * hs + j]);
+    float* HWY_RESTRICT to = k + j * kPageTokens;
+    for (int64_t t = 0; t < kPageTokens; t += kLanes)
+      hn::StoreU(hn::NegMulAdd(factor, hn::Load(df, error + t), hn::LoadU(df, to + t)), df, to + t);
+  }
+}
+
+void PackKeysFeedback(const PageLayout& layout, float* HWY_RESTRICT k, const float* HWY_RESTRICT factors,
+                      uint8_t* page) {
+  const int64_t hs = layout.head_size;
+  WithRows<VectorPlanes>(layout.k_bits, [&]<class Rows>(Rows) {
+    CodeRows rows;
+    Groups groups;
+    for (int64_t c = 0; c < hs; ++c)
+      FindRange<false>(k + c * kPageTokens, kPageTokens, kAllLive, groups.low[c], groups.high[c]);
+    ChooseScales(groups, hs, Rows::kMaxCode, Halves(page, layout.k_scale), Halves(page, layout.k_min));
+    alignas(64) float scale[kMaxRows];
+    HalvesToFloats(Halves(page, layout.k_scale), hs, scale);
+    const VF last = hn::Set(DF(), static_cast<float>(Rows::kMaxCode));
+    alignas(64) uint32_t words[kPageTokens];
+    for (int64_t c = 0; c < hs; ++c) {
+      RoundChannel(c, hs, groups.min[c], scale[c], groups.inverse[c], last, factors, k, words);
+      if (c % 4 < 3) continue;
+      for (int64_t t = 0; t < kPageTokens; t += kLanes)
+        StoreWords(hn::Load(DU(), words + t), rows.bytes + (c / 4 * kPageTokens + t) * 4);
+    }
+    Rows::Pack(rows.bytes, hs, page + layout.k_codes);
+  });
+}
+
 void PackValues(const PageLayout& layout, const float* v, uint64_t live, uint8_t* page) {
   const int64_t hs = layout.head_size;
   if (layout.v_bits == 16) {
@@ -244,6 +291,7 @@ namespace moend {
 namespace codec_simd {
 HWY_EXPORT(PackKeys);
 HWY_EXPORT(PackValues);
+HWY_EXPORT(PackKeysFeedback);
 HWY_EXPORT(UnpackKeys);
 HWY_EXPORT(UnpackValues);
 HWY_EXPORT(PackCodes);
@@ -259,6 +307,10 @@ void PackKeys(const PageLayout& layout, const float* k, uint64_t live, uint8_t* 
 void PackValues(const PageLayout& layout, const float* v, uint64_t live, uint8_t* page) {
   using namespace codec_simd;
   HWY_DYNAMIC_DISPATCH(PackValues)(layout, v, live, page);
+}
+void PackKeysFeedback(const PageLayout& layout, float* k, const float* factors, uint8_t* page) {
+  using namespace codec_simd;
+  HWY_DYNAMIC_DISPATCH(PackKeysFeedback)(layout, k, factors, page);
 }
 void UnpackKeys(const PageLayout& layout, const uint8_t* page, float* k) {
   using namespace codec_simd;
