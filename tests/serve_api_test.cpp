@@ -166,12 +166,32 @@ TEST(Api, ListsModelsTokensSlotsAndMetrics) {
   EXPECT_EQ(Ask(without.port, Get("/metrics")).status, 404);
 }
 
+TEST(Api, MetricsCountWhatNoRouteSaw) {
+  ServerOptions options;
+  options.metrics = true;
+  options.keys = ApiKeys::Create({"right"}).value();
+  options.limits.body_bytes = 3000;
+  Running s(std::move(options));
+  const std::string right = "Authorization: Bearer right\r\n";
+  Ask(s.port, Get("/slots"));
+  Ask(s.port, Get("/slots"));
+  Ask(s.port, Post(kComplete, std::string(4000, 'x'), right));
+  Ask(s.port, Get("/nothing", right));
+  Ask(s.port, Get("/v1/models/other", right));
+  const std::string text = Ask(s.port, Get("/metrics", right)).body;
+  for (const char* line :
+       {"{route=\"none\",status=\"401\"} 2\n", "{route=\"none\",status=\"413\"} 1\n",
+        "{route=\"none\",status=\"404\"} 1\n", "{route=\"/v1/models/{model}\",status=\"404\"} 1\n"})
+    EXPECT_NE(text.find(std::string("moend_requests_total") + line), std::string::npos) << line << text;
+}
+
 TEST(Api, SaysThatItIsLoading) {
   ServerOptions options;
   options.port = 0;
   Server server(std::move(options), Log());
   const int port = server.Start().value();
   EXPECT_EQ(Ask(port, Get("/health")).status, 503);
+  EXPECT_EQ(Ask(port, Get("/")).status, 200);  // the page asks again by itself
   EXPECT_EQ(Ask(port, Get("/v1/models")).json()["error"]["code"], "loading");
   EXPECT_EQ(Ask(port, Post(kComplete, R"({"prompt":"x"})")).status, 503);
   server.Serve(std::make_unique<test::FakeBackend>(), nullptr);

@@ -109,7 +109,7 @@ void Server::Detokenize(const Ready& ready, const httplib::Request& request, htt
   response.set_content(Dump({{"content", ready.backend->Detokenize(*tokens)}}), kJson);
 }
 
-void Server::Page(const Ready&, const httplib::Request&, httplib::Response& response) {
+void Server::Page(httplib::Response& response) const {
   // Nothing is loaded from anywhere, and the page may talk to this server only.
   response.set_header("Content-Security-Policy",
                       "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
