@@ -120,6 +120,16 @@ TEST(Api, StreamsCompletionsAsItWouldAnswerWhole) {
   EXPECT_EQ(whole["choices"][0]["logprobs"]["text_offset"][1], 1);
 }
 
+TEST(Api, TokensThatArePartsOfCharactersStayApart) {
+  Running s;
+  const json j = Ask(s.port, Post(kComplete, R"({"prompt":"x","max_tokens":1,"temperature":0,"logprobs":2,
+        "logit_bias":{"254":100,"255":100}})"))
+                     .json()["choices"][0]["logprobs"];
+  EXPECT_TRUE(j["tokens"][0] == "bytes:\\xfe" || j["tokens"][0] == "bytes:\\xff") << j;
+  EXPECT_TRUE(j["top_logprobs"][0].contains("bytes:\\xfe") && j["top_logprobs"][0].contains("bytes:\\xff"))
+      << j;
+}
+
 TEST(Api, ASeedRepeatsAnAnswer) {
   Running s;
   // The fake's other tokens need a high temperature to be picked at all.
@@ -152,6 +162,8 @@ TEST(Api, ListsModelsTokensSlotsAndMetrics) {
   EXPECT_EQ(
       Ask(s.port, Post("/tokenize", R"({"content":"a","with_pieces":true})")).json()["tokens"][0]["piece"],
       "a");
+  EXPECT_EQ(Ask(s.port, Post("/tokenize", R"({"content":"\u00e4","with_pieces":true})")).json()["tokens"],
+            json::parse(R"([{"id":195,"piece":[195]},{"id":164,"piece":[164]}])"));
   EXPECT_EQ(Ask(s.port, Post("/detokenize", R"({"tokens":[97,98,257]})")).json()["content"], "ab");
   EXPECT_EQ(Ask(s.port, Post("/detokenize", R"({"tokens":[255]})")).json()["content"], "\ufffd");
   EXPECT_EQ(Ask(s.port, Get("/slots")).json().size(), 8u);
