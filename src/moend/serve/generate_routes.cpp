@@ -32,7 +32,6 @@ void Server::Generate(const Ready& ready, bool chat, const httplib::Request& req
   if (!parsed) return SendError(response, parsed.error());
   auto job = MakeJob(ready, *parsed, ScopeOf(request));
   if (!job) return SendError(response, job.error());
-  (*job)->streamed = parsed->stream;
   if (auto ok = ready.scheduler->Submit(*job); !ok) return SendError(response, ok.error());
 
   AnswerHead head{.chat = chat,

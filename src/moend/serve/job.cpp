@@ -6,7 +6,7 @@ namespace moend::serve {
 
 Job::Event Job::Wait(std::chrono::milliseconds timeout) {
   std::unique_lock lock(mutex_);
-  changed_.wait_for(lock, timeout, [&] { return outcome_ || (streamed && !delta_.empty()); });
+  changed_.wait_for(lock, timeout, [&] { return outcome_ || !delta_.empty(); });
   return {std::exchange(delta_, {}), std::exchange(outcome_, std::nullopt)};
 }
 
@@ -17,7 +17,7 @@ void Job::Push(Delta delta) {
     delta_.text += delta.text;
     std::move(delta.tokens.begin(), delta.tokens.end(), std::back_inserter(delta_.tokens));
   }
-  if (streamed) changed_.notify_one();
+  changed_.notify_one();
 }
 
 void Job::Finish(Outcome outcome) {

@@ -55,9 +55,6 @@ class Job {
   int64_t max_tokens = 0;
   PickOptions pick;
   std::vector<std::string> stop;
-  // Deltas wake the client's side as they come. Otherwise only the outcome does, with all of them: a thread
-  // woken for every token takes the processor from those that compute the next one.
-  bool streamed = true;
   Clock::time_point submitted = Clock::now();
 
   // The client's side. Blocks until something new is there or the time is over. The outcome comes last,
