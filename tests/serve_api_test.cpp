@@ -120,6 +120,16 @@ TEST(Api, StreamsCompletionsAsItWouldAnswerWhole) {
   EXPECT_EQ(whole["choices"][0]["logprobs"]["text_offset"][1], 1);
 }
 
+TEST(Api, TokensThatArePartsOfCharactersStayApart) {
+  Running s;
+  const json j = Ask(s.port, Post(kComplete, R"({"prompt":"x","max_tokens":1,"temperature":0,"logprobs":2,
+        "logit_bias":{"254":100,"255":100}})"))
+                     .json()["choices"][0]["logprobs"];
+  EXPECT_TRUE(j["tokens"][0] == "bytes:\\xfe" || j["tokens"][0] == "bytes:\\xff") << j;
+  EXPECT_TRUE(j["top_logprobs"][0].contains("bytes:\\xfe") && j["top_logprobs"][0].contains("bytes:\\xff"))
+      << j;
+}
+
 TEST(Api, ASeedRepeatsAnAnswer) {
   Running s;
   // The fake's other tokens need a high temperature to be picked at all.
@@ -152,6 +162,8 @@ TEST(Api, ListsModelsTokensSlotsAndMetrics) {
   EXPECT_EQ(
       Ask(s.port, Post("/tokenize", R"({"content":"a","with_pieces":true})")).json()["tokens"][0]["piece"],
       "a");
+  EXPECT_EQ(Ask(s.port, Post("/tokenize", R"({"content":"\u00e4","with_pieces":true})")).json()["tokens"],
+            json::parse(R"([{"id":195,"piece":[195]},{"id":164,"piece":[164]}])"));
   EXPECT_EQ(Ask(s.port, Post("/detokenize", R"({"tokens":[97,98,257]})")).json()["content"], "ab");
   EXPECT_EQ(Ask(s.port, Post("/detokenize", R"({"tokens":[255]})")).json()["content"], "\ufffd");
   EXPECT_EQ(Ask(s.port, Get("/slots")).json().size(), 8u);
@@ -166,12 +178,32 @@ TEST(Api, ListsModelsTokensSlotsAndMetrics) {
   EXPECT_EQ(Ask(without.port, Get("/metrics")).status, 404);
 }
 
+TEST(Api, MetricsCountWhatNoRouteSaw) {
+  ServerOptions options;
+  options.metrics = true;
+  options.keys = ApiKeys::Create({"right"}).value();
+  options.limits.body_bytes = 3000;
+  Running s(std::move(options));
+  const std::string right = "Authorization: Bearer right\r\n";
+  Ask(s.port, Get("/slots"));
+  Ask(s.port, Get("/slots"));
+  Ask(s.port, Post(kComplete, std::string(4000, 'x'), right));
+  Ask(s.port, Get("/nothing", right));
+  Ask(s.port, Get("/v1/models/other", right));
+  const std::string text = Ask(s.port, Get("/metrics", right)).body;
+  for (const char* line :
+       {"{route=\"none\",status=\"401\"} 2\n", "{route=\"none\",status=\"413\"} 1\n",
+        "{route=\"none\",status=\"404\"} 1\n", "{route=\"/v1/models/{model}\",status=\"404\"} 1\n"})
+    EXPECT_NE(text.find(std::string("moend_requests_total") + line), std::string::npos) << line << text;
+}
+
 TEST(Api, SaysThatItIsLoading) {
   ServerOptions options;
   options.port = 0;
   Server server(std::move(options), Log());
   const int port = server.Start().value();
   EXPECT_EQ(Ask(port, Get("/health")).status, 503);
+  EXPECT_EQ(Ask(port, Get("/")).status, 200);  // the page asks again by itself
   EXPECT_EQ(Ask(port, Get("/v1/models")).json()["error"]["code"], "loading");
   EXPECT_EQ(Ask(port, Post(kComplete, R"({"prompt":"x"})")).status, 503);
   server.Serve(std::make_unique<test::FakeBackend>(), nullptr);

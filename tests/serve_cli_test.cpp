@@ -84,6 +84,10 @@ TEST(ServeCommand, SaysWhatIsWrong) {
   ExpectError(Serve({}), 2, {"--model"});
   ExpectError(Serve({"-m", model.path, "-np", "0"}), 2, {"--parallel"});
   ExpectError(Serve({"-m", model.path, "--port", "70000"}), 2, {"--port"});
+  for (const char* f :
+       {"--kv-budget-mib", "--drain-timeout", "--queue-timeout", "--temp", "--top-p", "--min-p"})
+    for (const char* value : {"nan", "-1", "inf", "1x"})
+      ExpectError(Serve({"-m", model.path, f, value}), 2, {f});
   ExpectError(Serve({"-m", model.path, "--host", "no.such.host.invalid"}), 1, {"no.such.host.invalid"});
   ExpectError(Serve({"-m", model.path, "--api-key-file", folder.Write("empty", "# none\n")}), 1,
               {"empty", "no API key"});
@@ -91,7 +95,7 @@ TEST(ServeCommand, SaysWhatIsWrong) {
   ExpectError(Serve({"-m", model.path, "--kv-dir", folder.Write("file", "x")}), 1, {"file"});
   ExpectError(Serve({"-m", model.path, "--kv-store", "http://host"}), 1, {"K/V store", "redis://"});
   ExpectError(Serve({"-m", model.path, "--profile", folder.Write("p.json", "{")}), 2,
-              {"--profile needs --compression"});
+              {"--profile alone is no plan"});
   ExpectError(Serve({"-m", model.path, "--profile", folder.path("p.json"), "--compression", "8"}), 1,
               {"p.json"});
 }

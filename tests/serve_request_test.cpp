@@ -36,6 +36,17 @@ TEST(ParseBody, TakesObjectsOnly) {
   }
 }
 
+TEST(ParseBody, SaysWhereItStopsBeingJson) {
+  const auto message = [](const char* body) { return ParseBody(body, kLimits).error().message; };
+  EXPECT_NE(message("").find("empty"), std::string::npos);
+  EXPECT_NE(message("{\"a\":1,}").find("see line 1, column 8"), std::string::npos) << message("{\"a\":1,}");
+  EXPECT_NE(message("{\n \"a\":\"\xff\"}").find("see line 2, column 7"), std::string::npos);
+  EXPECT_NE(message("{\"a\":1").find("it ends at line 1, column 6"), std::string::npos)
+      << message("{\"a\":1");
+  EXPECT_NE(message("{} {}").find("see line 1, column 4"), std::string::npos) << message("{} {}");
+  EXPECT_NE(message("{\"a\":1e999}").find("see line 1, column"), std::string::npos);
+}
+
 TEST(ParseBody, BoundsDepthBeforeParsing) {
   const auto nested = [](int64_t depth) {
     return "{\"a\":" + std::string(static_cast<std::size_t>(depth - 1), '[') +

@@ -7,6 +7,7 @@
 #include "moend/serve/prefix_split.h"
 #include "moend/serve/scheduler.h"
 #include "tests/support/serve_client.h"
+#include "tests/support/serve_store.h"
 
 namespace moend::serve {
 namespace {
@@ -421,43 +422,13 @@ TEST(Scheduler, DrainCancelsWhatTakesTooLong) {
 }
 
 // --- with a store
-// -------------------------------------------------------------------------------------------
-
-struct SlowStore : KvStore {
-  std::map<std::string, std::string>& values;
-  std::atomic<bool>& answers;
-  SlowStore(std::map<std::string, std::string>& v, std::atomic<bool>& a) : values(v), answers(a) {}
-  std::string description() const override { return "map"; }
-  Expected<std::optional<int64_t>> FirstPresent(std::span<const std::string> names) override {
-    answers.wait(false);
-    for (std::size_t i = 0; i < names.size(); ++i)
-      if (values.contains(names[i])) return static_cast<int64_t>(i);
-    return std::nullopt;
-  }
-  Expected<std::string> Get(const std::string& name) override { return values.at(name); }
-  Expected<void> Put(const std::string& name, std::string_view bytes) override {
-    values[name] = bytes;
-    return {};
-  }
-  Expected<void> Remove(const std::string& name) override {
-    values.erase(name);
-    return {};
-  }
-};
-
-std::unique_ptr<PrefixStore> MakeStore(std::map<std::string, std::string>& values,
-                                       std::atomic<bool>& answers) {
-  std::vector<std::unique_ptr<KvStore>> stores;
-  stores.push_back(std::make_unique<SlowStore>(values, answers));
-  return std::make_unique<PrefixStore>(std::move(stores), Log());
-}
 
 TEST(SchedulerStore, APrefixOutlivesItsServer) {
   std::map<std::string, std::string> values;
   std::atomic<bool> answers = true;
   const std::string document = Letters(1000, 9);
   {
-    const auto store = MakeStore(values, answers);
+    const auto store = test::MakeSlowStore(values, answers);
     Machine m({}, {}, {}, store.get());
     auto job = MakeJob(document + "one", 5);
     ASSERT_TRUE(m.scheduler.Submit(job));
@@ -465,7 +436,7 @@ TEST(SchedulerStore, APrefixOutlivesItsServer) {
     EXPECT_EQ(m.metrics.prefixes_saved, 1);
   }
   ASSERT_EQ(values.size(), 1u);
-  const auto store = MakeStore(values, answers);
+  const auto store = test::MakeSlowStore(values, answers);
   Machine m({}, {}, {}, store.get());
   auto foreign = MakeJob(document + "two", 5, "other key");
   ASSERT_TRUE(m.scheduler.Submit(foreign));
@@ -481,7 +452,7 @@ TEST(SchedulerStore, APrefixOutlivesItsServer) {
 TEST(SchedulerStore, ASlowOneHoldsUpNobodyElse) {
   std::map<std::string, std::string> values;
   std::atomic<bool> answers = false;
-  const auto store = MakeStore(values, answers);
+  const auto store = test::MakeSlowStore(values, answers);
   FakeOptions fake;
   fake.step = 1ms;
   Machine m(fake, {}, {}, store.get());

@@ -13,9 +13,12 @@ const body = (i) => {
   const s = secret(i);
   return { prompt: filler(20 + (i % 7) * 12, i) + " " + s.fact + " " + filler(10, i + 5000) + s.question, max_tokens: 24, temperature: 0, stream: i % 3 === 0 };
 };
-const text = (r) => r.json === undefined  // a stream; it may begin with a comment
-  ? r.body.split("\n\n").filter((l) => l.startsWith("data: {")).map((l) => JSON.parse(l.slice(6)).choices[0].text).join("")
-  : r.json?.choices?.[0].text;
+// A stream may begin with a comment, and end with an error: then its request is lost.
+const text = (r) => {
+  if (r.json !== undefined) return r.json?.choices?.[0].text;
+  const events = r.body.split("\n\n").filter((l) => l.startsWith("data: {")).map((l) => JSON.parse(l.slice(6)));
+  return events.some((e) => e.error) ? undefined : events.map((e) => e.choices[0]?.text ?? "").join("");
+};
 const ask = (i) => request(url, { body: body(i), headers: { Authorization: "Bearer " + keys[i % keys.length] } });
 
 const n = f.clients * f.requests, answers = new Map();

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sys/resource.h>
 
+#include <charconv>
 #include <csignal>
 #include <cstdio>
 #include <limits>
@@ -205,7 +206,7 @@ Expected<void> Serve(ServeFlags& flags) {
   const serve::BackendInfo info = backend->info();
   const int64_t context = backend->ContextBound(info.n_ctx);
   server.Serve(std::move(backend), std::move(store));
-  log.Info("ready: {}, plan {}, context {} tokens of at most {:.1f} MiB, K/V budget {:.0f} MiB, {} threads",
+  log.Info("ready: {}, plan {}, context {} tokens of at most {:.1f} MiB, K/V budget {:.4g} MiB, {} threads",
            info.model_name, info.plan_name, info.n_ctx, MiB(context), MiB(server.gauges().kv_budget_bytes),
            engine->n_threads());
 
@@ -225,6 +226,19 @@ Expected<void> Serve(ServeFlags& flags) {
   return {};
 }
 
+// CLI::Range lets a NaN through.
+CLI::Validator Between(double low, double high) {
+  return CLI::Validator(
+      [low, high](std::string& text) {
+        double value = 0;
+        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+        const bool ok =
+            error == std::errc() && end == text.data() + text.size() && value >= low && value <= high;
+        return ok ? std::string() : fmt::format("Value {} not in range {} to {}", text, low, high);
+      },
+      "");
+}
+
 void AddLimits(CLI::App& command, serve::Limits& l) {
   const auto whole = [&](const char* name, int64_t& value, int64_t low, const char* help) {
     command.add_option(name, value, help)
@@ -236,7 +250,7 @@ void AddLimits(CLI::App& command, serve::Limits& l) {
   const auto seconds = [&](const char* name, double& value, const char* help) {
     command.add_option(name, value, help)
         ->capture_default_str()
-        ->check(CLI::Range(0.001, 1e6))
+        ->check(Between(0.001, 1e6))
         ->type_name("S")
         ->group("Limits");
   };
@@ -276,6 +290,9 @@ void AddServe(CLI::App& app, int& exit_code) {
   f.plan.AddTo(*command);
   // Here a profile has a use beside a plan: it says how idle contexts can be made smaller still.
   CLI::Option *plan = command->get_option("--plan"), *profile = command->get_option("--profile");
+  profile->description(
+      "solve for contexts of -c tokens from a calibrated profile; beside --plan: how far idle contexts can "
+      "go");
   plan->remove_excludes(profile);
   profile->remove_excludes(plan);
   constexpr auto kMost = int64_t{std::numeric_limits<int32_t>::max()};
@@ -302,7 +319,7 @@ void AddServe(CLI::App& app, int& exit_code) {
   command->add_flag("--no-page", f.no_page, "do not answer /");
   command->add_option("--drain-timeout", f.drain_seconds, "for the accepted requests to finish after SIGTERM")
       ->capture_default_str()
-      ->check(CLI::Range(0.0, 1e6))
+      ->check(Between(0, 1e6))
       ->type_name("S");
 
   command
@@ -310,7 +327,7 @@ void AddServe(CLI::App& app, int& exit_code) {
           "--kv-budget-mib", f.kv_budget_mib,
           "of all K/V caches together; 0: all slots full and as much again, at most half of the memory")
       ->capture_default_str()
-      ->check(CLI::Range(0.0, 1e9))
+      ->check(Between(0, 1e9))
       ->type_name("MIB")
       ->group("K/V cache");
   command->add_flag("--no-prefix-cache", f.no_prefix_cache, "keep no context for later requests")
@@ -341,15 +358,19 @@ void AddServe(CLI::App& app, int& exit_code) {
   SamplerOptions& s = f.server.sampler;
   command->add_option("--temp,--temperature", s.temperature, "for requests that do not say")
       ->capture_default_str()
+      ->check(Between(0, 2))
       ->type_name("T");
   command->add_option("--top-k", s.top_k, "for requests that do not say")
       ->capture_default_str()
+      ->check(CLI::Range(int64_t{-1}, kMost))
       ->type_name("K");
   command->add_option("--top-p", s.top_p, "for requests that do not say")
       ->capture_default_str()
+      ->check(Between(0, 1))
       ->type_name("P");
   command->add_option("--min-p", s.min_p, "for requests that do not say")
       ->capture_default_str()
+      ->check(Between(0, 1))
       ->type_name("P");
   AddLimits(*command, f.server.limits);
   command->footer(kFooter);
@@ -358,7 +379,7 @@ void AddServe(CLI::App& app, int& exit_code) {
     if (!plan.profile.empty() && plan.plan.empty() && plan.compression == 0 && plan.budget_mib == 0 &&
         flags->kv_budget_mib == 0)
       throw CLI::RequiredError(
-          "--profile needs --compression, --budget-mib, --kv-budget-mib or --plan, which");
+          "--profile alone is no plan; one of --compression, --budget-mib, --kv-budget-mib and --plan");
     exit_code = ExitCode(Serve(*flags));
   });
 }

@@ -1,6 +1,9 @@
 #include "moend/serve/json.h"
 
+#include <algorithm>
 #include <cmath>
+
+#include "moend/engine/text_stream.h"
 
 namespace moend::serve {
 namespace {
@@ -40,6 +43,44 @@ std::unexpected<ApiError> WrongType(const std::string& path, const char* wanted,
       BadField(path, fmt::format("{} must be {}, not {}", path, wanted, got.type_name()), "invalid_type"));
 }
 
+// Only looks for the place where text stops being JSON.
+class FaultFinder : public nlohmann::json_sax<Json> {
+ public:
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(number_integer_t) override { return true; }
+  bool number_unsigned(number_unsigned_t) override { return true; }
+  bool number_float(number_float_t, const string_t&) override { return true; }
+  bool string(string_t&) override { return true; }
+  bool binary(binary_t&) override { return true; }
+  bool start_object(std::size_t) override { return true; }
+  bool key(string_t&) override { return true; }
+  bool end_object() override { return true; }
+  bool start_array(std::size_t) override { return true; }
+  bool end_array() override { return true; }
+  bool parse_error(std::size_t position, const std::string&, const nlohmann::detail::exception&) override {
+    position_ = position;
+    return false;
+  }
+  std::size_t position() const { return position_; }  // bytes read, the faulty one included
+
+ private:
+  std::size_t position_ = 0;
+};
+
+ApiError NoJson(std::string_view body) {
+  if (body.empty()) return BadField("", "the body is empty; a JSON object is wanted", "invalid_json");
+  FaultFinder finder;
+  Json::sax_parse(body, &finder);
+  const std::string_view before = body.substr(0, std::min(finder.position(), body.size()));
+  const auto line = 1 + std::ranges::count(before, '\n');
+  const auto column = before.size() - (before.rfind('\n') + 1);  // npos + 1 is 0
+  return BadField("",
+                  fmt::format("the body is not valid JSON in UTF-8: {} line {}, column {}",
+                              finder.position() > body.size() ? "it ends at" : "see", line, column),
+                  "invalid_json");
+}
+
 }  // namespace
 
 ApiResult<Json> ParseBody(std::string_view body, const Limits& limits) {
@@ -50,8 +91,7 @@ ApiResult<Json> ParseBody(std::string_view body, const Limits& limits) {
                  .code = "body_too_large"});
   if (auto shape = CheckShape(body, limits); !shape) return std::unexpected(std::move(shape.error()));
   Json j = Json::parse(body, nullptr, /*allow_exceptions=*/false);
-  if (j.is_discarded())
-    return std::unexpected(BadField("", "the body is not valid JSON, or not valid UTF-8", "invalid_json"));
+  if (j.is_discarded()) return std::unexpected(NoJson(body));
   if (!j.is_object())
     return std::unexpected(
         BadField("", fmt::format("the body must be a JSON object, not {}", j.type_name()), "invalid_json"));
@@ -60,6 +100,12 @@ ApiResult<Json> ParseBody(std::string_view body, const Limits& limits) {
 
 std::string Dump(const OrderedJson& value) {
   return value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
+}
+
+bool IsUtf8(std::string_view bytes) {
+  std::string left(bytes), text;
+  TakeUtf8(left, text, /*all=*/true);
+  return text == bytes;
 }
 
 const Json* Fields::Find(const char* name) const {

@@ -23,6 +23,8 @@ ApiResult<Json> ParseBody(std::string_view body, const Limits& limits);
 // Text that is safe for JSON: bytes that are no UTF-8 become U+FFFD.
 std::string Dump(const OrderedJson& value);
 
+bool IsUtf8(std::string_view bytes);  // whole characters only
+
 // Typed access to an object's fields; absent and null are the same. Messages name the field.
 class Fields {
  public:

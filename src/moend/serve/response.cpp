@@ -31,16 +31,25 @@ OrderedJson ChatLogprobs(const std::vector<TokenReport>& tokens) {
   return {{"content", std::move(content)}, {"refusal", nullptr}};
 }
 
+// As OpenAI writes it where a name has to be text: two tokens that are parts of characters stay apart.
+std::string TokenName(const std::string& piece) {
+  if (IsUtf8(piece)) return piece;
+  std::string name = "bytes:";
+  for (const char c : piece) name += fmt::format("\\x{:02x}", static_cast<unsigned char>(c));
+  return name;
+}
+
 OrderedJson CompletionLogprobs(const std::vector<TokenReport>& tokens, int64_t offset) {
   OrderedJson out = {{"tokens", OrderedJson::array()},
                      {"token_logprobs", OrderedJson::array()},
                      {"top_logprobs", OrderedJson::array()},
                      {"text_offset", OrderedJson::array()}};
   for (const TokenReport& t : tokens) {
-    out["tokens"].push_back(t.piece);
+    out["tokens"].push_back(TokenName(t.piece));
     out["token_logprobs"].push_back(t.picked.logprob);
     OrderedJson top = OrderedJson::object();
-    for (std::size_t i = 0; i < t.picked.top.size(); ++i) top[t.top_pieces[i]] = t.picked.top[i].second;
+    for (std::size_t i = 0; i < t.picked.top.size(); ++i)
+      top[TokenName(t.top_pieces[i])] = t.picked.top[i].second;
     out["top_logprobs"].push_back(std::move(top));
     out["text_offset"].push_back(offset);
     offset += std::ssize(t.piece);

@@ -21,6 +21,12 @@ const char* Name(Phase phase) {
   return "done";
 }
 
+// As llama-server has it: part of a character is a list of bytes.
+OrderedJson PieceJson(const std::string& piece) {
+  if (IsUtf8(piece)) return piece;
+  return std::vector<uint8_t>(piece.begin(), piece.end());
+}
+
 OrderedJson ModelJson(const std::string& name, const BackendInfo& info, int64_t created) {
   return {{"id", name},
           {"object", "model"},
@@ -93,7 +99,7 @@ void Server::Tokenize(const Ready& ready, const httplib::Request& request, httpl
   OrderedJson out = {{"tokens", OrderedJson::array()}, {"count", tokens->size()}};
   for (const int32_t t : *tokens) {
     if (r->with_pieces) {
-      out["tokens"].push_back({{"id", t}, {"piece", ready.backend->Piece(t)}});
+      out["tokens"].push_back({{"id", t}, {"piece", PieceJson(ready.backend->Piece(t))}});
     } else {
       out["tokens"].push_back(t);
     }
@@ -109,7 +115,7 @@ void Server::Detokenize(const Ready& ready, const httplib::Request& request, htt
   response.set_content(Dump({{"content", ready.backend->Detokenize(*tokens)}}), kJson);
 }
 
-void Server::Page(const Ready&, const httplib::Request&, httplib::Response& response) {
+void Server::Page(httplib::Response& response) const {
   // Nothing is loaded from anywhere, and the page may talk to this server only.
   response.set_header("Content-Security-Policy",
                       "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "

@@ -9,6 +9,7 @@ namespace moend::serve {
 namespace {
 
 constexpr const char* kJson = "application/json";
+constexpr const char* kNoRoute = "none";  // in /metrics: refused before a route was found
 
 int64_t DefaultBudget(const Backend& backend, int64_t slots) {
   const int64_t n_ctx = backend.info().n_ctx;
@@ -20,8 +21,9 @@ int64_t DefaultBudget(const Backend& backend, int64_t slots) {
 }  // namespace
 
 Server::Server(ServerOptions options, Log log) : options_(std::move(options)), log_(std::move(log)) {
-  transport_ = std::make_unique<Transport>(options_.limits,
-                                           [this](const RequestHead& head) { return CheckHead(head); });
+  transport_ = std::make_unique<Transport>(
+      options_.limits, [this](const RequestHead& head) { return CheckHead(head); },
+      [this](int status) { metrics_.CountRequest(kNoRoute, status); });
   AddRoutes();
 }
 
@@ -93,14 +95,15 @@ void Server::SendError(httplib::Response& response, const ApiError& error) const
   response.set_content(ToJson(error), kJson);
 }
 
-void Server::Route(const char* method, const char* path, Handler handler) {
-  auto call = [this, path, handler](const httplib::Request& request, httplib::Response& response) {
+void Server::Route(const char* method, const char* path, Handler handler, const char* label) {
+  if (!label) label = path;
+  auto call = [this, label, handler](const httplib::Request& request, httplib::Response& response) {
     response.status = 200;
     if (const Ready* ready = ready_.load()) {
       try {
         (this->*handler)(*ready, request, response);
       } catch (const std::exception& e) {  // memory: no code of ours or the libraries' throws otherwise
-        log_.Error("{}: {}", path, e.what());
+        log_.Error("{}: {}", label, e.what());
         SendError(response,
                   {.status = 503, .message = "the server ran out of memory", .code = "out_of_memory"});
       }
@@ -108,7 +111,7 @@ void Server::Route(const char* method, const char* path, Handler handler) {
       SendError(response,
                 {.status = 503, .message = "the model is loading", .code = "loading", .retry_after = 2});
     }
-    metrics_.CountRequest(path, response.status);
+    metrics_.CountRequest(label, response.status);
   };
   httplib::Server& routes = transport_->routes();
   if (std::string_view(method) == "GET") {
@@ -130,14 +133,18 @@ void Server::AddRoutes() {
   };
   routes.Get("/health", health);
   Route("GET", "/v1/models", &Server::Models);
-  Route("GET", R"(/v1/models/([^/]+))", &Server::Model);
+  Route("GET", R"(/v1/models/([^/]+))", &Server::Model, "/v1/models/{model}");
   Route("GET", "/slots", &Server::Slots);
   Route("GET", "/metrics", &Server::MetricsText);
   Route("POST", "/v1/chat/completions", &Server::Chat);
   Route("POST", "/v1/completions", &Server::Completion);
   Route("POST", "/tokenize", &Server::Tokenize);
   Route("POST", "/detokenize", &Server::Detokenize);
-  if (options_.page) Route("GET", "/", &Server::Page);
+  if (options_.page)  // also while the model is loading: the page says so, and waits
+    routes.Get("/", [this](const httplib::Request&, httplib::Response& response) {
+      Page(response);
+      metrics_.CountRequest("/", 200);
+    });
 
   routes.set_error_handler([this](const httplib::Request& request, httplib::Response& response) {
     if (!response.body.empty()) return;  // a handler has said already what is wrong
@@ -154,6 +161,7 @@ void Server::AddRoutes() {
         error.code = "unknown_path";
       }
     }
+    metrics_.CountRequest(kNoRoute, error.status);
     SendError(response, error);
   });
   routes.set_exception_handler(

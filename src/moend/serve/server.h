@@ -38,7 +38,7 @@ class Server {
   Server(ServerOptions options, Log log);
   ~Server();
 
-  // Binds and starts to answer; all but /health is 503 until Serve(). Returns the port.
+  // Binds and starts to answer; all but /health and / is 503 until Serve(). Returns the port.
   Expected<int> Start();
   // `store` may be null. Without a K/V budget in the options, one is chosen: all slots full, and as much
   // again for idle contexts, but no more than half of the machine's memory.
@@ -60,7 +60,8 @@ class Server {
   using Handler = void (Server::*)(const Ready&, const httplib::Request&, httplib::Response&);
 
   void AddRoutes();
-  void Route(const char* method, const char* path, Handler handler);
+  // `label`: the route's name in /metrics; null: its path.
+  void Route(const char* method, const char* path, Handler handler, const char* label = nullptr);
   std::optional<ApiError> CheckHead(const RequestHead& head) const;
   std::string ScopeOf(const httplib::Request& request) const;
   void SendError(httplib::Response& response, const ApiError& error) const;
@@ -72,7 +73,7 @@ class Server {
   void MetricsText(const Ready& ready, const httplib::Request& request, httplib::Response& response);
   void Tokenize(const Ready& ready, const httplib::Request& request, httplib::Response& response);
   void Detokenize(const Ready& ready, const httplib::Request& request, httplib::Response& response);
-  void Page(const Ready& ready, const httplib::Request& request, httplib::Response& response);
+  void Page(httplib::Response& response) const;
   // generate_routes.cpp
   void Chat(const Ready& ready, const httplib::Request& request, httplib::Response& response);
   void Completion(const Ready& ready, const httplib::Request& request, httplib::Response& response);

@@ -126,8 +126,11 @@ class Transport::Core : public httplib::Server {
   }
 };
 
-Transport::Transport(const Limits& limits, HeadCheck check)
-    : limits_(limits), check_(std::move(check)), core_(std::make_unique<Core>(limits)) {}
+Transport::Transport(const Limits& limits, HeadCheck check, Refused refused)
+    : limits_(limits),
+      check_(std::move(check)),
+      refused_(std::move(refused)),
+      core_(std::make_unique<Core>(limits)) {}
 
 Transport::~Transport() {
   StopAccepting();
@@ -200,6 +203,7 @@ void Transport::AcceptLoop() {
       full = threads_ >= limits_.connections;
     }
     if (full && !MakeRoom()) {
+      if (refused_) refused_(503);
       const std::string answer = ErrorResponse({.status = 503,
                                                 .message = "too many connections",
                                                 .code = "too_many_connections",
@@ -261,6 +265,7 @@ void Transport::Serve(int fd) {
 
 bool Transport::ServeOne(Connection& connection, bool last) {
   const auto refuse = [&](const ApiError& error) {
+    if (refused_) refused_(error.status);
     connection.Send(ErrorResponse(error));
     return false;
   };

@@ -30,7 +30,10 @@ class Transport {
   // Called with a parsed head before the body is read; an error is sent and the connection closed.
   using HeadCheck = std::function<std::optional<ApiError>(const RequestHead&)>;
 
-  Transport(const Limits& limits, HeadCheck check);
+  // Told the status of every request that is refused before a route sees it. Called by many threads.
+  using Refused = std::function<void(int)>;
+
+  Transport(const Limits& limits, HeadCheck check, Refused refused = {});
   ~Transport();
   Transport(const Transport&) = delete;
   Transport& operator=(const Transport&) = delete;
@@ -60,6 +63,7 @@ class Transport {
 
   Limits limits_;
   HeadCheck check_;
+  Refused refused_;
   std::unique_ptr<Core> core_;
   int listen_fd_ = -1, wake_fd_ = -1;
   std::thread accept_thread_;

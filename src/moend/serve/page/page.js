@@ -6,10 +6,10 @@ let poll = 0;
 
 // ---- numbers --------------------------------------------------------------------------------------------
 function bytes(n) {
-  if (n < 1024) return n + " B";
+  if (n < 1000) return n + " B";
   const units = ["KiB", "MiB", "GiB"];
   let i = -1;
-  do { n /= 1024; ++i; } while (n >= 1024 && i < 2);
+  do { n /= 1024; ++i; } while (n >= 1000 && i < 2);  // never more than three digits
   return n.toFixed(n < 10 ? 2 : 1) + " " + units[i];
 }
 const seconds = (ms) => ms < 1000 ? Math.round(ms) + " ms" : (ms / 1000).toFixed(1) + " s";

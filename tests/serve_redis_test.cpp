@@ -1,0 +1,136 @@
+// The shared store, against a real Valkey or Redis from the system's packages.
+#include <arpa/inet.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <filesystem>
+
+#include "moend/serve/kv_store.h"
+#include "tests/support/serve_client.h"
+
+namespace moend::serve {
+namespace {
+
+namespace fs = std::filesystem;
+using test::Eventually;
+
+struct Folder {
+  Folder() {
+    std::string name = (fs::temp_directory_path() / "moend-redis-XXXXXX").string();
+    path = mkdtemp(name.data());
+  }
+  ~Folder() { fs::remove_all(path); }
+  fs::path path;
+};
+
+int FreePort() {
+  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in a{};
+  a.sin_family = AF_INET;
+  a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t n = sizeof a;
+  EXPECT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&a), n), 0);
+  EXPECT_EQ(getsockname(fd, reinterpret_cast<sockaddr*>(&a), &n), 0);
+  close(fd);
+  return ntohs(a.sin_port);
+}
+
+struct RedisServer {
+  explicit RedisServer(const std::vector<std::string>& extra = {}) {
+    socket = (folder.path / "redis.sock").string();
+    pid = fork();
+    if (pid == 0) {
+      std::vector<std::string> words = {
+          "redis-server", "--port", "0",     "--unixsocket",       socket,      "--save",   "",
+          "--appendonly", "no",     "--dir", folder.path.string(), "--logfile", "/dev/null"};
+      words.insert(words.end(), extra.begin(), extra.end());
+      std::vector<char*> argv;
+      for (auto& w : words) argv.push_back(w.data());
+      argv.push_back(nullptr);
+      execvp("redis-server", argv.data());
+      words[0] = "valkey-server";
+      argv[0] = words[0].data();
+      execvp("valkey-server", argv.data());
+      _exit(127);
+    }
+    up = Eventually([&] { return fs::exists(socket) || waitpid(pid, nullptr, WNOHANG) != 0; }) &&
+         fs::exists(socket);
+  }
+  ~RedisServer() { Stop(); }
+  void Stop() {
+    if (pid <= 0) return;
+    kill(pid, SIGKILL);
+    waitpid(pid, nullptr, 0);
+    pid = -1;
+  }
+  Folder folder;
+  std::string socket;
+  pid_t pid = -1;
+  bool up = false;
+};
+
+TEST(RedisStore, KeepsBytesInARealServer) {
+  RedisServer server;
+  if (!server.up) GTEST_SKIP() << "neither redis-server nor valkey-server is installed";
+  const auto store = OpenRedisStore("unix://" + server.socket, 100).value();
+  const std::vector<std::string> names = {"x/1-a", "x/2-b", "x/3-c"};
+  EXPECT_EQ(store->FirstPresent(names).value(), std::nullopt);
+  EXPECT_EQ(store->Get("x/2-b").error().code, ErrorCode::kNotFound);
+  std::string bytes(5 << 20, '\0');
+  for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<char>(i * 7);
+  ASSERT_TRUE(store->Put("x/2-b", bytes));
+  ASSERT_TRUE(store->Put("x/3-c", "c"));
+  EXPECT_EQ(store->FirstPresent(names).value(), 1);
+  EXPECT_EQ(store->Get("x/2-b").value(), bytes);
+  ASSERT_TRUE(store->Remove("x/2-b"));
+  EXPECT_EQ(store->FirstPresent(names).value(), 2);
+  // Another server's view.
+  EXPECT_EQ(OpenRedisStore("unix://" + server.socket, 100).value()->Get("x/3-c").value(), "c");
+  server.Stop();
+  EXPECT_EQ(store->FirstPresent(names).error().code, ErrorCode::kIo);
+  const Error again = store->Get("x/3-c").error();
+  EXPECT_EQ(again.code, ErrorCode::kIo);
+  EXPECT_NE(again.message.find("not asked again yet"), std::string::npos) << again.message;
+}
+
+TEST(RedisStore, LogsInAndChoosesADatabase) {
+  // A port that was free a moment ago; a password needs an address, a socket's path has none.
+  const int port = FreePort();
+  RedisServer server({"--requirepass", "p@ss", "--bind", "127.0.0.1", "--port", std::to_string(port)});
+  if (!server.up) GTEST_SKIP() << "neither redis-server nor valkey-server is installed";
+  const auto denied = OpenRedisStore("unix://" + server.socket, 0).value()->Put("a", "b");
+  ASSERT_FALSE(denied);
+  EXPECT_NE(denied.error().message.find("NOAUTH"), std::string::npos);
+  const auto open = [&](const std::string& login, const char* database) {
+    return OpenRedisStore("redis://" + login + "@127.0.0.1:" + std::to_string(port) + database, 100).value();
+  };
+  const auto wrong = open(":wrong", "")->Put("a", "b");
+  ASSERT_FALSE(wrong);
+  EXPECT_EQ(wrong.error().message.find("wrong "), std::string::npos);  // the password is not repeated
+  ASSERT_TRUE(open(":p%40ss", "/3")->Put("a", "b"));
+  EXPECT_EQ(open("default:p%40ss", "/3")->Get("a").value(), "b");
+  EXPECT_EQ(open(":p%40ss", "")->Get("a").error().code, ErrorCode::kNotFound);
+  EXPECT_EQ(open(":p%40ss", "/99")->Get("a").error().code, ErrorCode::kIo);
+}
+
+TEST(RedisStore, UnderstandsAddresses) {
+  const auto name = [](const char* url) -> std::string {
+    const auto r = OpenRedisStore(url, 0);
+    return r ? (*r)->description() : "";
+  };
+  EXPECT_EQ(name("redis://host"), "redis://host:6379/0");
+  EXPECT_EQ(name("redis://user:p%40ss@host:1234/5"), "redis://host:1234/5");
+  EXPECT_EQ(name("valkey://:secret@[::1]:1/"), "redis://::1:1/0");
+  EXPECT_EQ(name("unix:///run/redis.sock"), "unix:///run/redis.sock");
+  for (const char* bad :
+       {"", "host", "http://host", "redis://", "redis://host:0", "redis://host:99999", "redis://host/x",
+        "redis://user@host", "redis://u:%4@host", "unix://relative", "redis://[::1", "redis://host:1x"})
+    EXPECT_EQ(name(bad), "") << bad;
+}
+
+}  // namespace
+}  // namespace moend::serve
