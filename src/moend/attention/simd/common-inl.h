@@ -75,6 +75,16 @@ HWY_INLINE VF ByteToFloat(VU words, int j) {
   return hn::ConvertTo(DF(), hn::BitCast(DI(), byte));
 }
 
+// sum += a * b. Where the sums of a block need nearly all registers, GCC otherwise puts results into those of
+// a or b and pays with moves.
+HWY_INLINE void AddProduct(VF a, VF b, VF& sum) {
+#if HWY_TARGET == HWY_AVX2 && HWY_COMPILER_GCC_ACTUAL
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum.raw) : "x"(a.raw), "x"(b.raw));
+#else
+  sum = hn::MulAdd(a, b, sum);
+#endif
+}
+
 // Bytes that will be read next, brought near while others are worked on: the hardware does not look beyond a
 // memory page, and the packed pages lie anywhere.
 class Ahead {
@@ -126,6 +136,28 @@ HWY_INLINE __m512 AddOp(__m512 a, __m512 b) {
 }
 HWY_INLINE __m512 MaxOp(__m512 a, __m512 b) {
   return _mm512_max_ps(a, b);
+}
+#endif
+
+#if HWY_TARGET == HWY_AVX2
+// The same for vectors of 8 lanes.
+template <int kRows, class Op>
+HWY_INLINE __m128 ReduceRows(const VF (&v)[kRows], const Op& op) {
+  constexpr int kLast = kRows - 1;
+  const __m256 a = v[0].raw, b = v[HWY_MIN(1, kLast)].raw, c = v[HWY_MIN(2, kLast)].raw, d = v[kLast].raw;
+  const __m256d ab = _mm256_castps_pd(op(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
+  const __m256d cd = _mm256_castps_pd(op(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)));
+  const __m256 rows =
+      op(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+  const __m256 swapped = _mm256_permute2f128_ps(rows, rows, 1);
+  return _mm256_castps256_ps128(op(rows, swapped));
+}
+
+HWY_INLINE __m256 AddOp(__m256 a, __m256 b) {
+  return _mm256_add_ps(a, b);
+}
+HWY_INLINE __m256 MaxOp(__m256 a, __m256 b) {
+  return _mm256_max_ps(a, b);
 }
 #endif
 
@@ -191,6 +223,8 @@ HWY_INLINE void ForRowBlocks(int64_t rows, const Block& block) {
     if (n == 2) block(std::integral_constant<int, 2>(), r);
     if constexpr (kMax > 2) {
       if (n == 3) block(std::integral_constant<int, 3>(), r);
+    }
+    if constexpr (kMax > 3) {
       if (n == 4) block(std::integral_constant<int, 4>(), r);
     }
     if constexpr (kMax > 4) {

@@ -18,8 +18,8 @@ namespace HWY_NAMESPACE {
 
 // The workspace of the tiled path, cut up.
 struct Tile {
-  float* k;       // [head_size][64]
-  float* v;       // [64][head_size]
+  float* k;       // head_size x 64, in the order of KAt
+  float* v;       // 64 x head_size, in the order of VAt
   float* scores;  // [block rows][64]
   int64_t head_size;
 
@@ -28,9 +28,31 @@ struct Tile {
 };
 
 void ScoreTileRows(const Tile& tile, const float* q, int64_t rows) {
-  ForRowBlocks<kTileRows>(rows, [&](auto n, int64_t r) {
-    ScoreTile<n()>(q + r * tile.head_size, tile.k, tile.head_size, tile.scores + r * kPageTokens);
-  });
+  for (int64_t t = 0; t < kPageTokens; t += kTileVectors * kLanes) {
+    const float* k = tile.k + KAt(tile.head_size, 0, t);
+    ForRowBlocks<kTileRows>(rows, [&](auto n, int64_t r) {
+      ScoreTile<n()>(q + r * tile.head_size, k, tile.head_size, tile.scores + r * kPageTokens + t);
+    });
+  }
+}
+
+// out[rows][head_size] = out * factor[rows] + scores[rows][64] . V
+void ValueTileRows(const Tile& tile, int64_t rows, int64_t tokens, const float* factor, float* out) {
+  const int64_t head_size = tile.head_size;
+  if constexpr (kSlab > 0) {
+    for (int64_t c = 0; c < head_size; c += kSlab) {
+      const float* v = tile.v + VAt(head_size, 0, c);
+      ForRowBlocks<kTileRows>(rows, [&](auto n, int64_t r) {
+        ValueTileChannels<n(), kTileVectors>(tile.scores + r * kPageTokens, v, tokens, head_size, factor + r,
+                                             out + r * head_size + c);
+      });
+    }
+  } else {
+    ForRowBlocks<kTileRows>(rows, [&](auto n, int64_t r) {
+      ValueTile<n()>(tile.scores + r * kPageTokens, tile.v, tokens, head_size, factor + r,
+                     out + r * head_size);
+    });
+  }
 }
 
 // Rows [begin, end) of q against the tile; live(r) are the tokens that row r sees.
@@ -46,10 +68,7 @@ HWY_INLINE void AttendTile(const Tile& tile, const QueryRows& q, int64_t begin, 
     SoftmaxRows(
         tile.scores, rows, [&](int64_t r) { return live(from + r); }, state.max + from, state.sum + from,
         PageWeights{factor, peak});
-    ForRowBlocks<kTileRows>(rows, [&](auto n, int64_t r) {
-      ValueTile<n()>(tile.scores + r * kPageTokens, tile.v, tokens, tile.head_size, factor + r,
-                     state.out + (from + r) * tile.head_size);
-    });
+    ValueTileRows(tile, rows, tokens, factor, state.out + from * tile.head_size);
   }
 }
 
@@ -108,7 +127,7 @@ void WidenRaw(const StreamView& kv, int64_t begin, int64_t n, const Tile& tile) 
     for (int64_t c = 0; c < tile.head_size; ++c) {
       for (int64_t t = 0; t < kRawBlockTokens; t += kLanes) {
         const VF x = LoadHalf(from + c * kRawBlockTokens + t);
-        hn::StoreU(x, DF(), tile.k + c * kPageTokens + i * kRawBlockTokens + t);
+        hn::StoreU(x, DF(), tile.k + KAt(tile.head_size, c, i * kRawBlockTokens + t));
       }
     }
   }

@@ -25,39 +25,44 @@ struct HalfK {
 constexpr int kPassVectors = kManyRegisters ? 4 : kLanes == 1 ? 16 : 2;
 constexpr int kScoreRows = 4;
 
-template <int kRows>
-HWY_INLINE void StoreScores(const VF (&acc)[kRows][kPassVectors], int token, float* HWY_RESTRICT scores) {
+template <int kRows, int kVectors>
+HWY_INLINE void StoreScores(const VF (&acc)[kRows][kVectors], int token, float* HWY_RESTRICT scores) {
   MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
-    MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) {
+    MOEND_UNROLL for (int v = 0; v < kVectors; ++v) {
       hn::StoreU(acc[r][v], DF(), scores + r * kPageTokens + token + v * kLanes);
     }
   }
 }
 
-// scores[r][64] = q[r] . k
-template <int kRows>
-void ScoreHalf(const HalfK& k, int64_t head_size, const float* HWY_RESTRICT q, Ahead& ahead,
-               float* HWY_RESTRICT scores) {
+// Vectors of a pass over half floats. With 8 lanes, eight sums would just do for two multiply-adds a cycle
+// that take four cycles each, if nothing ever came late; codes, which need registers to be unpacked in, must
+// be content with that.
+constexpr int kHalfVectors = kLanes == 8 ? 3 : kPassVectors;
+
+// scores[r][64] = q[r] . k for kVectors vectors of tokens.
+template <int kRows, int kVectors>
+HWY_NOINLINE void ScoreHalf(const HalfK& k, int64_t head_size, int token, const float* HWY_RESTRICT q,
+                            Ahead& ahead_of_all, float* HWY_RESTRICT scores) {
   const DF df;
-  for (int token = 0; token < kPageTokens; token += kPassVectors * kLanes) {
-    const uint16_t* HWY_RESTRICT from[kPassVectors];
-    VF acc[kRows][kPassVectors];
-    MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) {
-      const int t = token + v * kLanes;
-      from[v] = k.tokens16[t / 16] + t % 16;
-      MOEND_UNROLL for (int r = 0; r < kRows; ++r) acc[r][v] = hn::Zero(df);
-    }
-    for (int64_t c = 0; c < head_size; ++c) {
-      ahead.Next();
-      VF kv[kPassVectors];
-      MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) kv[v] = LoadHalf(from[v] + c * k.channel_stride);
-      MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
-        const VF qc = hn::Set(df, q[r * head_size + c]);
-        MOEND_UNROLL for (int v = 0; v < kPassVectors; ++v) acc[r][v] = hn::MulAdd(kv[v], qc, acc[r][v]);
-      }
-    }
-    StoreScores<kRows>(acc, token, scores);
+  Ahead ahead = ahead_of_all;
+  const uint16_t* HWY_RESTRICT from[kVectors];
+  VF acc[kRows][kVectors];
+  MOEND_UNROLL for (int v = 0; v < kVectors; ++v) {
+    const int t = token + v * kLanes;
+    from[v] = k.tokens16[t / 16] + t % 16;
+    MOEND_UNROLL for (int r = 0; r < kRows; ++r) acc[r][v] = hn::Zero(df);
   }
+  for (int64_t c = 0; c < head_size; ++c) {
+    ahead.Next();
+    VF kv[kVectors];
+    MOEND_UNROLL for (int v = 0; v < kVectors; ++v) kv[v] = LoadHalf(from[v] + c * k.channel_stride);
+    MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+      const VF qc = hn::Set(df, q[r * head_size + c]);
+      MOEND_UNROLL for (int v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(kv[v], qc, acc[r][v]);
+    }
+  }
+  StoreScores(acc, token, scores);
+  ahead_of_all = ahead;
 }
 
 // scores[r][64] = constant[r] + q[r] . codes, q already times the K scale.
@@ -90,7 +95,7 @@ void ScoreCodes(const uint8_t* HWY_RESTRICT codes, int64_t head_size, const floa
         }
       }
     }
-    StoreScores<kRows>(acc, token, scores);
+    StoreScores(acc, token, scores);
   }
 }
 
@@ -116,7 +121,16 @@ HWY_INLINE void FoldKScale(const PageLayout& layout, const uint8_t* page, const 
 HWY_INLINE void ScoreHalfRows(const HalfK& k, int64_t head_size, const float* q, int64_t rows, Ahead ahead,
                               float* scores) {
   ForRowBlocks<kScoreRows>(rows, [&](auto n, int64_t r) {
-    ScoreHalf<n()>(k, head_size, q + r * head_size, ahead, scores + r * kPageTokens);
+    const auto pass = [&](auto vectors, int token) {
+      ScoreHalf<n(), vectors()>(k, head_size, token, q + r * head_size, ahead, scores + r * kPageTokens);
+    };
+    if constexpr (kLanes == 8) {
+      ForRowBlocks<kHalfVectors>(
+          kPageVectors, [&](auto vectors, int64_t v) { pass(vectors, static_cast<int>(v) * kLanes); });
+    } else {
+      for (int token = 0; token < kPageTokens; token += kHalfVectors * kLanes)
+        pass(std::integral_constant<int, kHalfVectors>(), token);
+    }
   });
 }
 

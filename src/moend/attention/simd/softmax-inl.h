@@ -75,6 +75,61 @@ HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float
   _mm_mask_storeu_ps(sum, kMask, new_sum);
 }
 
+#elif HWY_TARGET == HWY_AVX2
+
+// As above; the scores of a row do not fit into registers and are read twice.
+template <int kRows, class Live>
+HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float* max, float* sum,
+                             const PageWeights& out) {
+  const DF df;
+  VF row[kRows];
+  MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+    float* HWY_RESTRICT s = scores + r * kPageTokens;
+    const uint64_t seen = live(r);
+    if (seen != kAllLive) {
+      for (int v = 0; v < kPageVectors; ++v) {
+        const VF x = hn::LoadU(df, s + v * kLanes);
+        hn::StoreU(hn::IfThenElse(LiveLanes(seen, v), x, hn::Set(df, -kInfinity)), df, s + v * kLanes);
+      }
+    }
+    VF high = hn::LoadU(df, s);
+    MOEND_UNROLL for (int v = 1; v < kPageVectors; ++v) high = hn::Max(high, hn::LoadU(df, s + v * kLanes));
+    row[r] = high;
+  }
+  alignas(16) float old_rows[4] = {}, sums[4] = {}, bases[4], results[3][4];
+  for (int r = 0; r < kRows; ++r) old_rows[r] = max[r], sums[r] = sum[r];
+  const __m128 page_max = ReduceRows<kRows>(row, MaxOp);
+  const __m128 old_max = _mm_load_ps(old_rows);
+  const __m128 rises = _mm_cmp_ps(page_max, old_max, _CMP_GT_OQ);
+  const __m128 new_max = _mm_blendv_ps(old_max, page_max, rises);
+  // Only -inf so far: any finite base gives exp(-inf) = 0 where -inf - -inf would be NaN.
+  const __m128 none = _mm_cmp_ps(new_max, _mm_set1_ps(-kInfinity), _CMP_EQ_OQ);
+  const __m128 base = _mm_andnot_ps(none, new_max);
+  _mm_store_ps(bases, base);
+  MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+    float* HWY_RESTRICT s = scores + r * kPageTokens;
+    const VF row_base = hn::Set(df, bases[r]);
+    VF total = hn::Zero(df);
+    MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
+      const VF p = Exp(hn::Sub(hn::LoadU(df, s + v * kLanes), row_base));
+      hn::StoreU(p, df, s + v * kLanes);
+      total = hn::Add(total, p);
+    }
+    row[r] = total;
+  }
+  // Either the factor or the peak is 1; the other one is exp(the lower maximum - the higher).
+  const __m128 lower = _mm_sub_ps(_mm_blendv_ps(page_max, old_max, rises), base);
+  const __m128 weight = _mm256_castps256_ps128(Exp(VF{_mm256_zextps128_ps256(lower)}).raw);
+  const __m128 one = _mm_set1_ps(1.0f);
+  const __m128 factor = _mm_blendv_ps(one, weight, rises);
+  _mm_store_ps(results[0], new_max);
+  _mm_store_ps(results[1], factor);
+  _mm_store_ps(results[2], _mm_blendv_ps(weight, one, rises));
+  _mm_store_ps(sums, _mm_fmadd_ps(_mm_load_ps(sums), factor, ReduceRows<kRows>(row, AddOp)));
+  for (int r = 0; r < kRows; ++r)
+    max[r] = results[0][r], out.factor[r] = results[1][r], out.peak[r] = results[2][r], sum[r] = sums[r];
+}
+
 #else
 
 HWY_NOINLINE inline void SoftmaxRow(float* HWY_RESTRICT scores, uint64_t live, float& max, float& sum,

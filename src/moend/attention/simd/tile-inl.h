@@ -16,18 +16,39 @@ namespace HWY_NAMESPACE {
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = kManyRegisters ? 4 : 2;
 
-// f16 [head_size][64] to float32.
-HWY_INLINE void WidenK(const uint16_t* HWY_RESTRICT from, int64_t head_size, float* HWY_RESTRICT to) {
-  for (int64_t i = 0; i < head_size * kPageTokens; i += kLanes) hn::StoreU(LoadHalf(from + i), DF(), to + i);
+// With 8 lanes a tile is cut into slabs of 16 tokens (K) or channels (V), the width of a register tile: 4 or
+// 8 KiB that all rows of a block meet before the next slab. As one matrix it would fill the first-level cache
+// alone, and columns of it would fall into few of its sets.
+constexpr int64_t kSlab = kLanes == 8 ? kTileVectors * kLanes : 0;
+constexpr int64_t kKStride = kSlab ? kSlab : kPageTokens;  // floats from a channel to the next
+constexpr int64_t VStride(int64_t head_size) {             // floats from a token to the next
+  return kSlab ? kSlab : head_size;
 }
 
-// f16 [tokens][head_size] to float32.
+// Where a tile has K of channel c and token t, and V of token t and channel c.
+constexpr int64_t KAt(int64_t head_size, int64_t c, int64_t t) {
+  return kSlab ? t / 16 * head_size * kSlab + c * kSlab + t % 16 : c * kPageTokens + t;
+}
+constexpr int64_t VAt(int64_t head_size, int64_t t, int64_t c) {
+  return kSlab ? c / 16 * kPageTokens * kSlab + t * kSlab + c % 16 : t * head_size + c;
+}
+
+// f16 [head_size][64] to float32, in the order of KAt.
+HWY_INLINE void WidenK(const uint16_t* HWY_RESTRICT from, int64_t head_size, float* HWY_RESTRICT to) {
+  for (int64_t c = 0; c < head_size; ++c)
+    MOEND_UNROLL for (int64_t t = 0; t < kPageTokens; t += kLanes)
+        hn::StoreU(LoadHalf(from + c * kPageTokens + t), DF(), to + KAt(head_size, c, t));
+}
+
+// f16 [tokens][head_size] to float32, in the order of VAt.
 HWY_INLINE void WidenV(const uint16_t* HWY_RESTRICT from, int64_t tokens, int64_t head_size,
                        float* HWY_RESTRICT to) {
-  for (int64_t i = 0; i < tokens * head_size; i += kLanes) hn::StoreU(LoadHalf(from + i), DF(), to + i);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t c = 0; c < head_size; c += kLanes)
+      hn::StoreU(LoadHalf(from + t * head_size + c), DF(), to + VAt(head_size, t, c));
 }
 
-// K of a page as float32 [head_size][64].
+// K of a page as float32, in the order of KAt.
 template <int kBits>
 HWY_NOINLINE void UnpackKCodes(const PageLayout& layout, const uint8_t* HWY_RESTRICT page,
                                float* HWY_RESTRICT to) {
@@ -44,13 +65,13 @@ HWY_NOINLINE void UnpackKCodes(const PageLayout& layout, const uint8_t* HWY_REST
       const VU words = CodeWords<kBits>(page + layout.k_codes, layout.head_size, c + t / 16, t % 16);
       MOEND_UNROLL for (int j = 0; j < 4; ++j) {
         const VF x = hn::MulAdd(ByteToFloat(words, j), hn::Set(df, pair[0][j]), hn::Set(df, pair[1][j]));
-        hn::StoreU(x, df, to + (c + j) * kPageTokens + t);
+        hn::StoreU(x, df, to + KAt(layout.head_size, c + j, t));
       }
     }
   }
 }
 
-// V of a page as float32 [64][head_size].
+// V of a page as float32, in the order of VAt.
 template <int kBits>
 HWY_NOINLINE void UnpackVCodes(const PageLayout& layout, const uint8_t* HWY_RESTRICT page,
                                float* HWY_RESTRICT to) {
@@ -70,7 +91,7 @@ HWY_NOINLINE void UnpackVCodes(const PageLayout& layout, const uint8_t* HWY_REST
         MOEND_UNROLL for (int j = 0; j < 4; ++j) {
           const int64_t t = quad * 4 + j;
           const VF x = hn::MulAdd(ByteToFloat(words, j), hn::Set(df, scale[t]), hn::Set(df, min[t]));
-          hn::StoreU(x, df, to + t * layout.head_size + c);
+          hn::StoreU(x, df, to + VAt(layout.head_size, t, c));
         }
       }
     }
@@ -93,34 +114,31 @@ HWY_INLINE void UnpackV(const PageLayout& layout, const uint8_t* page, float* to
   if (layout.v_bits == 2) UnpackVCodes<2>(layout, page, to);
 }
 
-// scores[kRows][64] = q[kRows][head_size] . k[head_size][64]
+// scores[kRows][64] = q[kRows][head_size] . k for kTileVectors vectors of tokens; k: of the first of them.
 template <int kRows>
 HWY_NOINLINE void ScoreTile(const float* HWY_RESTRICT q, const float* HWY_RESTRICT k, int64_t head_size,
                             float* HWY_RESTRICT scores) {
   const DF df;
-  for (int t = 0; t < kPageTokens; t += kTileVectors * kLanes) {
-    VF acc[kRows][kTileVectors];
+  VF acc[kRows][kTileVectors];
+  MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+    MOEND_UNROLL for (int v = 0; v < kTileVectors; ++v) acc[r][v] = hn::Zero(df);
+  }
+  for (int64_t c = 0; c < head_size; ++c) {
+    VF kv[kTileVectors];
+    MOEND_UNROLL for (int v = 0; v < kTileVectors; ++v) kv[v] = hn::LoadU(df, k + c * kKStride + v * kLanes);
     MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
-      MOEND_UNROLL for (int v = 0; v < kTileVectors; ++v) acc[r][v] = hn::Zero(df);
+      const VF qc = hn::Set(df, q[r * head_size + c]);
+      MOEND_UNROLL for (int v = 0; v < kTileVectors; ++v) AddProduct(kv[v], qc, acc[r][v]);
     }
-    for (int64_t c = 0; c < head_size; ++c) {
-      VF kv[kTileVectors];
-      MOEND_UNROLL for (int v = 0; v < kTileVectors; ++v) kv[v] =
-          hn::LoadU(df, k + c * kPageTokens + t + v * kLanes);
-      MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
-        const VF qc = hn::Set(df, q[r * head_size + c]);
-        MOEND_UNROLL for (int v = 0; v < kTileVectors; ++v) acc[r][v] = hn::MulAdd(kv[v], qc, acc[r][v]);
-      }
-    }
-    MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
-      MOEND_UNROLL for (int v = 0; v < kTileVectors; ++v)
-          hn::StoreU(acc[r][v], df, scores + r * kPageTokens + t + v * kLanes);
-    }
+  }
+  MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+    MOEND_UNROLL for (int v = 0; v < kTileVectors; ++v)
+        hn::StoreU(acc[r][v], df, scores + r * kPageTokens + v * kLanes);
   }
 }
 
-// out[kRows][head_size] = out * factor[kRows] + p[kRows][64] . v[tokens][head_size], kVectors vectors of
-// channels.
+// out[kRows][head_size] = out * factor[kRows] + p[kRows][64] . v for kVectors vectors of channels; v: of the
+// first of them.
 template <int kRows, int kVectors>
 HWY_NOINLINE void ValueTileChannels(const float* HWY_RESTRICT p, const float* HWY_RESTRICT v, int64_t tokens,
                                     int64_t head_size, const float* HWY_RESTRICT factor,
@@ -134,10 +152,11 @@ HWY_NOINLINE void ValueTileChannels(const float* HWY_RESTRICT p, const float* HW
   }
   for (int64_t t = 0; t < tokens; ++t) {
     VF value[kVectors];
-    MOEND_UNROLL for (int i = 0; i < kVectors; ++i) value[i] = hn::LoadU(df, v + t * head_size + i * kLanes);
+    MOEND_UNROLL for (int i = 0; i < kVectors; ++i) value[i] =
+        hn::LoadU(df, v + t * VStride(head_size) + i * kLanes);
     MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
       const VF weight = hn::Set(df, p[r * kPageTokens + t]);
-      MOEND_UNROLL for (int i = 0; i < kVectors; ++i) acc[r][i] = hn::MulAdd(value[i], weight, acc[r][i]);
+      MOEND_UNROLL for (int i = 0; i < kVectors; ++i) AddProduct(value[i], weight, acc[r][i]);
     }
   }
   MOEND_UNROLL for (int r = 0; r < kRows; ++r) {

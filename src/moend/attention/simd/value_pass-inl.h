@@ -48,8 +48,9 @@ HWY_INLINE void StoreOut(const VF (&acc)[kRows][kVectors], int64_t channel, cons
 // v: f16 [tokens][head_size]
 template <int kRows, int kVectors>
 HWY_INLINE void ValueHalf(const uint16_t* HWY_RESTRICT v16, int64_t tokens, int64_t channel,
-                          const ValueRows& rows, Ahead& ahead) {
+                          const ValueRows& rows, Ahead& ahead_of_all) {
   const DF df;
+  Ahead ahead = ahead_of_all;
   VF acc[kRows][kVectors];
   LoadOut<kRows, kVectors>(rows, channel, acc);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -63,6 +64,7 @@ HWY_INLINE void ValueHalf(const uint16_t* HWY_RESTRICT v16, int64_t tokens, int6
     }
   }
   StoreOut<kRows, kVectors>(acc, channel, rows);
+  ahead_of_all = ahead;
 }
 
 // rows.p already times the V scale of the channel's group.
@@ -117,8 +119,12 @@ HWY_INLINE ValueRows From(const ValueRows& rows, int64_t r) {
 
 template <int kRows>
 HWY_NOINLINE void ValueHalfBlock(const uint16_t* v16, int64_t tokens, const ValueRows& rows, Ahead& ahead) {
-  ForChannelBlocks(0, rows.head_size,
-                   [&](auto n, int64_t c) { ValueHalf<kRows, n()>(v16, tokens, c, rows, ahead); });
+  const auto block = [&](auto n, int64_t c) { ValueHalf<kRows, n()>(v16, tokens, c, rows, ahead); };
+  if constexpr (kLanes == 8) {
+    ForRowBlocks<kHalfVectors>(rows.head_size / kLanes, [&](auto n, int64_t v) { block(n, v * kLanes); });
+  } else {
+    ForChannelBlocks(0, rows.head_size, block);
+  }
 }
 
 template <int kBits, int kRows>
