@@ -286,7 +286,11 @@ TEST(Errors, AreNamed) {
   EXPECT_NE(too_long.error().message.find("100"), std::string::npos);
   ASSERT_TRUE(session->Prefill(Text(100)));
   EXPECT_EQ(session->Decode(5).error().code, ErrorCode::kTooLong);
-  EXPECT_FALSE(Session::Create(engine, plan, {1 << 20, ""}));
+  // More than the model was trained for is allowed, more than positions can number is not.
+  EXPECT_TRUE(Session::Create(engine, plan, {1 << 20, ""}));
+  EXPECT_EQ(Session::Create(engine, plan, {kMostContextTokens + 1, ""}).error().code,
+            ErrorCode::kInvalidArgument);
+  EXPECT_EQ(Session::Create(engine, plan, {-1, ""}).error().code, ErrorCode::kInvalidArgument);
   auto other = Session::Create(engine, plan);
   EXPECT_FALSE(other->Prefill({}));
   EXPECT_FALSE(other->Decode(5));

@@ -192,7 +192,12 @@ TEST(PlanTest, OtherSchemaVersionIsAMismatch) {
   const auto plan = ParsePlan(Replaced(ToJson(MakePlan()), "\"schema\": 1", "\"schema\": 2"), "p.json");
   ASSERT_FALSE(plan);
   EXPECT_EQ(plan.error().code, ErrorCode::kMismatch);
-  EXPECT_EQ(plan.error().message, "p.json: a plan of schema version 2; this program reads version 1");
+  EXPECT_EQ(plan.error().message,
+            "p.json: a plan of schema version 2; this program reads version 1 and is older than the file");
+  const auto old = ParsePlan(Replaced(ToJson(MakePlan()), "\"schema\": 1", "\"schema\": 0"), "p.json");
+  ASSERT_FALSE(old);
+  EXPECT_EQ(old.error().message,
+            "p.json: a plan of schema version 0; this program reads version 1 (moend solve makes it anew)");
 }
 
 TEST(PlanTest, ProfileTablesMustFit) {
