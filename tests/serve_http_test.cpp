@@ -10,6 +10,7 @@
 namespace moend::serve {
 namespace {
 
+using std::string_literals::operator""s;
 using test::Client;
 using test::Eventually;
 using test::ParseReply;
@@ -46,7 +47,7 @@ TEST(RequestHead, RefusesWhatIsAmbiguousOrStrange) {
   EXPECT_EQ(StatusOf("GET / HTTP/1.1\r\nbad\r\n\r\n"), 400);
   EXPECT_EQ(StatusOf("GET / HTTP/1.1\r\n folded: 1\r\n\r\n"), 400);
   EXPECT_EQ(StatusOf("GET / HTTP/1.1\r\nname : 1\r\n\r\n"), 400);
-  EXPECT_EQ(StatusOf(std::string("GET / HTTP/1.1\r\nname: a\0b\r\n\r\n", 31)), 400);
+  EXPECT_EQ(StatusOf("GET / HTTP/1.1\r\nname: a\0b\r\n\r\n"s), 400);
   EXPECT_EQ(StatusOf("GET / HTTP/1.1\r\nname: a\nb: c\r\n\r\n"), 400);
   EXPECT_EQ(StatusOf(post + "\r\n"), 411);
   EXPECT_EQ(StatusOf(post + "Content-Length: 1\r\nContent-Length: 1\r\n\r\n"), 400);
