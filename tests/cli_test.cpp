@@ -356,6 +356,20 @@ TEST(Solve, AProfileCanBeSolvedForThePromptAtHand) {
   EXPECT_GE(j["kv"]["compression"].get<double>(), 4.0) << r.out;
 }
 
+TEST(Solve, APromptTooShortForTheRatioIsAnsweredNonetheless) {
+  const TemporaryFolder folder;
+  const std::string profile = folder.Write("profile.json", ToJson(MadeProfile()));
+  const ProcessResult r =
+      Moend({"run", "-m", kModel, "-p", "a", "-n", "1", "--profile", profile, "--compression", "14"});
+  EXPECT_EQ(r.code, 0) << r.err;
+  EXPECT_TRUE(Contains(r.err, "too few to be 14x smaller")) << r.err;
+  // What no length allows stays an error, and so does a budget in bytes.
+  ExpectError(Moend({"run", "-m", kModel, "-p", "a", "--profile", profile, "--compression", "5000"}), 1,
+              {"smallest"});
+  ExpectError(Moend({"run", "-m", kModel, "-p", "a", "--profile", profile, "--budget-mib", "0.01"}), 1,
+              {"smallest"});
+}
+
 TEST(Calibrate, SavesResumesAndExplains) {
   const TemporaryFolder folder;
   const std::string output = folder.path("profile.json");

@@ -136,8 +136,18 @@ Expected<Plan> PlanFlags::Make(const Engine& engine, int64_t n_tokens) const {
   if (budget_mib > 0) {
     MOEND_ASSIGN(request.budget_bytes, BudgetBytes(budget_mib));
   }
-  MOEND_ASSIGN(Solution solution, Solve(measured, request));
-  return std::move(solution.plan);
+  auto solution = Solve(measured, request);
+  if (!solution && solution.error().code == ErrorCode::kBudget && budget_mib == 0 &&
+      n_tokens < measured.length) {
+    // The unquantized tokens alone exceed such a share of a short prompt. Its cache is small anyway; what
+    // counts is that a long one gets the ratio.
+    Note(fmt::format("{} tokens are too few to be {:g}x smaller; the plan is for {}", n_tokens, compression,
+                     measured.length));
+    request.context_length = measured.length;
+    solution = Solve(measured, request);
+  }
+  if (!solution) return Forward(solution);
+  return std::move(solution->plan);
 }
 
 TextStyle OutputStyle() {
