@@ -4,23 +4,23 @@
 //   scripts/chain-steps.mjs SUITE.jsonl EVAL.json...
 // A step is right when it takes up the value before it, reads the step of the context and adds rightly (two digits are
 // kept: a sum beyond 0 to 99 moves by 10). Intervals are Wilson's, as if steps were independent.
-import { readFileSync } from 'node:fs';
+import { readFileSync } from "node:fs";
 
 const [suite, ...files] = process.argv.slice(2);
 if (files.length === 0) {
-  console.error('usage: scripts/chain-steps.mjs SUITE.jsonl EVAL.json...');
+  console.error("usage: scripts/chain-steps.mjs SUITE.jsonl EVAL.json...");
   process.exit(2);
 }
 
 const chains = new Map();
-for (const line of readFileSync(suite, 'utf8').split('\n')) {
-  if (line === '') continue;
+for (const line of readFileSync(suite, "utf8").split("\n")) {
+  if (line === "") continue;
   const row = JSON.parse(line);
-  if (row.kind !== 'chains') continue;
+  if (row.kind !== "chains") continue;
   const [, start, n] = /from (\d+) and follow steps 1 to (\d+)/.exec(row.questions[0].input).map(Number);
   const steps = new Map();
   for (const [, k, verb, by] of row.context.matchAll(/Step (\d+): (add|subtract) (\d+)\./g))
-    steps.set(Number(k), verb === 'add' ? Number(by) : -Number(by));
+    steps.set(Number(k), verb === "add" ? Number(by) : -Number(by));
   chains.set(row._id, { start, n, steps });
 }
 
@@ -30,7 +30,7 @@ function judge({ start, n, steps }, text) {
   for (const [, k, from, sign, by, to] of text.matchAll(/Step (\d+): (\d+) ([-+]) (\d+) = (\d+)/g)) {
     last = Number(k);
     if (last > n) break;
-    const change = sign === '+' ? Number(by) : -Number(by);
+    const change = sign === "+" ? Number(by) : -Number(by);
     let sum = Number(from) + change;
     if (sum > 99) sum -= 10;
     if (sum < 0) sum += 10;
@@ -47,11 +47,11 @@ function wilson(k, n) {
   return [centre - half, centre + half].map((x) => (100 * x) / (1 + (z * z) / n));
 }
 
-console.log('| method | ratio | results right | steps right | percent | ended at the last step |');
-console.log('| --- | ---: | ---: | ---: | ---: | ---: |');
+console.log("| method | ratio | results right | steps right | percent | ended at the last step |");
+console.log("| --- | ---: | ---: | ---: | ---: | ---: |");
 for (const file of files) {
-  for (const run of JSON.parse(readFileSync(file, 'utf8')).runs) {
-    const answers = run.answers.filter((a) => a.dataset === 'chain' && chains.has(a.id));
+  for (const run of JSON.parse(readFileSync(file, "utf8")).runs) {
+    const answers = run.answers.filter((a) => a.dataset === "chain" && chains.has(a.id));
     if (answers.length === 0) continue;
     let written = 0, right = 0, complete = 0;
     for (const a of answers) {

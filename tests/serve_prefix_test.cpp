@@ -14,12 +14,14 @@
 #include "moend/serve/prefix_split.h"
 #include "moend/serve/prefix_store.h"
 #include "moend/serve/sha256.h"
+#include "tests/support/process.h"
 #include "tests/support/serve_client.h"
 
 namespace moend::serve {
 namespace {
 
 namespace fs = std::filesystem;
+using moend::test::TemporaryFolder;
 using test::Eventually;
 
 struct BareContext : Context {
@@ -202,18 +204,9 @@ TEST(PrefixNames, AreStableAndTellPrefixesApart) {
   EXPECT_NE(PrefixNames("c", "t", tokens, lengths)[1], names[1]);
 }
 
-struct Folder {
-  Folder() {
-    std::string name = (fs::temp_directory_path() / "moend-serve-XXXXXX").string();
-    path = mkdtemp(name.data());
-  }
-  ~Folder() { fs::remove_all(path); }
-  fs::path path;
-};
-
 TEST(DiskStore, KeepsBytes) {
-  const Folder folder;
-  const auto store = OpenDiskStore(folder.path / "a" / "b", 1 << 20).value();
+  const TemporaryFolder folder;
+  const auto store = OpenDiskStore(folder.path() / "a" / "b", 1 << 20).value();
   const std::vector<std::string> names = {"x/1-a", "x/2-b"};
   EXPECT_EQ(store->FirstPresent(names).value(), std::nullopt);
   EXPECT_EQ(store->Get("x/2-b").error().code, ErrorCode::kNotFound);
@@ -227,47 +220,47 @@ TEST(DiskStore, KeepsBytes) {
 }
 
 TEST(DiskStore, RefusesNamesAndLinksThatLeadOutside) {
-  const Folder folder;
-  const auto store = OpenDiskStore(folder.path / "store", 1 << 20).value();
-  std::ofstream(folder.path / "secret.kv") << "secret";
+  const TemporaryFolder folder;
+  const auto store = OpenDiskStore(folder.path() / "store", 1 << 20).value();
+  std::ofstream(folder.path() / "secret.kv") << "secret";
   for (const char* name : {"../secret", "/etc/passwd", "a/../../secret", "", "a//b"}) {
     EXPECT_FALSE(store->Get(name)) << name;
     EXPECT_FALSE(store->Put(name, "x")) << name;
   }
   EXPECT_FALSE(store->Get(std::string("a\0b", 3)));
-  fs::create_symlink(folder.path / "secret.kv", folder.path / "store" / "link.kv");
+  fs::create_symlink(folder.path() / "secret.kv", folder.path() / "store" / "link.kv");
   EXPECT_FALSE(store->Get("link"));
-  ASSERT_EQ(mkfifo((folder.path / "store" / "pipe.kv").c_str(), 0600), 0);
+  ASSERT_EQ(mkfifo((folder.path() / "store" / "pipe.kv").c_str(), 0600), 0);
   EXPECT_FALSE(store->Get("pipe"));  // does not wait for a writer
 }
 
 TEST(DiskStore, DropsTheOldestAndWhatDeadWritersLeft) {
-  const Folder folder;
-  const auto store = OpenDiskStore(folder.path, 1000).value();
+  const TemporaryFolder folder;
+  const auto store = OpenDiskStore(folder.path(), 1000).value();
   const std::string bytes(400, 'x');
   ASSERT_TRUE(store->Put("a", bytes));
   ASSERT_TRUE(store->Put("b", bytes));
   const auto long_ago = fs::file_time_type::clock::now() - std::chrono::hours(1);
-  fs::last_write_time(folder.path / "a.kv", long_ago);
-  std::ofstream(folder.path / "dead.XX.tmp") << "half";
-  std::ofstream(folder.path / "busy.XX.tmp") << "half";
-  fs::last_write_time(folder.path / "dead.XX.tmp", long_ago);
+  fs::last_write_time(folder.path() / "a.kv", long_ago);
+  std::ofstream(folder.path() / "dead.XX.tmp") << "half";
+  std::ofstream(folder.path() / "busy.XX.tmp") << "half";
+  fs::last_write_time(folder.path() / "dead.XX.tmp", long_ago);
   ASSERT_TRUE(store->Put("c", bytes));
-  EXPECT_FALSE(fs::exists(folder.path / "a.kv"));
-  EXPECT_TRUE(fs::exists(folder.path / "b.kv"));
-  EXPECT_FALSE(fs::exists(folder.path / "dead.XX.tmp"));
-  EXPECT_TRUE(fs::exists(folder.path / "busy.XX.tmp"));
+  EXPECT_FALSE(fs::exists(folder.path() / "a.kv"));
+  EXPECT_TRUE(fs::exists(folder.path() / "b.kv"));
+  EXPECT_FALSE(fs::exists(folder.path() / "dead.XX.tmp"));
+  EXPECT_TRUE(fs::exists(folder.path() / "busy.XX.tmp"));
   EXPECT_EQ(store->Put("d", std::string(1001, 'x')).error().code, ErrorCode::kBudget);
 }
 
 // A writer that is killed at any moment leaves the old content or the new one.
 TEST(DiskStore, SurvivesKillNine) {
-  const Folder folder;
+  const TemporaryFolder folder;
   SavedPrefix a = Sample(), b = Sample();
   a.payload.assign(300000, 'a');
   b.payload.assign(200000, 'b');
   const std::string first = Encode(a), second = Encode(b);
-  const auto store = OpenDiskStore(folder.path, 1 << 30).value();
+  const auto store = OpenDiskStore(folder.path(), 1 << 30).value();
   ASSERT_TRUE(store->Put("p", first));
   std::mt19937 random(3);
   int old_or_new[2] = {0, 0};

@@ -10,22 +10,15 @@
 #include <filesystem>
 
 #include "moend/serve/kv_store.h"
+#include "tests/support/process.h"
 #include "tests/support/serve_client.h"
 
 namespace moend::serve {
 namespace {
 
 namespace fs = std::filesystem;
+using moend::test::TemporaryFolder;
 using test::Eventually;
-
-struct Folder {
-  Folder() {
-    std::string name = (fs::temp_directory_path() / "moend-redis-XXXXXX").string();
-    path = mkdtemp(name.data());
-  }
-  ~Folder() { fs::remove_all(path); }
-  fs::path path;
-};
 
 int FreePort() {
   const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -41,12 +34,12 @@ int FreePort() {
 
 struct RedisServer {
   explicit RedisServer(const std::vector<std::string>& extra = {}) {
-    socket = (folder.path / "redis.sock").string();
+    socket = (folder.path() / "redis.sock").string();
     pid = fork();
     if (pid == 0) {
       std::vector<std::string> words = {
-          "redis-server", "--port", "0",     "--unixsocket",       socket,      "--save",   "",
-          "--appendonly", "no",     "--dir", folder.path.string(), "--logfile", "/dev/null"};
+          "redis-server", "--port", "0",     "--unixsocket",         socket,      "--save",   "",
+          "--appendonly", "no",     "--dir", folder.path().string(), "--logfile", "/dev/null"};
       words.insert(words.end(), extra.begin(), extra.end());
       std::vector<char*> argv;
       for (auto& w : words) argv.push_back(w.data());
@@ -67,7 +60,7 @@ struct RedisServer {
     waitpid(pid, nullptr, 0);
     pid = -1;
   }
-  Folder folder;
+  TemporaryFolder folder;
   std::string socket;
   pid_t pid = -1;
   bool up = false;
