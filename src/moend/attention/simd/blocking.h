@@ -13,10 +13,11 @@ inline constexpr int64_t kFusedRows = 48;
 // Rows whose scores of one page are held at once: while K (or V) of a page stays in the first-level cache.
 inline constexpr int64_t kRowsPerBlock = 48;
 
-// Rows that share the conversion of a page to float32: their queries and outputs, 512 KiB together, stay in
-// the second-level cache.
+// Rows that share the conversion of a page to float32: their queries and outputs, about 512 KiB together,
+// stay in the second-level cache. Rounded up, so that blocks of 512 tokens leave no small rest at common
+// shapes.
 constexpr int64_t RowsPerTile(int64_t head_size) {
-  return 65536 / head_size / kRowsPerBlock * kRowsPerBlock;
+  return (65536 / head_size + kRowsPerBlock - 1) / kRowsPerBlock * kRowsPerBlock;
 }
 
 // Scratch of the fused path, in floats: scores [rows][64], probabilities times V scale [rows][64], scaled

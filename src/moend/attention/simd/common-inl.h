@@ -161,6 +161,11 @@ HWY_INLINE __m256 MaxOp(__m256 a, __m256 b) {
 }
 #endif
 
+// e^r = 1 + r + r^2 g(r) from the highest power down, g = (e^r - 1 - r) / r^2 interpolated in Chebyshev nodes
+// of |r| <= ln(2) / 2.
+constexpr float kExp[7] = {
+    1.392621346632e-3f, 8.363202971576e-3f, 4.1666554437686e-2f, 0.16666576845994f, 0.5f, 1.0f, 1.0f};
+
 // e^x for x <= 88, within 1 ulp where the result is normal, about 0 where it is not; NaN stays NaN.
 HWY_INLINE VF Exp(VF x) {
   const DF df;
@@ -177,13 +182,8 @@ HWY_INLINE VF Exp(VF x) {
   // n * ln 2 in two parts, the first exact in float.
   VF r = hn::NegMulAdd(n, hn::Set(df, 0.693145752f), x);
   r = hn::NegMulAdd(n, hn::Set(df, 1.42860677e-6f), r);
-  // 1 + r + r^2 g(r), g = (e^r - 1 - r) / r^2 interpolated in Chebyshev nodes of |r| <= ln(2) / 2.
-  VF p = hn::MulAdd(hn::Set(df, 1.392621346632e-3f), r, hn::Set(df, 8.363202971576e-3f));
-  p = hn::MulAdd(p, r, hn::Set(df, 4.1666554437686e-2f));
-  p = hn::MulAdd(p, r, hn::Set(df, 0.16666576845994f));
-  p = hn::MulAdd(p, r, hn::Set(df, 0.5f));
-  p = hn::MulAdd(p, r, hn::Set(df, 1.0f));
-  p = hn::MulAdd(p, r, hn::Set(df, 1.0f));
+  VF p = hn::MulAdd(hn::Set(df, kExp[0]), r, hn::Set(df, kExp[1]));
+  MOEND_UNROLL for (int k = 2; k < 7; ++k) p = hn::MulAdd(p, r, hn::Set(df, kExp[k]));
 #if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
   return VF{_mm512_scalef_ps(p.raw, n.raw)};
 #else

@@ -77,6 +77,31 @@ HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float
 
 #elif HWY_TARGET == HWY_AVX2
 
+// Exp() of several vectors in step. One after the other, their dependent instructions fill the scheduler and
+// each waits for its own chain. A bound at which 2^n has become 0 replaces the comparison.
+template <int kVectors>
+HWY_INLINE void ExpInStep(VF (&x)[kVectors]) {
+  const __m256 lowest = _mm256_set1_ps(-88.0f), log2_e = _mm256_set1_ps(1.44269504f);
+  const __m256 ln2_high = _mm256_set1_ps(0.693145752f), ln2_low = _mm256_set1_ps(1.42860677e-6f);
+  __m256 r[kVectors], p[kVectors];
+  __m256i n[kVectors];
+  // The second operand is what max returns of a NaN.
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) r[i] = _mm256_max_ps(lowest, x[i].raw);
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(r[i], log2_e));
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) p[i] = _mm256_cvtepi32_ps(n[i]);
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) r[i] = _mm256_fnmadd_ps(p[i], ln2_high, r[i]);
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) r[i] = _mm256_fnmadd_ps(p[i], ln2_low, r[i]);
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) n[i] =
+      _mm256_slli_epi32(_mm256_add_epi32(n[i], _mm256_set1_epi32(127)), 23);
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) p[i] =
+      _mm256_fmadd_ps(_mm256_set1_ps(kExp[0]), r[i], _mm256_set1_ps(kExp[1]));
+  MOEND_UNROLL for (int k = 2; k < 7; ++k) {
+    const __m256 next = _mm256_set1_ps(kExp[k]);
+    MOEND_UNROLL for (int i = 0; i < kVectors; ++i) p[i] = _mm256_fmadd_ps(p[i], r[i], next);
+  }
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) x[i] = VF{_mm256_mul_ps(p[i], _mm256_castsi256_ps(n[i]))};
+}
+
 // As above; the scores of a row do not fit into registers and are read twice.
 template <int kRows, class Live>
 HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float* max, float* sum,
@@ -110,10 +135,12 @@ HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float
     float* HWY_RESTRICT s = scores + r * kPageTokens;
     const VF row_base = hn::Set(df, bases[r]);
     VF total = hn::Zero(df);
-    MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
-      const VF p = Exp(hn::Sub(hn::LoadU(df, s + v * kLanes), row_base));
-      hn::StoreU(p, df, s + v * kLanes);
-      total = hn::Add(total, p);
+    MOEND_UNROLL for (int v = 0; v < kPageVectors; v += 4) {
+      VF p[4];
+      MOEND_UNROLL for (int i = 0; i < 4; ++i) p[i] = hn::Sub(hn::LoadU(df, s + (v + i) * kLanes), row_base);
+      ExpInStep(p);
+      MOEND_UNROLL for (int i = 0; i < 4; ++i) hn::StoreU(p[i], df, s + (v + i) * kLanes);
+      total = hn::Add(total, hn::Add(hn::Add(p[0], p[1]), hn::Add(p[2], p[3])));
     }
     row[r] = total;
   }

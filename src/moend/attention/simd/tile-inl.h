@@ -43,9 +43,13 @@ HWY_INLINE void WidenK(const uint16_t* HWY_RESTRICT from, int64_t head_size, flo
 // f16 [tokens][head_size] to float32, in the order of VAt.
 HWY_INLINE void WidenV(const uint16_t* HWY_RESTRICT from, int64_t tokens, int64_t head_size,
                        float* HWY_RESTRICT to) {
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t c = 0; c < head_size; c += kLanes)
-      hn::StoreU(LoadHalf(from + t * head_size + c), DF(), to + VAt(head_size, t, c));
+  const int64_t width = kSlab ? kSlab : head_size;
+  for (int64_t c = 0; c < head_size; c += width) {
+    const int64_t end = HWY_MIN(c + width, head_size);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t i = c; i < end; i += kLanes)
+        hn::StoreU(LoadHalf(from + t * head_size + i), DF(), to + VAt(head_size, t, i));
+  }
 }
 
 // K of a page as float32, in the order of KAt.
