@@ -161,36 +161,59 @@ HWY_INLINE __m256 MaxOp(__m256 a, __m256 b) {
 }
 #endif
 
+// n * ln 2 is subtracted in two parts, the first exact in float.
+constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
+
 // e^r = 1 + r + r^2 g(r) from the highest power down, g = (e^r - 1 - r) / r^2 interpolated in Chebyshev nodes
 // of |r| <= ln(2) / 2.
 constexpr float kExp[7] = {
     1.392621346632e-3f, 8.363202971576e-3f, 4.1666554437686e-2f, 0.16666576845994f, 0.5f, 1.0f, 1.0f};
 
 // e^x for x <= 88, within 1 ulp where the result is normal, about 0 where it is not; NaN stays NaN.
+#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
 HWY_INLINE VF Exp(VF x) {
   const DF df;
-  const VF log2_e = hn::Set(df, 1.44269504f);
-#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
   // Scaling by 2^n flushes to 0 by itself; the bound keeps -inf from becoming NaN, and lets NaN pass.
   x = VF{_mm512_max_ps(_mm512_set1_ps(-104.5f), x.raw)};
-  const VF n{_mm512_roundscale_ps(hn::Mul(x, log2_e).raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-#else
-  const VF lowest = hn::Set(df, -87.33f);
-  const auto integer = hn::NearestInt(hn::Mul(hn::Max(x, lowest), log2_e));
-  const VF n = hn::ConvertTo(df, integer);
-#endif
-  // n * ln 2 in two parts, the first exact in float.
-  VF r = hn::NegMulAdd(n, hn::Set(df, 0.693145752f), x);
-  r = hn::NegMulAdd(n, hn::Set(df, 1.42860677e-6f), r);
+  const VF scaled = hn::Mul(x, hn::Set(df, kLog2E));
+  const VF n{_mm512_roundscale_ps(scaled.raw, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  VF r = hn::NegMulAdd(n, hn::Set(df, kLn2High), x);
+  r = hn::NegMulAdd(n, hn::Set(df, kLn2Low), r);
   VF p = hn::MulAdd(hn::Set(df, kExp[0]), r, hn::Set(df, kExp[1]));
   MOEND_UNROLL for (int k = 2; k < 7; ++k) p = hn::MulAdd(p, r, hn::Set(df, kExp[k]));
-#if HWY_TARGET <= HWY_AVX3 && HWY_ARCH_X86
   return VF{_mm512_scalef_ps(p.raw, n.raw)};
-#else
-  const auto power = hn::ShiftLeft<23>(hn::Add(integer, hn::Set(DI(), 127)));
-  return hn::IfThenZeroElse(hn::Lt(x, lowest), hn::Mul(p, hn::BitCast(df, power)));
-#endif
 }
+#else
+// Of several vectors in step: one after the other, the dependent instructions of each would fill the
+// scheduler and wait for their own chain.
+template <int kVectors>
+HWY_INLINE void ExpInStep(VF (&x)[kVectors]) {
+  const DF df;
+  const DI di;
+  const VF lowest = hn::Set(df, -87.33f);
+  hn::Vec<DI> n[kVectors];
+  VF r[kVectors], p[kVectors];
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) n[i] =
+      hn::NearestInt(hn::Mul(hn::Max(x[i], lowest), hn::Set(df, kLog2E)));
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) p[i] = hn::ConvertTo(df, n[i]);
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) r[i] = hn::NegMulAdd(p[i], hn::Set(df, kLn2High), x[i]);
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) r[i] = hn::NegMulAdd(p[i], hn::Set(df, kLn2Low), r[i]);
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) n[i] = hn::ShiftLeft<23>(hn::Add(n[i], hn::Set(di, 127)));
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) p[i] =
+      hn::MulAdd(hn::Set(df, kExp[0]), r[i], hn::Set(df, kExp[1]));
+  MOEND_UNROLL for (int k = 2; k < 7; ++k) {
+    MOEND_UNROLL for (int i = 0; i < kVectors; ++i) p[i] = hn::MulAdd(p[i], r[i], hn::Set(df, kExp[k]));
+  }
+  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) x[i] =
+      hn::IfThenZeroElse(hn::Lt(x[i], lowest), hn::Mul(p[i], hn::BitCast(df, n[i])));
+}
+
+HWY_INLINE VF Exp(VF x) {
+  VF one[1] = {x};
+  ExpInStep(one);
+  return one[0];
+}
+#endif
 
 // Lanes whose token is in `live`; vector v of the page's 64 tokens.
 HWY_INLINE auto LiveLanes(uint64_t live, int v) {

@@ -77,31 +77,6 @@ HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float
 
 #elif HWY_TARGET == HWY_AVX2
 
-// Exp() of several vectors in step. One after the other, their dependent instructions fill the scheduler and
-// each waits for its own chain. A bound at which 2^n has become 0 replaces the comparison.
-template <int kVectors>
-HWY_INLINE void ExpInStep(VF (&x)[kVectors]) {
-  const __m256 lowest = _mm256_set1_ps(-88.0f), log2_e = _mm256_set1_ps(1.44269504f);
-  const __m256 ln2_high = _mm256_set1_ps(0.693145752f), ln2_low = _mm256_set1_ps(1.42860677e-6f);
-  __m256 r[kVectors], p[kVectors];
-  __m256i n[kVectors];
-  // The second operand is what max returns of a NaN.
-  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) r[i] = _mm256_max_ps(lowest, x[i].raw);
-  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(r[i], log2_e));
-  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) p[i] = _mm256_cvtepi32_ps(n[i]);
-  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) r[i] = _mm256_fnmadd_ps(p[i], ln2_high, r[i]);
-  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) r[i] = _mm256_fnmadd_ps(p[i], ln2_low, r[i]);
-  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) n[i] =
-      _mm256_slli_epi32(_mm256_add_epi32(n[i], _mm256_set1_epi32(127)), 23);
-  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) p[i] =
-      _mm256_fmadd_ps(_mm256_set1_ps(kExp[0]), r[i], _mm256_set1_ps(kExp[1]));
-  MOEND_UNROLL for (int k = 2; k < 7; ++k) {
-    const __m256 next = _mm256_set1_ps(kExp[k]);
-    MOEND_UNROLL for (int i = 0; i < kVectors; ++i) p[i] = _mm256_fmadd_ps(p[i], r[i], next);
-  }
-  MOEND_UNROLL for (int i = 0; i < kVectors; ++i) x[i] = VF{_mm256_mul_ps(p[i], _mm256_castsi256_ps(n[i]))};
-}
-
 // As above; the scores of a row do not fit into registers and are read twice.
 template <int kRows, class Live>
 HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float* max, float* sum,
