@@ -59,7 +59,8 @@ struct LoadOptions {
   int n_threads = 0;       // 0: all cores; for fingerprinting only
   bool vocabulary = true;  // load the tokenizer through libllama as well
   // Copy matrices of the types for which ggml has a faster layout on this machine (on x86 Q4_0, IQ4_NL and
-  // most K quants). Costs as much memory as they take in the file; results differ by the order of the sums.
+  // most K quants; with AMX Q8_0 too). Costs as much memory as they take in the file; results differ by the
+  // order of the sums.
   bool repack = true;
 };
 
