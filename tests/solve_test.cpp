@@ -100,6 +100,41 @@ TEST(SolveTest, BitsRoutedUnderOneKeepRatio) {
   for (const Expert& e : solution->plan.layers) EXPECT_EQ(e.keep, solution->plan.layers[0].keep);
 }
 
+TEST(SolveTest, NothingKeepsLessThanAskedFor) {
+  const Profile profile = MakeProfile();
+  for (const Variant variant : kVariants) {
+    SolveRequest request = Request(variant, 4);
+    const auto free = Solve(profile, request);
+    request.min_keep = 0.2;
+    const auto solution = Solve(profile, request);
+    ASSERT_TRUE(free && solution);
+    EXPECT_LE(solution->plan.bytes, solution->plan.budget_bytes);
+    EXPECT_GE(solution->loss, free->loss);
+    for (const Expert& e : solution->plan.layers) EXPECT_GE(e.keep, 0.2);
+    // Without room for that many tokens it says so, with the ratio that would do.
+    request.compression = 200;
+    const auto none = Solve(profile, request);
+    ASSERT_FALSE(none);
+    EXPECT_EQ(none.error().code, ErrorCode::kBudget) << none.error().message;
+  }
+  // A layer that could lose nearly everything is the one that changes.
+  SolveRequest request = Request(Variant::k2dHetero, 14);
+  EXPECT_EQ(Solve(profile, request)->plan.layers[0].keep, 0.1);
+  request.min_keep = 0.25;
+  EXPECT_EQ(Solve(profile, request)->plan.layers[0].keep, 0.25);
+  for (const double wrong : {-0.1, 1.1, std::nan("")}) {
+    request.min_keep = wrong;
+    EXPECT_EQ(Solve(profile, request).error().code, ErrorCode::kInvalidArgument);
+  }
+  Profile evicting = profile;
+  evicting.experts = {{0.1, 4, 4}, {0.5, 4, 4}};
+  for (auto& row : evicting.cells) row.resize(2);
+  request.min_keep = 0.75;
+  const auto none = Solve(evicting, request);
+  ASSERT_FALSE(none);
+  EXPECT_NE(none.error().message.find("0.5"), std::string::npos) << none.error().message;
+}
+
 TEST(SolveTest, FullNeedsNoBudget) {
   const auto solution = Solve(MakeProfile(), Request(Variant::kFull, 0));
   ASSERT_TRUE(solution);

@@ -3,8 +3,8 @@
 import { check, filler, flags, get, memory, metric, random, request, secret, sleep } from "./client.mjs";
 import { startServer } from "./server.mjs";
 
-const f = flags({ moend: "build/moend", model: "models/moend-reference-23m-q8_0.gguf", plan: "", minutes: 60, clients: 12, budget: 128, every: 60 });
-const server = await startServer(f.moend, ["-m", f.model, ...(f.plan ? ["--plan", f.plan] : []), "--metrics", "--kv-budget-mib", String(f.budget)]);
+const f = flags({ moend: "build/moend", model: "models/moend-reference-23m-q8_0.gguf", plan: "", minutes: 60, clients: 12, budget: 128, every: 60, threads: 0 });
+const server = await startServer(f.moend, ["-m", f.model, ...(f.plan ? ["--plan", f.plan] : []), ...(f.threads ? ["-t", String(f.threads)] : []), "--metrics", "--kv-budget-mib", String(f.budget)]);
 const pick = random(17), end = Date.now() + 60000 * f.minutes;
 const count = { asked: 0, right: 0, left: 0, refused: 0, failed: 0, mixed: 0 };
 let latencies = [];

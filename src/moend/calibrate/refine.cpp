@@ -59,11 +59,16 @@ class Search {
                     row);
       const auto own = static_cast<std::size_t>(found - profile_.experts.begin());
       std::vector<Choice> choices;
-      for (std::size_t e = 0; e < profile_.experts.size(); ++e)
+      std::vector<std::size_t> allowed;
+      for (std::size_t e = 0; e < profile_.experts.size(); ++e) {
+        if (profile_.experts[e].keep < options_.min_keep) continue;
         choices.push_back({bytes_[e], losses[row][e]});
+        allowed.push_back(e);
+      }
       // What the solver would choose from, in order of bytes, and the plan's own.
       std::vector<std::size_t>& options = ladder_.emplace_back();
-      for (const Item& item : Undominated(choices)) options.push_back(static_cast<std::size_t>(item.choice));
+      for (const Item& item : Undominated(choices))
+        options.push_back(allowed[static_cast<std::size_t>(item.choice)]);
       if (std::find(options.begin(), options.end(), own) == options.end()) {
         const auto at = std::find_if(options.begin(), options.end(),
                                      [&](std::size_t e) { return bytes_[e] >= bytes_[own]; });

@@ -71,6 +71,7 @@ struct RefineOptions {
   double seconds = 300;  // no further measurement begins after so long
   Rows rows = Rows::kLayers;
   int64_t score_bytes = 0;
+  double min_keep = 0;  // SolveRequest::min_keep
 };
 
 struct Refinement {

@@ -106,9 +106,18 @@ void PlanFlags::AddTo(CLI::App& app) {
   choice("--variant", variant, "with --profile: what is routed", kVariants);
   choice("--solver", solver, "with --profile: how the plan is found", kSolvers);
   choice("--metric", metric, "with --profile: what the plan minimizes", kMetrics);
+  AddMinKeep(app, min_keep)->needs(from_profile);
   app.add_option("--scorer", scorer, "how tokens are chosen instead of the plan's way")
       ->check(CLI::IsMember(ScorerNames()))
       ->type_name("NAME");
+}
+
+CLI::Option* AddMinKeep(CLI::App& app, double& min_keep) {
+  return app
+      .add_option("--min-keep", min_keep,
+                  "no layer or KV head keeps a smaller share of its tokens (for long answers: 0.05)")
+      ->type_name("SHARE")
+      ->check(CLI::Range(0.0, 1.0));
 }
 
 void PlanFlags::Check() const {
@@ -133,6 +142,7 @@ Expected<Plan> PlanFlags::Make(const Engine& engine, int64_t n_tokens) const {
   MOEND_ASSIGN(request.score_bytes, ScoreBytes(scorer.empty() ? measured.scorer : scorer));
   request.context_length = n_tokens;
   request.compression = compression;
+  request.min_keep = min_keep;
   if (budget_mib > 0) {
     MOEND_ASSIGN(request.budget_bytes, BudgetBytes(budget_mib));
   }

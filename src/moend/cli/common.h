@@ -50,7 +50,7 @@ inline const std::vector<std::string> kMetrics = {"kl", "l2"};
 // --plan, or --profile with --compression or --budget-mib and the solver's flags; neither: the full cache.
 struct PlanFlags {
   std::string plan, profile, scorer;
-  double compression = 0, budget_mib = 0;
+  double compression = 0, budget_mib = 0, min_keep = 0;
   std::string variant = "2d_hetero", solver = "exact", metric = "kl";
 
   void AddTo(CLI::App& app);
@@ -58,6 +58,9 @@ struct PlanFlags {
   // A plan for contexts of up to `n_tokens` tokens; made for another model: kMismatch.
   Expected<Plan> Make(const Engine& engine, int64_t n_tokens) const;
 };
+
+// --min-keep, wherever a plan is solved for.
+CLI::Option* AddMinKeep(CLI::App& app, double& min_keep);
 
 // How DescribeProfile() and DescribePlan() should look on this stdout: in colour on a terminal, unless
 // NO_COLOR is set.

@@ -27,7 +27,7 @@ with K 8 bit, V 4 bit; 2d routes the bits of each layer; 2d_hetero routes bits a
 
 struct SolveFlags {
   std::string profile, output;
-  double compression = 0, budget_mib = 0;
+  double compression = 0, budget_mib = 0, min_keep = 0;
   int64_t context_length = 0;
   std::string solver = "exact", metric = "kl", variant = "2d_hetero", scorer;
   MeasureFlags measure;
@@ -55,6 +55,7 @@ Expected<void> Run(const SolveFlags& flags) {
   request.score_bytes = scorer->needs().accumulated ? 4 : 0;
   request.context_length = flags.context_length > 0 ? flags.context_length : profile.length;
   request.compression = flags.compression;
+  request.min_keep = flags.min_keep;
   if (flags.budget_mib > 0) {
     MOEND_ASSIGN(request.budget_bytes, BudgetBytes(flags.budget_mib));
   }
@@ -109,6 +110,7 @@ void AddSolve(CLI::App& app, int& exit_code) {
                    "how the plan chooses tokens; default: as the profile, whose losses were measured with it")
       ->check(CLI::IsMember(ScorerNames()))
       ->type_name("NAME");
+  AddMinKeep(*command, f.min_keep);
   command->add_option("-o,--output", f.output, "the plan; without it, it is only shown")
       ->type_name("PLAN.json");
   f.measure.AddTo(*command);

@@ -142,6 +142,7 @@ Expected<Plan> RunRefine(const MeasureFlags& flags, const Profile& profile, cons
   options.seconds = flags.seconds;
   options.rows = RowsOf(request);
   options.score_bytes = request.score_bytes;
+  options.min_keep = request.min_keep;
   ProgressBar bar("refining", 0);
   auto refined = Refine(trials, profile, plan, options, [&](double share) {
     bar.Update(share);

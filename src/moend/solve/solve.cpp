@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <set>
@@ -37,6 +38,9 @@ Expected<void> Check(const Profile& profile, const SolveRequest& request) {
   if (request.context_length < 1 || request.context_length > kMaxTokens)
     return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens; possible: 1 to {}",
                 request.context_length, kMaxTokens);
+  if (!(request.min_keep >= 0 && request.min_keep <= 1))
+    return Fail(ErrorCode::kInvalidArgument, "a smallest keep ratio of {}; possible: 0 to 1",
+                request.min_keep);
   if (request.variant == Variant::kFull) return {};
   const bool ratio = request.compression != 0, bytes = request.budget_bytes != 0;
   if (ratio == bytes)
@@ -57,6 +61,8 @@ class Job {
         losses_(losses),
         full_bytes_(FullBytes(profile.model, request.context_length)) {
     Plan& plan = solution_.plan;
+    std::ranges::copy_if(profile.experts, std::back_inserter(experts_),
+                         [&](const Expert& e) { return e.keep >= request.min_keep; });
     plan.model = profile.model;
     plan.variant = Name(request.variant);
     plan.scorer = profile.scorer;
@@ -86,10 +92,10 @@ class Job {
         MOEND_TRY(RoutedBits());
         break;
       case Variant::k2dHetero:
-        MOEND_TRY(Routed(profile_.experts));
+        MOEND_TRY(Routed(experts_));
         break;
       case Variant::k2dHeads:
-        MOEND_TRY(Routed(profile_.experts));
+        MOEND_TRY(Routed(experts_));
         MoveHeads();
         break;
     }
@@ -143,7 +149,9 @@ class Job {
 
   // The largest keep ratio that fits, the same for all layers. Bytes grow with it, so it is found by halving.
   Expected<void> Uniform(int k_bits, int v_bits) {
-    int64_t fits = 0, too_large = kKeepSteps + 1, least = 0;
+    const auto smallest = static_cast<int64_t>(std::ceil(request_.min_keep * kKeepSteps));
+    const int64_t none = std::max<int64_t>(smallest - 1, 0);
+    int64_t fits = none, too_large = kKeepSteps + 1, least = 0;
     while (too_large - fits > 1) {
       // The full cache first: with room for it there is nothing to search.
       const int64_t steps = too_large > kKeepSteps ? kKeepSteps : (fits + too_large) / 2;
@@ -151,7 +159,7 @@ class Job {
       MOEND_ASSIGN(least, Bytes());
       (least <= solution_.plan.budget_bytes ? fits : too_large) = steps;
     }
-    if (fits == 0) return TooSmall(least);
+    if (fits == none) return TooSmall(least);
     SetAll({static_cast<double>(fits) / kKeepSteps, k_bits, v_bits});
     return {};
   }
@@ -184,6 +192,10 @@ class Job {
   }
 
   Expected<void> CheckFits(const std::vector<Expert>& experts) const {
+    if (experts.empty())
+      return Fail(ErrorCode::kInvalidArgument,
+                  "no expert of the profile keeps {:g} of the tokens or more; its largest keep ratio is {:g}",
+                  request_.min_keep, profile_.experts.back().keep);
     MOEND_ASSIGN(const std::vector<int64_t> bytes, ExpertBytes(experts));
     const int64_t least = *std::min_element(bytes.begin(), bytes.end());
     const int64_t rows = std::ssize(losses_);
@@ -224,14 +236,14 @@ class Job {
 
   // One of the profile's keep ratios for all layers, any bits in each: the best over the ratios.
   Expected<void> RoutedBits() {
-    MOEND_TRY(CheckFits(profile_.experts));
+    MOEND_TRY(CheckFits(experts_));
     std::set<double> keeps;
-    for (const Expert& expert : profile_.experts) keeps.insert(expert.keep);
+    for (const Expert& expert : experts_) keeps.insert(expert.keep);
     std::optional<Solution> best;
     double lower_bound = std::numeric_limits<double>::infinity();
     for (const double keep : keeps) {
       std::vector<Expert> experts;
-      std::copy_if(profile_.experts.begin(), profile_.experts.end(), std::back_inserter(experts),
+      std::copy_if(experts_.begin(), experts_.end(), std::back_inserter(experts),
                    [keep](const Expert& expert) { return expert.keep == keep; });
       if (!CheckFits(experts)) continue;
       MOEND_TRY(Routed(experts));
@@ -247,6 +259,7 @@ class Job {
   const SolveRequest& request_;
   const Losses& losses_;
   const int64_t full_bytes_;
+  std::vector<Expert> experts_;  // of the profile's those that keep enough
   Solution solution_;
 };
 

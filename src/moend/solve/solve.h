@@ -52,6 +52,10 @@ struct SolveRequest {
   double compression = 0;  // FullBytes(context_length) / compression becomes the budget
   int64_t budget_bytes = 0;
   int64_t score_bytes = 0;  // the scorer's state a slot (LayerBytes)
+  // No layer or KV head keeps a smaller share of its tokens. Layers that look at what is near by lose hardly
+  // anything a token when they forget nearly all else, but each of many generated tokens loses it, in many
+  // layers.
+  double min_keep = 0;
 };
 
 struct Solution {
