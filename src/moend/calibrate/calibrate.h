@@ -25,7 +25,7 @@ struct CalibrateOptions {
   std::string scorer = kDefaultScorer;
   Protected guard;
   int64_t length = 8192;        // tokens of a chunk; fewer when the text is shorter
-  int64_t evaluated = 256;      // of which the last ones are measured
+  int64_t evaluated = 512;      // of which the last ones are measured
   int64_t chunks = 2;           // how many; 0: as many as the texts give
   std::vector<Expert> experts;  // empty: DefaultExperts()
   // Also fill Profile::head_cells. For a single KV head only the parts of each expert are measured, its keep
