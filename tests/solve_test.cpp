@@ -116,6 +116,7 @@ TEST(SolveTest, NothingKeepsLessThanAskedFor) {
     const auto none = Solve(profile, request);
     ASSERT_FALSE(none);
     EXPECT_EQ(none.error().code, ErrorCode::kBudget) << none.error().message;
+    EXPECT_NE(none.error().message.find("keeps 0.2 of"), std::string::npos) << none.error().message;
   }
   // A layer that could lose nearly everything is the one that changes.
   SolveRequest request = Request(Variant::k2dHetero, 14);

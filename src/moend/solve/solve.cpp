@@ -118,8 +118,10 @@ class Job {
     const int64_t budget = solution_.plan.budget_bytes;
     return Fail(
         ErrorCode::kBudget,
-        "a budget of {} bytes ({}x) for {} tokens is below the smallest possible for {}: {} bytes ({}x)",
-        budget, ratio(budget), request_.context_length, Name(request_.variant), least, ratio(least));
+        "a budget of {} bytes ({}x) for {} tokens is below the smallest possible for {}{}: {} bytes ({}x)",
+        budget, ratio(budget), request_.context_length, Name(request_.variant),
+        request_.min_keep > 0 ? fmt::format(" that keeps {:g} of the tokens or more", request_.min_keep) : "",
+        least, ratio(least));
   }
 
   // Gives every layer the expert and predicts its loss; a profile without such bits predicts nothing.
