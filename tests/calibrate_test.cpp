@@ -151,6 +151,49 @@ TEST(Calibrate, HeadsAreMeasuredAlone) {
   EXPECT_EQ(parsed->head_cells[5][0].kl, p.head_cells[5][0].kl);
 }
 
+TEST(Calibrate, AutoTakesTheScorerThatClearlyLosesLess) {
+  const TinyEngine tiny;
+  CalibrateOptions options = Options();
+  options.experts = {{0.05, 16, 16}, {0.3, 16, 16}, {1.0, 4, 4}};
+  const auto chunks = Chunks(2);
+  // The first chunk decides.
+  const auto with = [&](const char* scorer, int64_t n) {
+    CalibrateOptions o = options;
+    o.scorer = scorer;
+    return MustCalibrate(tiny.engine, std::span(chunks).first(static_cast<std::size_t>(n)), o);
+  };
+  const Profile first[] = {with("keydiff", 1), with("expected", 1)};
+  const Profile both[] = {with("keydiff", 2), with("expected", 2)};
+  const Profile chosen = with(kAutoScorer, 2);
+  std::string names;
+  for (std::size_t l = 0; l < 3; ++l) {
+    const auto mean = [&](const Profile& p) {
+      return (std::log(std::max(1e-5, p.cells[l][0].kl)) + std::log(std::max(1e-5, p.cells[l][1].kl))) / 2;
+    };
+    const bool other = mean(first[1]) < mean(first[0]) - std::log(1.5);
+    names += (l > 0 ? "," : "") + std::string(other ? "expected" : "keydiff");
+    for (std::size_t e = 0; e < chosen.experts.size(); ++e) {
+      EXPECT_EQ(chosen.cells[l][e].kl, both[other].cells[l][e].kl) << "layer " << l;
+      EXPECT_EQ(chosen.cells[l][e].l2, both[other].cells[l][e].l2) << "layer " << l;
+    }
+  }
+  const bool same = names.find(names.substr(0, 7) == "keydiff" ? "expected" : "keydiff") == std::string::npos;
+  EXPECT_EQ(chosen.scorer, same ? names.substr(0, names.find(',')) : names);
+
+  // Resumed, the choice stays; with another scorer it is refused.
+  options.scorer = kAutoScorer;
+  Profile saved = MustCalibrate(tiny.engine, std::span(chunks).first(1), options);
+  EXPECT_EQ(saved.scorer, chosen.scorer);
+  const Profile resumed = MustCalibrate(tiny.engine, chunks, options, saved);
+  EXPECT_EQ(resumed.scorer, chosen.scorer);
+  for (std::size_t l = 0; l < 3; ++l) EXPECT_DOUBLE_EQ(resumed.cells[l][0].kl, chosen.cells[l][0].kl);
+  options.scorer = "streaming";
+  EXPECT_EQ(Calibrate(tiny.engine, chunks, options, saved, {}, {}).error().code, ErrorCode::kMismatch);
+  options.scorer = kAutoScorer;
+  saved.scorer = "streaming";
+  EXPECT_EQ(Calibrate(tiny.engine, chunks, options, saved, {}, {}).error().code, ErrorCode::kMismatch);
+}
+
 TEST(Calibrate, ResumesWhereItWasStopped) {
   const TinyEngine tiny;
   const CalibrateOptions options = Options();

@@ -82,6 +82,15 @@ TEST(DescribeTest, ProfileSaysHowItWasMeasured) {
   EXPECT_NE(text.find("keep 50%: kl 3x, l2 1.73x"), std::string::npos) << text;
 }
 
+TEST(DescribeTest, ScorersOfLayersAreRanges) {
+  Profile profile = MakeProfile(3, {0.5, 1.0});
+  profile.scorer = "keydiff,expected,expected,keydiff,expected";
+  EXPECT_NE(DescribeProfile(profile).find("scorer expected 1-2 4, keydiff 0 3;"), std::string::npos);
+  Plan plan = MakePlan();
+  plan.scorer = "h2o,h2o";
+  EXPECT_NE(DescribePlan(plan).find("scorer h2o 0-1"), std::string::npos);
+}
+
 TEST(DescribeTest, ShadesDarkenWithTheLoss) {
   const std::string row = LineWith(DescribeProfile(MakeProfile(1, {0.5, 1.0})), "layer 0").substr(11);
   const std::string shades = " .:-=+*#%@";

@@ -253,6 +253,44 @@ TEST(Eviction, BudgetHoldsThroughALongGeneration) {
   }
 }
 
+// Prefill attends to everything, so that what a layer evicts depends on its own scorer only.
+TEST(Eviction, EachLayerHasItsOwnScorer) {
+  auto engine = MakeEngine(Reference());
+  const Plan plan = Uniform(*engine, {0.2, 4, 3});
+  const auto tokens = Text(900);
+  std::string names;
+  for (int64_t l = 0; l < engine->model().hparams().n_layers; ++l)
+    names += std::string(l > 0 ? "," : "") + (l % 2 > 0 ? "expected" : "keydiff");
+  const auto kept = [&](const std::string& scorer) {
+    auto session = Session::Create(engine, plan, {0, scorer});
+    EXPECT_TRUE(session && session->Prefill(tokens)) << scorer;
+    std::vector<std::vector<uint32_t>> all;
+    for (const LayerCache& cache : session->impl().caches) all.push_back(cache.positions(0));
+    EXPECT_TRUE(session->Decode(tokens[0]));
+    return all;
+  };
+  const auto mixed = kept(names), keydiff = kept("keydiff"), expected = kept("expected");
+  const auto heads = static_cast<std::size_t>(engine->model().hparams().n_kv_heads);
+  ASSERT_EQ(mixed.size(), keydiff.size());
+  for (std::size_t i = 0; i < mixed.size(); ++i) {
+    EXPECT_EQ(mixed[i], i / heads % 2 > 0 ? expected[i] : keydiff[i]) << "cache " << i;
+    EXPECT_NE(keydiff[i], expected[i]);
+  }
+  // The same through a capture, and a second turn evicts as well.
+  const std::string scorers[] = {names};
+  auto capture = KvCapture::Create(engine, tokens, scorers);
+  ASSERT_TRUE(capture) << capture.error().message;
+  auto captured = SessionFromCapture(engine, plan, *capture, {0, names});
+  ASSERT_TRUE(captured) << captured.error().message;
+  for (std::size_t i = 0; i < mixed.size(); ++i)
+    EXPECT_EQ(captured->impl().caches[i].positions(0), mixed[i]) << "cache " << i;
+  EXPECT_TRUE(captured->Prefill(Text(300)));
+  const auto wrong = Session::Create(engine, plan, {0, "keydiff,expected"});
+  ASSERT_FALSE(wrong);
+  EXPECT_EQ(wrong.error().code, ErrorCode::kMismatch);
+  EXPECT_NE(wrong.error().message.find("2 layers"), std::string::npos) << wrong.error().message;
+}
+
 TEST(Capture, GivesTheSameSessionAsAPrefill) {
   auto engine = MakeEngine(Reference());
   const auto tokens = Text(900);

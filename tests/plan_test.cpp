@@ -106,6 +106,21 @@ TEST(PlanTest, RoundTripIsExact) {
   ExpectEqual(*without, plan);
 }
 
+TEST(PlanTest, AScorerForEachLayerIsRead) {
+  Plan plan = MakePlan();
+  plan.scorer = "keydiff";
+  for (int l = 1; l < 200; ++l) plan.scorer += ",expected";
+  auto parsed = ParsePlan(ToJson(plan), "p");
+  ASSERT_TRUE(parsed) << parsed.error().message;
+  EXPECT_EQ(parsed->scorer, plan.scorer);
+  Profile profile = MakeProfile();
+  profile.scorer = plan.scorer;
+  EXPECT_EQ(ParseProfile(ToJson(profile), "p")->scorer, plan.scorer);
+  plan.scorer = profile.scorer = std::string(kLongestScorer + 1, 'x');
+  EXPECT_FALSE(ParsePlan(ToJson(plan), "p"));
+  EXPECT_FALSE(ParseProfile(ToJson(profile), "p"));
+}
+
 TEST(PlanTest, UnfinishedProfileIsRead) {
   Profile p = MakeProfile();
   p.chunks = 0;

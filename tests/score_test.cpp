@@ -157,6 +157,30 @@ TEST(ScorerTest, NamesAreListedWhenOneIsUnknown) {
   for (const auto& name : names) EXPECT_NE(unknown.error().message.find(name), std::string::npos);
 }
 
+TEST(ScorerTest, OneOfAListIsForEachLayer) {
+  const auto scorer = MakeScorer("keydiff,expected,h2o");
+  ASSERT_TRUE(scorer) << scorer.error().message;
+  EXPECT_EQ((*scorer)->name(), "keydiff,expected,h2o");
+  EXPECT_EQ((*scorer)->layers(), 3);
+  const char* names[] = {"keydiff", "expected", "h2o"};
+  ScorerNeeds all;
+  for (int64_t l = 0; l < 3; ++l) {
+    EXPECT_EQ((*scorer)->of_layer(l).name(), names[l]);
+    all = Union(all, (*MakeScorer(names[l]))->needs());
+  }
+  EXPECT_EQ((*scorer)->needs().observed_queries, all.observed_queries);
+  EXPECT_TRUE((*scorer)->needs().accumulated);
+  EXPECT_EQ((*scorer)->needs().query_stats, all.query_stats);
+  EXPECT_EQ(ShortScorerName("keydiff,expected,h2o"), "by layer");
+  // A single one is for any layer.
+  const auto one = MakeScorer("h2o");
+  EXPECT_EQ((*one)->layers(), 0);
+  EXPECT_EQ(&(*one)->of_layer(7), one->get());
+  EXPECT_EQ(ShortScorerName("h2o"), "h2o");
+  for (const char* wrong : {"keydiff,best", "keydiff,", ",keydiff", ","})
+    EXPECT_EQ(MakeScorer(wrong).error().code, ErrorCode::kNotFound) << wrong;
+}
+
 TEST(ScorerTest, ScoresAreFiniteForAnyLength) {
   for (const auto& name : ScorerNames()) {
     for (const int64_t n : {0, 1, 2, 31, 32, 33, 63, 64, 65, 200}) {

@@ -1,5 +1,7 @@
 #include "moend/calibrate/calibrate.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
 #include <mutex>
@@ -14,15 +16,19 @@ namespace {
 // Fills the cells of one chunk.
 class Calibrator {
  public:
-  Calibrator(Engine::Impl& machine, const CalibrateOptions& options, const Scorer& scorer)
+  // `choose`: the first chunk chooses among AutoScorers(), whose needs `scorer` has.
+  Calibrator(Engine::Impl& machine, const CalibrateOptions& options, std::unique_ptr<Scorer> scorer,
+             bool choose)
       : machine_(machine),
         hp_(machine.model->hparams()),
         options_(options),
-        needs_(scorer.needs()),
-        probe_(machine, scorer, options.guard) {}
+        needs_(scorer->needs()),
+        choose_(choose),
+        scorer_(std::move(scorer)),
+        probe_(machine, *scorer_, options.guard) {}
 
-  // Adds to the cells of `sums`, and to sums.queries what it read. `tick` gets the share of the chunk done
-  // and may stop.
+  // Adds to the cells of `sums`, and to sums.queries what it read; sets sums.scorer where it chooses. `tick`
+  // gets the share of the chunk done and may stop.
   Expected<void> Measure(std::span<const int32_t> tokens, Profile& sums,
                          const std::function<bool(double)>& tick) {
     const auto read = [&](double share) { return !tick || tick(kReadShare * share); };
@@ -35,14 +41,23 @@ class Calibrator {
     const std::vector<Expert> parts = options_.heads ? Parts() : std::vector<Expert>();
     const double per_layer = static_cast<double>(options_.experts.size()) +
                              static_cast<double>(parts.size()) * static_cast<double>(hp_.n_kv_heads);
+    const std::vector<double> keeps = choose_ ? Keeps() : std::vector<double>();
+    const double choices = static_cast<double>(keeps.size() * AutoScorers().size());
     double work = 0, done = 0;
-    for (int64_t l = 0; l < hp_.n_layers; ++l) work += LayerWork(l) * per_layer;
+    for (int64_t l = 0; l < hp_.n_layers; ++l) work += LayerWork(l) * (per_layer + choices);
     const auto finished = [&](int64_t l) -> Expected<void> {
       done += LayerWork(l);
       if (tick && !tick(kReadShare + (1 - kReadShare) * done / work))
         return Fail(ErrorCode::kCancelled, "the calibration was stopped");
       return {};
     };
+    if (choose_) {
+      MOEND_ASSIGN(sums.scorer, Choose(keeps, finished));
+      MOEND_ASSIGN(auto chosen, MakeScorer(sums.scorer));
+      probe_.Use(*chosen);
+      scorer_ = std::move(chosen);
+      choose_ = false;
+    }
     for (int64_t l = 0; l < hp_.n_layers; ++l) {
       for (std::size_t e = 0; e < options_.experts.size(); ++e) {
         const std::vector<Expert> all(static_cast<std::size_t>(hp_.n_kv_heads), options_.experts[e]);
@@ -68,6 +83,52 @@ class Calibrator {
 
  private:
   static constexpr double kReadShare = 0.1;  // of a chunk's time, for the progress bar only
+  // How many times less another scorer must lose before it takes the place of the first. In layers where two
+  // lose about alike, which one wins on a chunk is chance.
+  static constexpr double kClearlyLess = 1.5;
+
+  // The keep ratios that evict.
+  std::vector<double> Keeps() const {
+    std::vector<double> keeps;
+    for (const Expert& e : options_.experts)
+      if (e.keep < 1 && (keeps.empty() || keeps.back() != e.keep)) keeps.push_back(e.keep);
+    return keeps;
+  }
+
+  // A name for each layer, or one for all.
+  Expected<std::string> Choose(const std::vector<double>& keeps,
+                               const std::function<Expected<void>(int64_t)>& finished) {
+    const auto names = AutoScorers();
+    std::vector<std::string> chosen;
+    for (int64_t l = 0; l < hp_.n_layers; ++l) {
+      std::vector<double> losses;
+      for (const std::string_view name : names) {
+        MOEND_ASSIGN(const auto candidate, MakeScorer(name));
+        probe_.Use(*candidate);
+        MOEND_ASSIGN(losses.emplace_back(), LogLoss(l, keeps, finished));
+        probe_.Use(*scorer_);
+      }
+      const auto best = std::min_element(losses.begin(), losses.end()) - losses.begin();
+      const bool clear = losses[static_cast<std::size_t>(best)] < losses[0] - std::log(kClearlyLess);
+      chosen.emplace_back(names[clear ? static_cast<std::size_t>(best) : 0]);
+    }
+    const bool same = std::ranges::all_of(chosen, [&](const auto& n) { return n == chosen[0]; });
+    return same ? chosen[0] : fmt::format("{}", fmt::join(chosen, ","));
+  }
+
+  // Mean of log kl when layer l is evicted, at 16 bit.
+  Expected<double> LogLoss(int64_t l, const std::vector<double>& keeps,
+                           const std::function<Expected<void>(int64_t)>& finished) {
+    constexpr double kLeast = 1e-5;  // below it a loss is rounding
+    double sum = 0;
+    for (const double keep : keeps) {
+      const std::vector<Expert> heads(static_cast<std::size_t>(hp_.n_kv_heads), Expert{keep, 16, 16});
+      MOEND_ASSIGN(const ProfileCell cell, probe_.MeasureLayer(l, heads));
+      sum += std::log(std::max(kLeast, cell.kl));
+      MOEND_TRY(finished(l));
+    }
+    return keeps.empty() ? 0 : sum / static_cast<double>(keeps.size());
+  }
 
   // What the experts are made of: each keep ratio at 16 bit, each pair of bits with every token kept.
   std::vector<Expert> Parts() const {
@@ -101,8 +162,22 @@ class Calibrator {
   const HyperParams& hp_;
   const CalibrateOptions& options_;
   const ScorerNeeds needs_;
+  bool choose_;
+  std::unique_ptr<Scorer> scorer_;
   Probe probe_;
 };
+
+constexpr std::string_view kAutoScorers[] = {"keydiff", "expected"};
+
+bool MadeByAuto(std::string_view names) {
+  for (std::size_t begin = 0; begin <= names.size();) {
+    const std::size_t end = std::min(names.find(',', begin), names.size());
+    if (std::ranges::find(kAutoScorers, names.substr(begin, end - begin)) == std::end(kAutoScorers))
+      return false;
+    begin = end + 1;
+  }
+  return true;
+}
 
 Expected<void> CheckResumable(const Profile& have, const Profile& want) {
   MOEND_TRY(CheckSameModel(have.model, want.model, "the unfinished profile"));
@@ -112,7 +187,8 @@ Expected<void> CheckResumable(const Profile& have, const Profile& want) {
         "the profile was started with another {}; calibrate into another file, or with the same options",
         what);
   };
-  if (have.scorer != want.scorer) return differs("scorer");
+  if (want.scorer == kAutoScorer ? !MadeByAuto(have.scorer) : have.scorer != want.scorer)
+    return differs("scorer");
   if (have.guard != want.guard) return differs("sinks or window");
   if (have.length != want.length) return differs("chunk length");
   if (have.evaluated != want.evaluated) return differs("number of evaluated tokens");
@@ -136,6 +212,10 @@ void MixIn(std::vector<std::vector<ProfileCell>>& mean, const std::vector<std::v
 }
 
 }  // namespace
+
+std::span<const std::string_view> AutoScorers() {
+  return kAutoScorers;
+}
 
 std::vector<Expert> DefaultExperts() {
   using Bits = std::pair<int, int>;
@@ -211,7 +291,10 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   CalibrateOptions options = given;
   if (options.experts.empty()) options.experts = DefaultExperts();
   std::sort(options.experts.begin(), options.experts.end());
-  MOEND_ASSIGN(const auto scorer, MakeScorer(options.scorer));
+  const bool chooses = options.scorer == kAutoScorer && profile.cells.empty();
+  MOEND_ASSIGN(auto scorer, MakeScorer(chooses ? fmt::format("{}", fmt::join(AutoScorers(), ","))
+                                       : options.scorer == kAutoScorer ? profile.scorer
+                                                                       : options.scorer));
   Profile wanted;
   wanted.model = engine->fingerprint();
   wanted.scorer = options.scorer;
@@ -229,11 +312,12 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
     profile = wanted;
   } else {
     MOEND_TRY(CheckResumable(profile, wanted));
+    wanted.scorer = profile.scorer;
     profile.chunks_wanted = std::max(profile.chunks, wanted.chunks_wanted);
   }
   Engine::Impl& machine = engine->impl();
   const std::scoped_lock lock(machine.reading, machine.busy);
-  Calibrator calibrator(machine, options, *scorer);
+  Calibrator calibrator(machine, options, std::move(scorer), chooses);
   const auto n_chunks = static_cast<int64_t>(chunks.size());
   for (int64_t c = profile.chunks; c < n_chunks; ++c) {
     Profile sums = wanted;
@@ -247,6 +331,7 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
     MixIn(profile.cells, sums.cells, profile.chunks);
     MixIn(profile.head_cells, sums.head_cells, profile.chunks);
     profile.queries = sums.queries;
+    profile.scorer = wanted.scorer = sums.scorer;
     ++profile.chunks;
     if (save) MOEND_TRY(save(profile));
   }

@@ -14,6 +14,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "moend/engine/engine.h"
@@ -21,8 +22,14 @@
 
 namespace moend {
 
+// Chooses a scorer for each layer: the first of AutoScorers(), or another one with which evicting that layer
+// at 16 bit loses clearly less on the first chunk (geometric mean of kl over the keep ratios).
+// Profile::scorer then names one for each layer, or the one that all layers have.
+inline constexpr const char* kAutoScorer = "auto";
+std::span<const std::string_view> AutoScorers();
+
 struct CalibrateOptions {
-  std::string scorer = kDefaultScorer;
+  std::string scorer = kDefaultScorer;  // a name of MakeScorer(), or kAutoScorer
   Protected guard;
   int64_t length = 8192;        // tokens of a chunk; fewer when the text is shorter
   int64_t evaluated = 512;      // of which the last ones are measured

@@ -38,7 +38,14 @@ bool IsFull(std::span<const Expert> heads) {
 }  // namespace
 
 Probe::Probe(Engine::Impl& machine, const Scorer& scorer, const Protected& guard)
-    : machine_(machine), hp_(machine.model->hparams()), scorer_(scorer), guard_(guard) {}
+    : machine_(machine), hp_(machine.model->hparams()), scorer_(&scorer), guard_(guard) {}
+
+void Probe::Use(const Scorer& scorer) {
+  scorer_ = &scorer;
+  for (auto& scores : scores_) scores.clear();
+  caches_.clear();
+  last_plan_.clear();
+}
 
 Expected<void> Probe::Read(std::span<const int32_t> tokens, int64_t tail_tokens, const Progress& tick) {
   const auto n = static_cast<int64_t>(tokens.size());
@@ -58,7 +65,7 @@ Expected<void> Probe::Read(std::span<const int32_t> tokens, int64_t tail_tokens,
   float* tail = hidden.data() + context_ * hp_.n_embd;
   for (int64_t l = 0; l < hp_.n_layers; ++l) {
     MOEND_ASSIGN(auto scratch, LayerScratch::Create(nullptr, {hp_.n_kv_heads, hp_.head_size}, hp_.n_heads, n,
-                                                    context_, scorer_.needs()));
+                                                    context_, scorer_->needs()));
     layers_.push_back(std::move(scratch));
     machine_.prefill->Begin({}, &layers_.back());
     tap.BeginLayer();
@@ -104,7 +111,8 @@ Expected<LayerScratch*> Probe::EmptyTail() {
 Expected<const std::vector<std::vector<float>>*> Probe::Scores(int64_t layer) {
   const auto li = static_cast<std::size_t>(layer);
   if (scores_[li].empty()) {
-    const LayerScorer scorer(scorer_, model_ ? model_->layer(layer) : std::span<const HeadQueries>());
+    const LayerScorer scorer(scorer_->of_layer(layer),
+                             model_ ? model_->layer(layer) : std::span<const HeadQueries>());
     MOEND_ASSIGN(scores_[li], ScoreScratch(*machine_.compute, layers_[li], context_, scorer));
   }
   return &scores_[li];
@@ -127,8 +135,9 @@ Expected<ProfileCell> Probe::MeasureLayer(int64_t layer, std::span<const Expert>
   if (IsFull(heads)) return cell;
   MOEND_ASSIGN(const auto* scores, Scores(layer));
   MOEND_ASSIGN(const auto rotations, machine_.Rotations(layer));
-  MOEND_ASSIGN(const auto caches, CompressScratch(*machine_.compute, std::make_shared<Ledger>(), layers_[li],
-                                                  context_, heads, guard_, rotations, scorer_, scores));
+  MOEND_ASSIGN(const auto caches,
+               CompressScratch(*machine_.compute, std::make_shared<Ledger>(), layers_[li], context_, heads,
+                               guard_, rotations, scorer_->of_layer(layer), scores));
   std::vector<float> hidden = inputs_[li];
   MOEND_ASSIGN(LayerScratch* const tail, EmptyTail());
   machine_.prefill->Begin(caches, tail);
@@ -170,7 +179,7 @@ Expected<std::vector<LayerCache>> Probe::TakeCaches(int64_t layer, std::span<con
   MOEND_ASSIGN(const auto* scores, Scores(layer));
   MOEND_ASSIGN(const auto rotations, machine_.Rotations(layer));
   return CompressScratch(*machine_.compute, ledger_, layers_[static_cast<std::size_t>(layer)], context_,
-                         heads, guard_, rotations, scorer_, scores);
+                         heads, guard_, rotations, scorer_->of_layer(layer), scores);
 }
 
 void Probe::KeepCaches(int64_t layer, std::span<const Expert> heads, std::vector<LayerCache> caches) {

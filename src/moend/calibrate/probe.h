@@ -20,6 +20,8 @@ class Probe {
   // The caller holds the machine (its `reading` and `busy`) whenever it calls anything here. References are
   // borrowed.
   Probe(Engine::Impl& machine, const Scorer& scorer, const Protected& guard);
+  // Measure with this one from now on; it needs no more than the one that Read() was called with.
+  void Use(const Scorer& scorer);
 
   // At most half of the tokens become the tail. `tick` gets the share done and may stop it (kCancelled).
   Expected<void> Read(std::span<const int32_t> tokens, int64_t tail, const Progress& tick);
@@ -53,7 +55,7 @@ class Probe {
 
   Engine::Impl& machine_;
   const HyperParams& hp_;
-  const Scorer& scorer_;
+  const Scorer* scorer_;
   const Protected guard_;
   int64_t context_ = 0, tail_ = 0;
   std::vector<LayerScratch> layers_;                     // all tokens, nothing compressed

@@ -99,7 +99,7 @@ Expected<void> RunPaper(const CalibrateFlags& flags) {
     return Fail(ErrorCode::kInvalidArgument, "{} has {} tokens; --paper takes the first {}", flags.files[0],
                 text.size(), kPaperTokens);
   MOEND_ASSIGN(Profile profile, CalibrateLikePaper(*engine, std::span(text).first(kPaperTokens)));
-  profile.scorer = flags.options.scorer;
+  profile.scorer = flags.options.scorer == kAutoScorer ? kDefaultScorer : flags.options.scorer;
   profile.guard = flags.options.guard;
   MOEND_TRY(WriteFileAtomically(flags.output, ToJson(profile)));
   Note(fmt::format("wrote {}; it has no KL: moend solve {} --metric l2 -c TOKENS ...", flags.output,
@@ -183,9 +183,14 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->check(CLI::Range(int64_t{1}, kMost))
       ->type_name("N");
-  command->add_option("--scorer", f.options.scorer, "how tokens are chosen")
+  std::vector<std::string> scorers = ScorerNames();
+  scorers.insert(scorers.begin(), kAutoScorer);
+  f.options.scorer = kAutoScorer;
+  command
+      ->add_option("--scorer", f.options.scorer,
+                   "how tokens are chosen; auto: for each layer by the better one of keydiff and expected")
       ->capture_default_str()
-      ->check(CLI::IsMember(ScorerNames()))
+      ->check(CLI::IsMember(std::move(scorers)))
       ->type_name("NAME");
   command->add_option("--keep", f.keeps, "shares of the tokens to try, as 0.1,0.25,1")
       ->delimiter(',')

@@ -64,7 +64,7 @@ struct Session::Impl {
   }
   std::vector<Expert> experts(int64_t layer) const;  // one a KV head
   LayerScorer scorer_of(int64_t layer) const {
-    LayerScorer of(*scorer, queries ? queries->layer(layer) : std::span<const HeadQueries>());
+    LayerScorer of(scorer->of_layer(layer), queries ? queries->layer(layer) : std::span<const HeadQueries>());
     of.shares = plan.adaptive_heads;
     return of;
   }

@@ -43,6 +43,9 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
                 options.n_ctx, kMostContextTokens);
   impl->n_ctx = options.n_ctx ? options.n_ctx : hp.n_ctx_train;
   MOEND_ASSIGN(impl->scorer, MakeScorer(options.scorer.empty() ? plan.scorer : options.scorer));
+  if (const int64_t made_for = impl->scorer->layers(); made_for > 0 && made_for != hp.n_layers)
+    return Fail(ErrorCode::kMismatch, "the plan names a scorer for each of {} layers; the model has {}",
+                made_for, hp.n_layers);
   if (impl->scorer->needs().query_stats && Evicts(plan)) {
     MOEND_ASSIGN(impl->queries, MakeQueryModel(engine->model(), plan.queries));
   }
@@ -53,7 +56,7 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
     MOEND_ASSIGN(const auto rotations, impl->machine().Rotations(l));
     const std::vector<Expert> experts = impl->experts(l);
     for (std::size_t h = 0; h < experts.size(); ++h) {
-      const bool keep_scores = impl->scorer->needs().accumulated && experts[h].keep < 1;
+      const bool keep_scores = impl->scorer->of_layer(l).needs().accumulated && experts[h].keep < 1;
       MOEND_ASSIGN(auto cache, LayerCache::Create(impl->ledger, {1, hp.head_size}, experts[h], plan.guard,
                                                   keep_scores, rotations[h]));
       impl->caches.push_back(std::move(cache));
@@ -97,7 +100,7 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
     }
     MOEND_TRY(AppendScratch(*machine.compute, heads, done));
     for (int64_t h = 0; evict && h < hp.n_kv_heads; ++h)
-      MOEND_TRY(EvictExcess(heads[static_cast<std::size_t>(h)], *s.scorer, done.observed(h),
+      MOEND_TRY(EvictExcess(heads[static_cast<std::size_t>(h)], s.scorer->of_layer(l), done.observed(h),
                             s.scorer_of(l).head(h)));
     return {};
   };
@@ -166,8 +169,8 @@ Expected<void> Session::Impl::EvictAll() {
   MOEND_TRY(machine().compute->ParallelFor(static_cast<int64_t>(caches.size()), [&](int64_t i, int) {
     QueryRows observed{nullptr, 0, group};
     if (rows > 0) observed = {ring.queries.data() + i * ring.window * group * hp.head_size, rows, group};
-    results[static_cast<std::size_t>(i)] =
-        EvictExcess(caches[static_cast<std::size_t>(i)], *scorer, observed, queries_of(i));
+    results[static_cast<std::size_t>(i)] = EvictExcess(
+        caches[static_cast<std::size_t>(i)], scorer->of_layer(i / hp.n_kv_heads), observed, queries_of(i));
   }));
   ring = {};
   for (auto& r : results)
@@ -284,8 +287,7 @@ Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<
   ScorerNeeds needs;
   for (const std::string& name : scorers) {
     MOEND_ASSIGN(auto scorer, MakeScorer(name));
-    needs.observed_queries = std::max(needs.observed_queries, scorer->needs().observed_queries);
-    needs.accumulated = needs.accumulated || scorer->needs().accumulated;
+    needs = Union(needs, scorer->needs());
   }
   Engine::Impl& machine = engine->impl();
   const std::scoped_lock lock(machine.reading, machine.busy);

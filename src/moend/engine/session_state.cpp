@@ -59,7 +59,7 @@ Expected<void> RecompressSession(Session& session, const Plan& plan) {
       MOEND_ASSIGN(cache, cache.Repack(expert));
     }
     // Nobody is asking anything just now: the scorer goes by what it keeps with the cache.
-    MOEND_TRY(EvictExcess(cache, *s.scorer, QueryRows{nullptr, 0, 1}, s.queries_of(i)));
+    MOEND_TRY(EvictExcess(cache, s.scorer->of_layer(i / n_heads), QueryRows{nullptr, 0, 1}, s.queries_of(i)));
   }
   const std::string scorer = s.plan.scorer;
   s.plan = plan;

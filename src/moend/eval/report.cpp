@@ -5,6 +5,7 @@
 
 #include "moend/eval/report_assets.h"
 #include "moend/eval/text.h"
+#include "moend/score/scorer.h"
 
 namespace moend::eval {
 namespace {
@@ -41,7 +42,7 @@ Json WriteSuite(const Results& results) {
     Json datasets = Json::object();
     for (const auto& [name, estimate] : Summarize(run)) datasets[name] = Write(estimate);
     runs.push_back({{"variant", run.variant},
-                    {"scorer", run.scorer},
+                    {"scorer", ShortScorerName(run.scorer)},
                     {"compression", run.compression},
                     {"ratio", run.ratio()},
                     {"kv_bytes", run.kv_bytes()},

@@ -6,6 +6,7 @@
 
 #include "moend/base/file.h"
 #include "moend/plan/json_fields.h"
+#include "moend/score/scorer.h"
 
 namespace moend::eval {
 namespace {
@@ -168,7 +169,7 @@ double Run::ratio() const {
 
 std::string Run::label() const {
   std::string text = variant;
-  if (!scorer.empty()) text += "/" + scorer;
+  if (!scorer.empty()) text += fmt::format("/{}", ShortScorerName(scorer));
   if (compression > 0) text += fmt::format(" {:g}x", compression);
   return text;
 }
@@ -262,7 +263,7 @@ std::string FormatTable(const Results& results) {
   for (const Run& run : results.runs) {
     std::vector<std::string>& row = rows.emplace_back();
     row = {run.variant,
-           run.scorer.empty() ? "-" : run.scorer,
+           run.scorer.empty() ? "-" : ShortScorerName(run.scorer),
            run.compression > 0 ? fmt::format("{:g}x", run.compression) : "-",
            fmt::format("{:.2f}x", run.ratio()),
            fmt::format("{:.2f}", static_cast<double>(run.kv_bytes()) / (1024.0 * 1024.0)),

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <vector>
 
 #include "moend/plan/heat_map.h"
 #include "moend/plan/json_reader.h"
@@ -22,6 +24,29 @@ std::string ModelLines(const Fingerprint& model) {
 
 std::string GuardText(const Protected& guard) {
   return fmt::format("{} sinks and the newest {} tokens", guard.sinks, guard.window);
+}
+
+// A name for each layer becomes "expected 1-4 9, keydiff 0 5-8".
+std::string ScorerText(const std::string& scorer) {
+  if (scorer.find(',') == std::string::npos) return Printable(scorer, 16);
+  std::map<std::string, std::vector<int>> layers;
+  int layer = 0;
+  for (std::size_t begin = 0; begin <= scorer.size(); ++layer) {
+    const std::size_t end = std::min(scorer.find(',', begin), scorer.size());
+    layers[scorer.substr(begin, end - begin)].push_back(layer);
+    begin = end + 1;
+  }
+  std::string text;
+  for (const auto& [name, of] : layers) {
+    text += (text.empty() ? "" : ", ") + Printable(name, 16);
+    for (std::size_t i = 0; i < of.size();) {
+      std::size_t last = i;
+      while (last + 1 < of.size() && of[last + 1] == of[last] + 1) ++last;
+      text += last > i ? fmt::format(" {}-{}", of[i], of[last]) : fmt::format(" {}", of[i]);
+      i = last + 1;
+    }
+  }
+  return text;
 }
 
 // Largest over smallest loss of one expert among the layers; nothing where it was not measured or loses
@@ -126,7 +151,7 @@ std::string Totals(const Plan& plan) {
 
 std::string DescribeProfile(const Profile& profile, const TextStyle& style) {
   std::string out = fmt::format("profile of {}", ModelLines(profile.model));
-  out += fmt::format("scorer {}; {} protected\n", Printable(profile.scorer, 24), GuardText(profile.guard));
+  out += fmt::format("scorer {}; {} protected\n", ScorerText(profile.scorer), GuardText(profile.guard));
   out += fmt::format("{} of {} chunks of {} tokens, the last {} of each measured\n\n", profile.chunks,
                      profile.chunks_wanted, profile.length, profile.evaluated);
   if (profile.chunks == 0 || profile.experts.empty()) return out + "no chunk is finished yet\n";
@@ -138,7 +163,7 @@ std::string DescribeProfile(const Profile& profile, const TextStyle& style) {
 std::string DescribePlan(const Plan& plan, const TextStyle& style) {
   std::string out = fmt::format("plan for {}", ModelLines(plan.model));
   out += fmt::format("{} tokens of context; {} protected\n", plan.context_length, GuardText(plan.guard));
-  out += fmt::format("variant {}; scorer {}", Printable(plan.variant, 20), Printable(plan.scorer, 16));
+  out += fmt::format("variant {}; scorer {}", Printable(plan.variant, 20), ScorerText(plan.scorer));
   if (!plan.solver.empty()) out += fmt::format("; solver {}", Printable(plan.solver, 16));
   out += fmt::format("\n\n{:>5}  {:>8}  {:>9}  {:>6}  {:>6}  {:>10}", plan.heads.empty() ? "layer" : "head",
                      "keep", "tokens", "K bits", "V bits", "MiB");

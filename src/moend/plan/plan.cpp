@@ -71,7 +71,7 @@ Expected<Plan> ParsePlan(const std::string& json, const std::string& source) {
                                     {"solver", &Plan::solver},
                                     {"metric", &Plan::metric}}) {
     MOEND_ASSIGN(const JsonNode node, root.At(key));
-    MOEND_ASSIGN(plan.*member, node.Text(64));
+    MOEND_ASSIGN(plan.*member, node.Text(member == &Plan::scorer ? kLongestScorer : 64));
   }
   MOEND_ASSIGN(const JsonNode guard, root.At("protected"));
   MOEND_ASSIGN(plan.guard, ReadProtected(guard));

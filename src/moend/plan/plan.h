@@ -31,6 +31,8 @@ struct Fingerprint {
   bool operator==(const Fingerprint&) const = default;
 };
 
+inline constexpr std::size_t kLongestScorer = 16384;  // characters of a name for each layer of a large model
+
 struct ProfileCell {
   double l2 = 0;  // relative L2 error of the layer's attention output, when this layer alone has the expert
   double kl = 0;  // KL(full || compressed) of the logits in nats a token, likewise

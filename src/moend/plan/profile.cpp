@@ -65,7 +65,7 @@ Expected<Profile> ParseProfile(const std::string& json, const std::string& sourc
   MOEND_ASSIGN(const JsonNode model, root.At("model"));
   MOEND_ASSIGN(profile.model, ReadFingerprint(model));
   MOEND_ASSIGN(const JsonNode scorer, root.At("scorer"));
-  MOEND_ASSIGN(profile.scorer, scorer.Text(64));
+  MOEND_ASSIGN(profile.scorer, scorer.Text(kLongestScorer));
   MOEND_ASSIGN(const JsonNode guard, root.At("protected"));
   MOEND_ASSIGN(profile.guard, ReadProtected(guard));
   MOEND_ASSIGN(const JsonNode length, root.At("length"));

@@ -22,6 +22,32 @@ constexpr Entry kScorers[] = {
     {"trig", MakeTrigonometric},  {"knorm", MakeKeyNorm},   {"random", MakeRandom},
 };
 
+class ByLayer final : public Scorer {
+ public:
+  ByLayer(std::string_view name, std::vector<std::unique_ptr<Scorer>> layers)
+      : name_(name), layers_(std::move(layers)) {}
+  std::string_view name() const override { return name_; }
+  ScorerNeeds needs() const override {
+    ScorerNeeds all;
+    for (const auto& scorer : layers_) all = Union(all, scorer->needs());
+    return all;
+  }
+  void ScorePrefill(const PrefillScoreInput& in, std::span<float> scores) const override {
+    layers_.front()->ScorePrefill(in, scores);
+  }
+  void ScoreCached(const CachedScoreInput& in, std::span<float> scores) const override {
+    layers_.front()->ScoreCached(in, scores);
+  }
+  const Scorer& of_layer(int64_t layer) const override {
+    return *layers_[static_cast<std::size_t>(std::clamp<int64_t>(layer, 0, std::ssize(layers_) - 1))];
+  }
+  int64_t layers() const override { return std::ssize(layers_); }
+
+ private:
+  std::string name_;
+  std::vector<std::unique_ptr<Scorer>> layers_;
+};
+
 // Orders like (score, position), with NaN below everything; every key is unique.
 uint64_t SortKey(float score, std::size_t position) {
   const auto bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 becomes +0
@@ -31,7 +57,22 @@ uint64_t SortKey(float score, std::size_t position) {
 
 }  // namespace
 
+ScorerNeeds Union(const ScorerNeeds& a, const ScorerNeeds& b) {
+  return {std::max(a.observed_queries, b.observed_queries), a.accumulated || b.accumulated,
+          a.query_stats || b.query_stats};
+}
+
 Expected<std::unique_ptr<Scorer>> MakeScorer(std::string_view name) {
+  if (name.find(',') != std::string_view::npos) {
+    std::vector<std::unique_ptr<Scorer>> layers;
+    for (std::size_t begin = 0; begin <= name.size();) {
+      const std::size_t end = std::min(name.find(',', begin), name.size());
+      MOEND_ASSIGN(auto one, MakeScorer(name.substr(begin, end - begin)));
+      layers.push_back(std::move(one));
+      begin = end + 1;
+    }
+    return std::make_unique<ByLayer>(name, std::move(layers));
+  }
   for (const Entry& entry : kScorers) {
     if (entry.name == name) return entry.make();
   }
@@ -43,6 +84,10 @@ std::vector<std::string> ScorerNames() {
   std::vector<std::string> names;
   for (const Entry& entry : kScorers) names.emplace_back(entry.name);
   return names;
+}
+
+std::string ShortScorerName(std::string_view name) {
+  return std::string(name.find(',') == std::string_view::npos ? name : "by layer");
 }
 
 void MakeFinite(std::span<float> scores) {

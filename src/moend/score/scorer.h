@@ -23,6 +23,8 @@ struct ScorerNeeds {
   bool query_stats = false;      // statistics of the model's queries before RoPE (trigonometric)
 };
 
+ScorerNeeds Union(const ScorerNeeds& a, const ScorerNeeds& b);
+
 // One KV head at the end of a prefill of n tokens (kv.n_tokens).
 struct PrefillScoreInput {
   DenseView kv;
@@ -54,6 +56,9 @@ class Scorer {
   virtual void ScorePrefill(const PrefillScoreInput& in, std::span<float> scores) const = 0;
   // scores: [n_pages * 64]; what dead slots get does not matter
   virtual void ScoreCached(const CachedScoreInput& in, std::span<float> scores) const = 0;
+  // What scores this layer: the scorer itself, or one of those that it is made of.
+  virtual const Scorer& of_layer(int64_t) const { return *this; }
+  virtual int64_t layers() const { return 0; }  // how many it is made for; 0: any number
 };
 
 // By name; kNotFound lists the names. What is not finite scores lowest.
@@ -68,8 +73,13 @@ class Scorer {
 //              measured: the scorer of the MoE-nD paper (TriAttention, arXiv 2604.04921)
 //   knorm      minus the length of the key (arXiv 2406.11430)
 //   random     a fixed hash of the position
+// Names with commas between them, one a layer, make a scorer whose of_layer() differ; it needs what any of
+// them needs. `moend calibrate` makes such names: keys that stand out answer for layers that look things up,
+// expected attention for the others.
 Expected<std::unique_ptr<Scorer>> MakeScorer(std::string_view name);
 std::vector<std::string> ScorerNames();
+// For tables: the name, or "by layer" for names of several scorers.
+std::string ShortScorerName(std::string_view name);
 
 // Positions that a head keeps: sinks, the newest `window`, and the best of the rest up to `count` in all;
 // ascending. Ties: the newer token stays. count >= sinks + window, or everything when count >= scores.size().
