@@ -145,6 +145,15 @@ TEST(Calibrate, HeadsAreMeasuredAlone) {
     EXPECT_NEAR(cells[0].l2, std::hypot(cells[1].l2, cells[2].l2), 1e-9);
     EXPECT_EQ(cells[3].kl, 0);
   }
+  // What any change costs counts once.
+  options.experts = {{0.2, 2, 2}, {0.2, 8, 8}, {0.2, 16, 16}, {1.0, 2, 2}, kNoiseExpert, {1.0, 16, 16}};
+  const Profile noisy = MustCalibrate(tiny.engine, chunks, options);
+  for (const auto& cells : noisy.head_cells) {
+    const double sum = cells[2].kl + cells[3].kl - cells[4].kl;
+    EXPECT_NEAR(cells[0].kl, std::max({cells[2].kl, cells[3].kl, sum}), 1e-9);
+    EXPECT_NEAR(cells[1].kl, std::max(cells[2].kl, cells[4].kl), 1e-9);
+    EXPECT_GT(cells[4].kl, 0);
+  }
   auto parsed = ParseProfile(ToJson(p), "heads");
   ASSERT_TRUE(parsed) << parsed.error().message;
   EXPECT_EQ(parsed->head_cells.size(), 6u);
@@ -156,25 +165,23 @@ TEST(Calibrate, AutoTakesTheScorerThatClearlyLosesLess) {
   CalibrateOptions options = Options();
   options.experts = {{0.05, 16, 16}, {0.3, 16, 16}, {1.0, 4, 4}};
   const auto chunks = Chunks(2);
-  // The first chunk decides.
-  const auto with = [&](const char* scorer, int64_t n) {
+  const auto with = [&](const char* scorer) {
     CalibrateOptions o = options;
     o.scorer = scorer;
-    return MustCalibrate(tiny.engine, std::span(chunks).first(static_cast<std::size_t>(n)), o);
+    return MustCalibrate(tiny.engine, chunks, o);
   };
-  const Profile first[] = {with("keydiff", 1), with("expected", 1)};
-  const Profile both[] = {with("keydiff", 2), with("expected", 2)};
-  const Profile chosen = with(kAutoScorer, 2);
+  const Profile each[] = {with("keydiff"), with("expected")};
+  const Profile chosen = with(kAutoScorer);
   std::string names;
   for (std::size_t l = 0; l < 3; ++l) {
     const auto mean = [&](const Profile& p) {
       return (std::log(std::max(1e-5, p.cells[l][0].kl)) + std::log(std::max(1e-5, p.cells[l][1].kl))) / 2;
     };
-    const bool other = mean(first[1]) < mean(first[0]) - std::log(1.5);
+    const bool other = mean(each[1]) < mean(each[0]) - std::log(1.5);
     names += (l > 0 ? "," : "") + std::string(other ? "expected" : "keydiff");
     for (std::size_t e = 0; e < chosen.experts.size(); ++e) {
-      EXPECT_EQ(chosen.cells[l][e].kl, both[other].cells[l][e].kl) << "layer " << l;
-      EXPECT_EQ(chosen.cells[l][e].l2, both[other].cells[l][e].l2) << "layer " << l;
+      EXPECT_EQ(chosen.cells[l][e].kl, each[other].cells[l][e].kl) << "layer " << l;
+      EXPECT_EQ(chosen.cells[l][e].l2, each[other].cells[l][e].l2) << "layer " << l;
     }
   }
   const bool same = names.find(names.substr(0, 7) == "keydiff" ? "expected" : "keydiff") == std::string::npos;
@@ -182,7 +189,15 @@ TEST(Calibrate, AutoTakesTheScorerThatClearlyLosesLess) {
 
   // Resumed, the choice stays; with another scorer it is refused.
   options.scorer = kAutoScorer;
-  Profile saved = MustCalibrate(tiny.engine, std::span(chunks).first(1), options);
+  Profile saved;
+  const auto stopped = Calibrate(
+      tiny.engine, chunks, options, {}, [&](const CalibrateProgress& p) { return p.chunk < 1; },
+      [&](const Profile& p) -> Expected<void> {
+        saved = p;
+        return {};
+      });
+  ASSERT_FALSE(stopped);
+  EXPECT_EQ(saved.chunks, 1);
   EXPECT_EQ(saved.scorer, chosen.scorer);
   const Profile resumed = MustCalibrate(tiny.engine, chunks, options, saved);
   EXPECT_EQ(resumed.scorer, chosen.scorer);
@@ -192,6 +207,9 @@ TEST(Calibrate, AutoTakesTheScorerThatClearlyLosesLess) {
   options.scorer = kAutoScorer;
   saved.scorer = "streaming";
   EXPECT_EQ(Calibrate(tiny.engine, chunks, options, saved, {}, {}).error().code, ErrorCode::kMismatch);
+  const auto cancelled = Calibrate(tiny.engine, chunks, options, {}, [](auto&) { return false; }, {});
+  ASSERT_FALSE(cancelled);
+  EXPECT_EQ(cancelled.error().code, ErrorCode::kCancelled);
 }
 
 TEST(Calibrate, ResumesWhereItWasStopped) {

@@ -136,6 +136,47 @@ TEST(SolveTest, NothingKeepsLessThanAskedFor) {
   EXPECT_NE(none.error().message.find("0.5"), std::string::npos) << none.error().message;
 }
 
+TEST(SolveTest, AFloorThatCostsTooMuchIsLowered) {
+  std::mt19937 random(7);
+  int raised = 0, lowered = 0;
+  for (int round = 0; round < 200; ++round) {
+    Profile profile = MakeProfile();
+    for (auto& row : profile.cells)
+      for (ProfileCell& cell : row) cell.kl *= std::uniform_real_distribution(0.5, 2.0)(random);
+    SolveRequest request = Request(Variant::k2dHetero, std::uniform_real_distribution(2.0, 35.0)(random));
+    const auto free = Solve(profile, request);
+    ASSERT_TRUE(free) << free.error().message;
+    request.min_keep = std::uniform_real_distribution(0.0, 0.6)(random);
+    request.floor_price = std::uniform_real_distribution(0.0, 1.0)(random);
+    const auto solution = Solve(profile, request);
+    ASSERT_TRUE(solution) << solution.error().message;
+    EXPECT_LE(solution->loss, free->loss * (1 + request.floor_price));
+    EXPECT_LE(solution->plan.bytes, solution->plan.budget_bytes);
+    EXPECT_EQ(solution->lower_bound, free->lower_bound);
+    for (const Expert& e : solution->plan.layers) EXPECT_GE(e.keep, solution->min_keep);
+    raised += solution->min_keep > 0.1;
+    if (solution->min_keep >= request.min_keep) continue;
+    // The next larger floor of the profile costs too much, or does not fit.
+    ++lowered;
+    SolveRequest larger = request;
+    larger.floor_price = 0;
+    for (const Expert& e : profile.experts) {
+      if (e.keep <= solution->min_keep) continue;
+      larger.min_keep = e.keep;
+      const auto next = Solve(profile, larger);
+      EXPECT_TRUE(!next || next->loss > free->loss * (1 + request.floor_price)) << e.keep;
+      break;
+    }
+  }
+  EXPECT_GT(raised, 20);
+  EXPECT_GT(lowered, 20);
+  for (const double wrong : {-0.1, std::nan(""), HUGE_VAL}) {
+    SolveRequest request = Request(Variant::k2dHetero, 4);
+    request.floor_price = wrong;
+    EXPECT_EQ(Solve(MakeProfile(), request).error().code, ErrorCode::kInvalidArgument);
+  }
+}
+
 TEST(SolveTest, FullNeedsNoBudget) {
   const auto solution = Solve(MakeProfile(), Request(Variant::kFull, 0));
   ASSERT_TRUE(solution);
@@ -291,6 +332,19 @@ TEST(LossesTest, CleanedLossesAreMonotone) {
   const auto same = CleanLosses(good, Metric::kL2);
   ASSERT_TRUE(same);
   for (std::size_t e = 0; e < good.experts.size(); ++e) EXPECT_EQ((*same)[1][e], good.cells[1][e].l2);
+}
+
+TEST(LossesTest, NoiseIsNoLoss) {
+  Profile profile;
+  profile.model.n_layers = 2;
+  profile.experts = {{0.5, 4, 4}, {0.5, 16, 16}, {1.0, 4, 4}, kNoiseExpert, {1.0, 16, 16}};
+  profile.cells = {{{9, 7}, {8, 4}, {5, 4}, {4, 3}, {0, 0}}, {{9, 7}, {8, 2}, {5, 2}, {4, 2}, {0, 0}}};
+  const auto losses = CleanLosses(profile, Metric::kKl);
+  ASSERT_TRUE(losses);
+  EXPECT_EQ((*losses)[0], (std::vector<double>{4, 1, 1, 0, 0}));
+  EXPECT_EQ((*losses)[1], (std::vector<double>{5, 0, 0, 0, 0}));
+  // L2 is measured where it arises: it has no such noise.
+  EXPECT_EQ((*CleanLosses(profile, Metric::kL2))[0], (std::vector<double>{9, 8, 5, 4, 0}));
 }
 
 TEST(LossesTest, NeighboursThatContradictMeetInTheMiddle) {

@@ -1,11 +1,10 @@
 #include "moend/calibrate/calibrate.h"
 
-#include <fmt/ranges.h>
-
 #include <algorithm>
 #include <cmath>
 #include <mutex>
 
+#include "moend/calibrate/choose_scorer.h"
 #include "moend/calibrate/probe.h"
 #include "moend/engine/engine_impl.h"
 #include "moend/engine/queries.h"
@@ -16,19 +15,15 @@ namespace {
 // Fills the cells of one chunk.
 class Calibrator {
  public:
-  // `choose`: the first chunk chooses among AutoScorers(), whose needs `scorer` has.
-  Calibrator(Engine::Impl& machine, const CalibrateOptions& options, std::unique_ptr<Scorer> scorer,
-             bool choose)
+  Calibrator(Engine::Impl& machine, const CalibrateOptions& options, const Scorer& scorer)
       : machine_(machine),
         hp_(machine.model->hparams()),
         options_(options),
-        needs_(scorer->needs()),
-        choose_(choose),
-        scorer_(std::move(scorer)),
-        probe_(machine, *scorer_, options.guard) {}
+        needs_(scorer.needs()),
+        probe_(machine, scorer, options.guard) {}
 
-  // Adds to the cells of `sums`, and to sums.queries what it read; sets sums.scorer where it chooses. `tick`
-  // gets the share of the chunk done and may stop.
+  // Adds to the cells of `sums`, and to sums.queries what it read. `tick` gets the share of the chunk done
+  // and may stop.
   Expected<void> Measure(std::span<const int32_t> tokens, Profile& sums,
                          const std::function<bool(double)>& tick) {
     const auto read = [&](double share) { return !tick || tick(kReadShare * share); };
@@ -41,23 +36,14 @@ class Calibrator {
     const std::vector<Expert> parts = options_.heads ? Parts() : std::vector<Expert>();
     const double per_layer = static_cast<double>(options_.experts.size()) +
                              static_cast<double>(parts.size()) * static_cast<double>(hp_.n_kv_heads);
-    const std::vector<double> keeps = choose_ ? Keeps() : std::vector<double>();
-    const double choices = static_cast<double>(keeps.size() * AutoScorers().size());
     double work = 0, done = 0;
-    for (int64_t l = 0; l < hp_.n_layers; ++l) work += LayerWork(l) * (per_layer + choices);
+    for (int64_t l = 0; l < hp_.n_layers; ++l) work += LayerWork(l) * per_layer;
     const auto finished = [&](int64_t l) -> Expected<void> {
       done += LayerWork(l);
       if (tick && !tick(kReadShare + (1 - kReadShare) * done / work))
         return Fail(ErrorCode::kCancelled, "the calibration was stopped");
       return {};
     };
-    if (choose_) {
-      MOEND_ASSIGN(sums.scorer, Choose(keeps, finished));
-      MOEND_ASSIGN(auto chosen, MakeScorer(sums.scorer));
-      probe_.Use(*chosen);
-      scorer_ = std::move(chosen);
-      choose_ = false;
-    }
     for (int64_t l = 0; l < hp_.n_layers; ++l) {
       for (std::size_t e = 0; e < options_.experts.size(); ++e) {
         const std::vector<Expert> all(static_cast<std::size_t>(hp_.n_kv_heads), options_.experts[e]);
@@ -83,52 +69,6 @@ class Calibrator {
 
  private:
   static constexpr double kReadShare = 0.1;  // of a chunk's time, for the progress bar only
-  // How many times less another scorer must lose before it takes the place of the first. In layers where two
-  // lose about alike, which one wins on a chunk is chance.
-  static constexpr double kClearlyLess = 1.5;
-
-  // The keep ratios that evict.
-  std::vector<double> Keeps() const {
-    std::vector<double> keeps;
-    for (const Expert& e : options_.experts)
-      if (e.keep < 1 && (keeps.empty() || keeps.back() != e.keep)) keeps.push_back(e.keep);
-    return keeps;
-  }
-
-  // A name for each layer, or one for all.
-  Expected<std::string> Choose(const std::vector<double>& keeps,
-                               const std::function<Expected<void>(int64_t)>& finished) {
-    const auto names = AutoScorers();
-    std::vector<std::string> chosen;
-    for (int64_t l = 0; l < hp_.n_layers; ++l) {
-      std::vector<double> losses;
-      for (const std::string_view name : names) {
-        MOEND_ASSIGN(const auto candidate, MakeScorer(name));
-        probe_.Use(*candidate);
-        MOEND_ASSIGN(losses.emplace_back(), LogLoss(l, keeps, finished));
-        probe_.Use(*scorer_);
-      }
-      const auto best = std::min_element(losses.begin(), losses.end()) - losses.begin();
-      const bool clear = losses[static_cast<std::size_t>(best)] < losses[0] - std::log(kClearlyLess);
-      chosen.emplace_back(names[clear ? static_cast<std::size_t>(best) : 0]);
-    }
-    const bool same = std::ranges::all_of(chosen, [&](const auto& n) { return n == chosen[0]; });
-    return same ? chosen[0] : fmt::format("{}", fmt::join(chosen, ","));
-  }
-
-  // Mean of log kl when layer l is evicted, at 16 bit.
-  Expected<double> LogLoss(int64_t l, const std::vector<double>& keeps,
-                           const std::function<Expected<void>(int64_t)>& finished) {
-    constexpr double kLeast = 1e-5;  // below it a loss is rounding
-    double sum = 0;
-    for (const double keep : keeps) {
-      const std::vector<Expert> heads(static_cast<std::size_t>(hp_.n_kv_heads), Expert{keep, 16, 16});
-      MOEND_ASSIGN(const ProfileCell cell, probe_.MeasureLayer(l, heads));
-      sum += std::log(std::max(kLeast, cell.kl));
-      MOEND_TRY(finished(l));
-    }
-    return keeps.empty() ? 0 : sum / static_cast<double>(keeps.size());
-  }
 
   // What the experts are made of: each keep ratio at 16 bit, each pair of bits with every token kept.
   std::vector<Expert> Parts() const {
@@ -147,11 +87,14 @@ class Calibrator {
     const auto find = [&](const Expert& part) {
       return measured[static_cast<std::size_t>(std::find(parts.begin(), parts.end(), part) - parts.begin())];
     };
+    // Both parts have it in them, their sum would have it twice.
+    const bool known = std::ranges::find(parts, kNoiseExpert) != parts.end();
+    const double noise = known ? find(kNoiseExpert).kl : 0;
     for (std::size_t e = 0; e < options_.experts.size(); ++e) {
       const Expert& expert = options_.experts[e];
       const ProfileCell evicted = find({expert.keep, 16, 16}),
                         packed = find({1.0, expert.k_bits, expert.v_bits});
-      cells[e].kl += evicted.kl + packed.kl;
+      cells[e].kl += std::max({evicted.kl, packed.kl, evicted.kl + packed.kl - noise});
       cells[e].l2 += std::hypot(evicted.l2, packed.l2);
     }
   }
@@ -162,17 +105,13 @@ class Calibrator {
   const HyperParams& hp_;
   const CalibrateOptions& options_;
   const ScorerNeeds needs_;
-  bool choose_;
-  std::unique_ptr<Scorer> scorer_;
   Probe probe_;
 };
-
-constexpr std::string_view kAutoScorers[] = {"keydiff", "expected"};
 
 bool MadeByAuto(std::string_view names) {
   for (std::size_t begin = 0; begin <= names.size();) {
     const std::size_t end = std::min(names.find(',', begin), names.size());
-    if (std::ranges::find(kAutoScorers, names.substr(begin, end - begin)) == std::end(kAutoScorers))
+    if (std::ranges::find(AutoScorers(), names.substr(begin, end - begin)) == AutoScorers().end())
       return false;
     begin = end + 1;
   }
@@ -212,10 +151,6 @@ void MixIn(std::vector<std::vector<ProfileCell>>& mean, const std::vector<std::v
 }
 
 }  // namespace
-
-std::span<const std::string_view> AutoScorers() {
-  return kAutoScorers;
-}
 
 std::vector<Expert> DefaultExperts() {
   using Bits = std::pair<int, int>;
@@ -284,6 +219,10 @@ Expected<std::vector<std::vector<int32_t>>> MakeChunks(std::span<const std::vect
   return chunks;
 }
 
+namespace {
+constexpr double kChooseShare = 0.15;  // of all the time, for the progress bar only
+}
+
 Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std::vector<int32_t>> chunks,
                             const CalibrateOptions& given, Profile profile,
                             const std::function<bool(const CalibrateProgress&)>& progress,
@@ -291,10 +230,6 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   CalibrateOptions options = given;
   if (options.experts.empty()) options.experts = DefaultExperts();
   std::sort(options.experts.begin(), options.experts.end());
-  const bool chooses = options.scorer == kAutoScorer && profile.cells.empty();
-  MOEND_ASSIGN(auto scorer, MakeScorer(chooses ? fmt::format("{}", fmt::join(AutoScorers(), ","))
-                                       : options.scorer == kAutoScorer ? profile.scorer
-                                                                       : options.scorer));
   Profile wanted;
   wanted.model = engine->fingerprint();
   wanted.scorer = options.scorer;
@@ -308,30 +243,37 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   if (options.heads)
     wanted.head_cells.assign(static_cast<std::size_t>(wanted.model.n_layers * wanted.model.shape.n_kv_heads),
                              std::vector<ProfileCell>(options.experts.size()));
+  Engine::Impl& machine = engine->impl();
+  const std::scoped_lock lock(machine.reading, machine.busy);
+  const auto n_chunks = static_cast<int64_t>(chunks.size());
+  double chosen_at = 0;
   if (profile.cells.empty()) {
+    if (options.scorer == kAutoScorer) {
+      chosen_at = kChooseShare;
+      MOEND_ASSIGN(wanted.scorer, ChooseScorers(machine, chunks, options, [&](double share) {
+                     return !progress || progress({0, n_chunks, kChooseShare * share});
+                   }));
+    }
     profile = wanted;
   } else {
     MOEND_TRY(CheckResumable(profile, wanted));
     wanted.scorer = profile.scorer;
     profile.chunks_wanted = std::max(profile.chunks, wanted.chunks_wanted);
   }
-  Engine::Impl& machine = engine->impl();
-  const std::scoped_lock lock(machine.reading, machine.busy);
-  Calibrator calibrator(machine, options, std::move(scorer), chooses);
-  const auto n_chunks = static_cast<int64_t>(chunks.size());
+  MOEND_ASSIGN(const auto scorer, MakeScorer(wanted.scorer));
+  Calibrator calibrator(machine, options, *scorer);
   for (int64_t c = profile.chunks; c < n_chunks; ++c) {
     Profile sums = wanted;
     sums.queries = profile.queries;
     const auto tick = [&](double part) {
       if (!progress) return true;
       const double share = (static_cast<double>(c) + part) / static_cast<double>(n_chunks);
-      return progress({c, n_chunks, share});
+      return progress({c, n_chunks, chosen_at + (1 - chosen_at) * share});
     };
     MOEND_TRY(calibrator.Measure(chunks[static_cast<std::size_t>(c)], sums, tick));
     MixIn(profile.cells, sums.cells, profile.chunks);
     MixIn(profile.head_cells, sums.head_cells, profile.chunks);
     profile.queries = sums.queries;
-    profile.scorer = wanted.scorer = sums.scorer;
     ++profile.chunks;
     if (save) MOEND_TRY(save(profile));
   }

@@ -23,8 +23,8 @@
 namespace moend {
 
 // Chooses a scorer for each layer: the first of AutoScorers(), or another one with which evicting that layer
-// at 16 bit loses clearly less on the first chunk (geometric mean of kl over the keep ratios).
-// Profile::scorer then names one for each layer, or the one that all layers have.
+// at 16 bit loses clearly less (geometric mean over the keep ratios of the mean kl of all chunks; one more
+// reading of each). Profile::scorer then names one for each layer, or the one that all layers have.
 inline constexpr const char* kAutoScorer = "auto";
 std::span<const std::string_view> AutoScorers();
 
@@ -36,9 +36,9 @@ struct CalibrateOptions {
   int64_t chunks = 2;           // how many; 0: as many as the texts give
   std::vector<Expert> experts;  // empty: DefaultExperts()
   // Also fill Profile::head_cells. For a single KV head only the parts of each expert are measured, its keep
-  // ratio at 16 bit and its bits with every token kept, and taken together as kl = sum, l2 = root of the sum
-  // of squares: quantization can only harm tokens that stayed, so the sum is a bound, and the cost is that of
-  // a tenth of the experts.
+  // ratio at 16 bit and its bits with every token kept, and taken together as kl = sum less the noise (see
+  // kNoiseExpert), l2 = root of the sum of squares: quantization can only harm tokens that stayed, so the sum
+  // is a bound, and the cost is that of a tenth of the experts.
   bool heads = false;
 };
 

@@ -112,12 +112,20 @@ void PlanFlags::AddTo(CLI::App& app) {
       ->type_name("NAME");
 }
 
-CLI::Option* AddMinKeep(CLI::App& app, double& min_keep) {
+CLI::Option* AddMinKeep(CLI::App& app, std::optional<double>& min_keep) {
   return app
-      .add_option("--min-keep", min_keep,
-                  "no layer or KV head keeps a smaller share of its tokens (for long answers: 0.05)")
+      .add_option(
+          "--min-keep", min_keep,
+          fmt::format("no layer or KV head keeps a smaller share of its tokens; default: {:g}, or less "
+                      "where that would raise the predicted loss by more than {:g} %",
+                      kDefaultMinKeep, 100 * kDefaultFloorPrice))
       ->type_name("SHARE")
       ->check(CLI::Range(0.0, 1.0));
+}
+
+void SetMinKeep(SolveRequest& request, std::optional<double> min_keep) {
+  request.min_keep = min_keep.value_or(kDefaultMinKeep);
+  request.floor_price = min_keep ? 0 : kDefaultFloorPrice;
 }
 
 void PlanFlags::Check() const {
@@ -142,7 +150,7 @@ Expected<Plan> PlanFlags::Make(const Engine& engine, int64_t n_tokens) const {
   MOEND_ASSIGN(request.score_bytes, ScoreBytes(scorer.empty() ? measured.scorer : scorer));
   request.context_length = n_tokens;
   request.compression = compression;
-  request.min_keep = min_keep;
+  SetMinKeep(request, min_keep);
   if (budget_mib > 0) {
     MOEND_ASSIGN(request.budget_bytes, BudgetBytes(budget_mib));
   }

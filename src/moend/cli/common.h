@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "moend/engine/engine.h"
 #include "moend/plan/describe.h"
 #include "moend/plan/plan.h"
+#include "moend/solve/solve.h"
 
 namespace moend::cli {
 
@@ -50,7 +52,8 @@ inline const std::vector<std::string> kMetrics = {"kl", "l2"};
 // --plan, or --profile with --compression or --budget-mib and the solver's flags; neither: the full cache.
 struct PlanFlags {
   std::string plan, profile, scorer;
-  double compression = 0, budget_mib = 0, min_keep = 0;
+  double compression = 0, budget_mib = 0;
+  std::optional<double> min_keep;
   std::string variant = "2d_hetero", solver = "exact", metric = "kl";
 
   void AddTo(CLI::App& app);
@@ -60,7 +63,8 @@ struct PlanFlags {
 };
 
 // --min-keep, wherever a plan is solved for.
-CLI::Option* AddMinKeep(CLI::App& app, double& min_keep);
+CLI::Option* AddMinKeep(CLI::App& app, std::optional<double>& min_keep);
+void SetMinKeep(SolveRequest& request, std::optional<double> min_keep);  // without one: the default
 
 // How DescribeProfile() and DescribePlan() should look on this stdout: in colour on a terminal, unless
 // NO_COLOR is set.

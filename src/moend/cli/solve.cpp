@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <limits>
+#include <optional>
 
 #include "moend/base/file.h"
 #include "moend/cli/commands.h"
@@ -27,7 +28,8 @@ with K 8 bit, V 4 bit; 2d routes the bits of each layer; 2d_hetero routes bits a
 
 struct SolveFlags {
   std::string profile, output;
-  double compression = 0, budget_mib = 0, min_keep = 0;
+  double compression = 0, budget_mib = 0;
+  std::optional<double> min_keep;
   int64_t context_length = 0;
   std::string solver = "exact", metric = "kl", variant = "2d_hetero", scorer;
   MeasureFlags measure;
@@ -55,7 +57,7 @@ Expected<void> Run(const SolveFlags& flags) {
   request.score_bytes = scorer->needs().accumulated ? 4 : 0;
   request.context_length = flags.context_length > 0 ? flags.context_length : profile.length;
   request.compression = flags.compression;
-  request.min_keep = flags.min_keep;
+  SetMinKeep(request, flags.min_keep);
   if (flags.budget_mib > 0) {
     MOEND_ASSIGN(request.budget_bytes, BudgetBytes(flags.budget_mib));
   }
@@ -65,7 +67,13 @@ Expected<void> Run(const SolveFlags& flags) {
   fmt::print("predicted loss {:.6g}, no plan can be below {:.6g} (gap {:.3g}); solved by {} in {:.1f} ms\n",
              solution.loss, solution.lower_bound, solution.loss - solution.lower_bound, flags.solver,
              solution.milliseconds);
+  if (solution.min_keep > 0 && !flags.min_keep)
+    fmt::print(
+        "every {} keeps {:g}% of its tokens or more, for {:.2g}% of predicted loss; --min-keep 0: no floor\n",
+        request.variant == Variant::k2dHeads ? "KV head" : "layer", 100 * solution.min_keep,
+        solution.lower_bound > 0 ? 100 * (solution.loss / solution.lower_bound - 1) : 0.0);
   if (flags.measure.refine) {
+    request.min_keep = solution.min_keep;
     MOEND_ASSIGN(solution.plan, RunRefine(flags.measure, profile, request, solution.plan));
     fmt::print("{}", DescribePlan(solution.plan, OutputStyle()));
   }

@@ -74,6 +74,8 @@ class Maker {
     solve.metric = request_.metric;
     solve.context_length = request_.context_length;
     solve.compression = compression;
+    solve.min_keep = kDefaultMinKeep;
+    solve.floor_price = kDefaultFloorPrice;
     solve.score_bytes = made->needs().accumulated ? 4 : 0;
     if (variant == "pyramid") return Pyramid(compression, scorer, solve.score_bytes);
     if (variant == "kvtuner") {

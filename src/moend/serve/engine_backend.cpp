@@ -262,6 +262,8 @@ std::vector<Plan> FurtherPlans(const Profile& profile, const Plan& base, int64_t
     share /= 1.5;
     SolveRequest request;
     request.context_length = n_tokens;
+    request.min_keep = kDefaultMinKeep;
+    request.floor_price = kDefaultFloorPrice;
     request.budget_bytes = static_cast<int64_t>(static_cast<double>(*start) * share);
     auto solved = Solve(profile, request);
     if (!solved) break;  // the profile has nothing that small

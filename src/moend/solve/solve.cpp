@@ -41,6 +41,9 @@ Expected<void> Check(const Profile& profile, const SolveRequest& request) {
   if (!(request.min_keep >= 0 && request.min_keep <= 1))
     return Fail(ErrorCode::kInvalidArgument, "a smallest keep ratio of {}; possible: 0 to 1",
                 request.min_keep);
+  if (!(request.floor_price >= 0 && std::isfinite(request.floor_price)))
+    return Fail(ErrorCode::kInvalidArgument, "a price of {} for the floor; it must be a number from 0 up",
+                request.floor_price);
   if (request.variant == Variant::kFull) return {};
   const bool ratio = request.compression != 0, bytes = request.budget_bytes != 0;
   if (ratio == bytes)
@@ -233,6 +236,7 @@ class Job {
       solution_.loss += items[l][e].loss;
     }
     solution_.lower_bound = std::min(solution_.lower_bound, solution_.loss);
+    solution_.min_keep = request_.min_keep;
     return {};
   }
 
@@ -264,6 +268,26 @@ class Job {
   std::vector<Expert> experts_;  // of the profile's those that keep enough
   Solution solution_;
 };
+
+// The largest floor up to min_keep that is worth its price. A larger floor leaves fewer experts, so that
+// losses grow with it.
+Expected<Solution> WithAffordableFloor(const Profile& profile, const SolveRequest& request,
+                                       const Losses& losses) {
+  SolveRequest floored = request;
+  floored.min_keep = 0;
+  MOEND_ASSIGN(Solution best, Job(profile, floored, losses).Run());
+  const double lower_bound = best.lower_bound, most = best.loss * (1 + request.floor_price);
+  for (const Expert& expert : profile.experts) {
+    if (floored.min_keep >= request.min_keep) break;
+    if (expert.keep <= floored.min_keep) continue;
+    floored.min_keep = expert.keep;
+    auto solution = Job(profile, floored, losses).Run();
+    if (!solution || !(solution->loss <= most)) break;
+    best = std::move(*solution);
+  }
+  best.lower_bound = lower_bound;
+  return best;
+}
 
 }  // namespace
 
@@ -325,7 +349,10 @@ Expected<Solution> Solve(const Profile& profile, const SolveRequest& request) {
   MOEND_TRY(Check(profile, request));
   const Rows rows = request.variant == Variant::k2dHeads ? Rows::kHeads : Rows::kLayers;
   MOEND_ASSIGN(const Losses losses, CleanLosses(profile, request.metric, rows));
-  MOEND_ASSIGN(Solution solution, Job(profile, request, losses).Run());
+  const bool routes_eviction = request.variant == Variant::k2dHetero || request.variant == Variant::k2dHeads;
+  const bool affordable = request.floor_price > 0 && routes_eviction;
+  MOEND_ASSIGN(Solution solution, affordable ? WithAffordableFloor(profile, request, losses)
+                                             : Job(profile, request, losses).Run());
   solution.milliseconds =
       std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   return solution;

@@ -56,12 +56,22 @@ struct SolveRequest {
   // anything a token when they forget nearly all else, but each of many generated tokens loses it, in many
   // layers.
   double min_keep = 0;
+  // 0: the floor min_keep must hold. Above 0, where eviction is routed, it is a wish: it is lowered, along
+  // the profile's keep ratios, until the predicted loss is at most (1 + floor_price) times that without a
+  // floor.
+  double floor_price = 0;
 };
+// What `moend` takes where no floor is asked for. Predictions that differ by less do not tell plans apart,
+// and of two such plans the one that forgets less is the safer; docs/results.md has the answers with and
+// without.
+inline constexpr double kDefaultMinKeep = 0.05, kDefaultFloorPrice = 0.2;
 
 struct Solution {
   Plan plan;
   double loss = 0;         // sum of the layers' predicted losses; NaN if the profile lacks the variant's bits
-  double lower_bound = 0;  // no plan of these experts within the budget has a smaller loss (dual bound)
+  double lower_bound = 0;  // no plan of these experts within the budget has a smaller loss (dual bound); with
+                           // a hedge: whatever it keeps
+  double min_keep = 0;     // the floor: the one asked for, or what the hedge made of it
   double milliseconds = 0;
 };
 
