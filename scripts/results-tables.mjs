@@ -17,7 +17,8 @@ function mean(run, names) {
   return { score, low: score - side("low"), high: score + side("high"), n: sets.reduce((s, d) => s + d.n, 0) };
 }
 const cell = (e) => (e ? `${percent(e.score)} [${Math.round(100 * e.low)}, ${Math.round(100 * e.high)}]` : "");
-const name = (run) => run.variant + (run.variant === "1d" || run.variant === "pyramid" || run.variant === "adakv" ? `, ${run.scorer}` : "");
+const scorer = (run) => (run.scorer.includes(",") ? "scorers of the profile" : run.scorer);
+const name = (run) => run.variant + (["1d", "pyramid", "adakv"].includes(run.variant) ? `, ${scorer(run)}` : "");
 const row = (cells) => `| ${cells.join(" | ")} |`;
 const rule = (n) => row(["---", ...Array(n - 1).fill("---:")]);
 

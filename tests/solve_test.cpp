@@ -168,6 +168,17 @@ TEST(SolveTest, AFloorThatCostsTooMuchIsLowered) {
       break;
     }
   }
+  // Where all layers evict alike there is nothing to lower: such plans stay as they were.
+  for (const Variant variant : {Variant::k1d, Variant::k2dUniform, Variant::k2d}) {
+    SolveRequest request = Request(variant, 14);
+    const auto free = Solve(MakeProfile(), request);
+    request.min_keep = 0.9;
+    request.floor_price = 0.2;
+    const auto same = Solve(MakeProfile(), request);
+    ASSERT_TRUE(free && same);
+    EXPECT_EQ(same->plan.layers, free->plan.layers);
+    EXPECT_EQ(same->min_keep, 0);
+  }
   EXPECT_GT(raised, 20);
   EXPECT_GT(lowered, 20);
   for (const double wrong : {-0.1, std::nan(""), HUGE_VAL}) {

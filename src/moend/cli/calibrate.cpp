@@ -187,8 +187,9 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
   scorers.insert(scorers.begin(), kAutoScorer);
   f.options.scorer = kAutoScorer;
   command
-      ->add_option("--scorer", f.options.scorer,
-                   "how tokens are chosen; auto: for each layer by the better one of keydiff and expected")
+      ->add_option(
+          "--scorer", f.options.scorer,
+          "how tokens are chosen; auto: by keydiff, or by expected in layers that lose clearly less with it")
       ->capture_default_str()
       ->check(CLI::IsMember(std::move(scorers)))
       ->type_name("NAME");

@@ -112,7 +112,7 @@ Expected<Settings> ReadSettings(const JsonNode& node) {
 Expected<Run> ReadRun(const JsonNode& node, const nlohmann::json& plan, const std::string& source) {
   Run run;
   MOEND_ASSIGN(run.variant, Text(node, "variant"));
-  MOEND_ASSIGN(run.scorer, Text(node, "scorer"));
+  MOEND_ASSIGN(run.scorer, Text(node, "scorer", kLongestScorer));
   MOEND_ASSIGN(run.mode, Text(node, "mode"));
   MOEND_ASSIGN(run.compression, Real(node, "compression", 1e12));
   MOEND_ASSIGN(run.plan, ParsePlan(plan.dump(), source));

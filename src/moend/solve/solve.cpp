@@ -103,6 +103,7 @@ class Job {
         break;
     }
     MOEND_ASSIGN(solution_.plan.bytes, Bytes());
+    solution_.min_keep = request_.min_keep;
     return std::move(solution_);
   }
 
@@ -236,7 +237,6 @@ class Job {
       solution_.loss += items[l][e].loss;
     }
     solution_.lower_bound = std::min(solution_.lower_bound, solution_.loss);
-    solution_.min_keep = request_.min_keep;
     return {};
   }
 
@@ -276,6 +276,7 @@ Expected<Solution> WithAffordableFloor(const Profile& profile, const SolveReques
   SolveRequest floored = request;
   floored.min_keep = 0;
   MOEND_ASSIGN(Solution best, Job(profile, floored, losses).Run());
+  if (request.variant != Variant::k2dHetero && request.variant != Variant::k2dHeads) return best;
   const double lower_bound = best.lower_bound, most = best.loss * (1 + request.floor_price);
   for (const Expert& expert : profile.experts) {
     if (floored.min_keep >= request.min_keep) break;
@@ -349,10 +350,8 @@ Expected<Solution> Solve(const Profile& profile, const SolveRequest& request) {
   MOEND_TRY(Check(profile, request));
   const Rows rows = request.variant == Variant::k2dHeads ? Rows::kHeads : Rows::kLayers;
   MOEND_ASSIGN(const Losses losses, CleanLosses(profile, request.metric, rows));
-  const bool routes_eviction = request.variant == Variant::k2dHetero || request.variant == Variant::k2dHeads;
-  const bool affordable = request.floor_price > 0 && routes_eviction;
-  MOEND_ASSIGN(Solution solution, affordable ? WithAffordableFloor(profile, request, losses)
-                                             : Job(profile, request, losses).Run());
+  MOEND_ASSIGN(Solution solution, request.floor_price > 0 ? WithAffordableFloor(profile, request, losses)
+                                                          : Job(profile, request, losses).Run());
   solution.milliseconds =
       std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   return solution;

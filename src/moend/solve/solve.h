@@ -56,9 +56,9 @@ struct SolveRequest {
   // anything a token when they forget nearly all else, but each of many generated tokens loses it, in many
   // layers.
   double min_keep = 0;
-  // 0: the floor min_keep must hold. Above 0, where eviction is routed, it is a wish: it is lowered, along
-  // the profile's keep ratios, until the predicted loss is at most (1 + floor_price) times that without a
-  // floor.
+  // 0: the floor min_keep must hold. Above 0 it is a wish: it is lowered, along the profile's keep ratios,
+  // until the predicted loss is at most (1 + floor_price) times that without a floor. Variants that do not
+  // route eviction then have none.
   double floor_price = 0;
 };
 // What `moend` takes where no floor is asked for. Predictions that differ by less do not tell plans apart,

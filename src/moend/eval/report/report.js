@@ -199,7 +199,7 @@
         Plot.cell(chosen, { x: "expert", y: "layer", fill: "none", stroke: "var(--frame)", strokeWidth: 2.5, inset: 0, rx: 2 }),
       ],
     }));
-    $("heat-note").textContent = `Each cell: what the model loses when this layer alone keeps that share of its tokens at those bits; from ${profile.chunks} ${profile.chunks === 1 ? "text" : "texts"} of ${profile.length.toLocaleString("en")} tokens, scorer ${profile.scorer}. Fewer bytes to the left.${chosen.length ? " Framed: the plan above." : ""}`;
+    $("heat-note").textContent = `Each cell: what the model loses when this layer alone keeps that share of its tokens at those bits; from ${profile.chunks} ${profile.chunks === 1 ? "text" : "texts"} of ${profile.length.toLocaleString("en")} tokens, ${profile.scorer.includes(",") ? "a scorer for each layer" : `scorer ${profile.scorer}`}. Fewer bytes to the left.${chosen.length ? " Framed: the plan above." : ""}`;
   }
 
   // ---- together ---------------------------------------------------------------------------------------------
