@@ -171,7 +171,7 @@ TEST(ScorerTest, OneOfAListIsForEachLayer) {
   EXPECT_EQ((*scorer)->needs().observed_queries, all.observed_queries);
   EXPECT_TRUE((*scorer)->needs().accumulated);
   EXPECT_EQ((*scorer)->needs().query_stats, all.query_stats);
-  EXPECT_EQ(ShortScorerName("keydiff,expected,h2o"), "by layer");
+  EXPECT_EQ(ShortScorerName("keydiff,expected,h2o"), "mixed");
   // A single one is for any layer.
   const auto one = MakeScorer("h2o");
   EXPECT_EQ((*one)->layers(), 0);

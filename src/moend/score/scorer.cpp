@@ -87,7 +87,7 @@ std::vector<std::string> ScorerNames() {
 }
 
 std::string ShortScorerName(std::string_view name) {
-  return std::string(name.find(',') == std::string_view::npos ? name : "by layer");
+  return std::string(name.find(',') == std::string_view::npos ? name : "mixed");
 }
 
 void MakeFinite(std::span<float> scores) {

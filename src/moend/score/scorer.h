@@ -78,7 +78,7 @@ class Scorer {
 // expected attention for the others.
 Expected<std::unique_ptr<Scorer>> MakeScorer(std::string_view name);
 std::vector<std::string> ScorerNames();
-// For tables: the name, or "by layer" for names of several scorers.
+// For tables: the name, or "mixed" for those of several scorers.
 std::string ShortScorerName(std::string_view name);
 
 // Positions that a head keeps: sinks, the newest `window`, and the best of the rest up to `count` in all;
