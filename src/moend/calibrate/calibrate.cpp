@@ -12,6 +12,8 @@
 namespace moend {
 namespace {
 
+constexpr double kChooseShare = 0.15;  // of all the time, for the progress bar only
+
 // Fills the cells of one chunk.
 class Calibrator {
  public:
@@ -108,14 +110,10 @@ class Calibrator {
   Probe probe_;
 };
 
-bool MadeByAuto(std::string_view names) {
-  for (std::size_t begin = 0; begin <= names.size();) {
-    const std::size_t end = std::min(names.find(',', begin), names.size());
-    if (std::ranges::find(AutoScorers(), names.substr(begin, end - begin)) == AutoScorers().end())
-      return false;
-    begin = end + 1;
-  }
-  return true;
+bool MadeByAuto(std::string_view scorer) {
+  return std::ranges::all_of(ScorersOf(scorer), [](std::string_view name) {
+    return std::ranges::find(AutoScorers(), name) != AutoScorers().end();
+  });
 }
 
 Expected<void> CheckResumable(const Profile& have, const Profile& want) {
@@ -217,10 +215,6 @@ Expected<std::vector<std::vector<int32_t>>> MakeChunks(std::span<const std::vect
     chunks = std::move(chosen);
   }
   return chunks;
-}
-
-namespace {
-constexpr double kChooseShare = 0.15;  // of all the time, for the progress bar only
 }
 
 Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std::vector<int32_t>> chunks,

@@ -28,14 +28,10 @@ std::string GuardText(const Protected& guard) {
 
 // A name for each layer becomes "expected 1-4 9, keydiff 0 5-8".
 std::string ScorerText(const std::string& scorer) {
-  if (scorer.find(',') == std::string::npos) return Printable(scorer, 16);
+  const auto names = ScorersOf(scorer);
+  if (names.size() == 1) return Printable(scorer, 16);
   std::map<std::string, std::vector<int>> layers;
-  int layer = 0;
-  for (std::size_t begin = 0; begin <= scorer.size(); ++layer) {
-    const std::size_t end = std::min(scorer.find(',', begin), scorer.size());
-    layers[scorer.substr(begin, end - begin)].push_back(layer);
-    begin = end + 1;
-  }
+  for (std::size_t l = 0; l < names.size(); ++l) layers[std::string(names[l])].push_back(static_cast<int>(l));
   std::string text;
   for (const auto& [name, of] : layers) {
     text += (text.empty() ? "" : ", ") + Printable(name, 16);

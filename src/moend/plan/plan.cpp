@@ -58,6 +58,16 @@ Expected<void> ReadLayers(const JsonNode& layers, Plan& plan) {
 
 }  // namespace
 
+std::vector<std::string_view> ScorersOf(std::string_view scorer) {
+  std::vector<std::string_view> names;
+  for (std::size_t begin = 0; begin <= scorer.size();) {
+    const std::size_t end = std::min(scorer.find(',', begin), scorer.size());
+    names.push_back(scorer.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return names;
+}
+
 Expected<Plan> ParsePlan(const std::string& json, const std::string& source) {
   MOEND_ASSIGN(const nlohmann::json document, ParseJson(json, source));
   const JsonNode root(document, source);

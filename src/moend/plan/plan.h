@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "moend/base/error.h"
@@ -32,6 +33,9 @@ struct Fingerprint {
 };
 
 inline constexpr std::size_t kLongestScorer = 16384;  // characters of a name for each layer of a large model
+// The names in a `scorer` of a Plan or Profile: one, or one for each layer with commas between them. They
+// point into `scorer`.
+std::vector<std::string_view> ScorersOf(std::string_view scorer);
 
 // Its kl is taken for the noise of a row. Any change of a layer's attention output, however small, makes the
 // later layers round otherwise (ggml multiplies weights with activations rounded to 8 bits) and moves the

@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 
+#include "moend/plan/plan.h"
 #include "moend/score/scorers.h"
 
 namespace moend {
@@ -63,13 +64,10 @@ ScorerNeeds Union(const ScorerNeeds& a, const ScorerNeeds& b) {
 }
 
 Expected<std::unique_ptr<Scorer>> MakeScorer(std::string_view name) {
-  if (name.find(',') != std::string_view::npos) {
+  if (const auto names = ScorersOf(name); names.size() > 1) {
     std::vector<std::unique_ptr<Scorer>> layers;
-    for (std::size_t begin = 0; begin <= name.size();) {
-      const std::size_t end = std::min(name.find(',', begin), name.size());
-      MOEND_ASSIGN(auto one, MakeScorer(name.substr(begin, end - begin)));
-      layers.push_back(std::move(one));
-      begin = end + 1;
+    for (const std::string_view one : names) {
+      MOEND_ASSIGN(layers.emplace_back(), MakeScorer(one));
     }
     return std::make_unique<ByLayer>(name, std::move(layers));
   }
@@ -87,7 +85,7 @@ std::vector<std::string> ScorerNames() {
 }
 
 std::string ShortScorerName(std::string_view name) {
-  return std::string(name.find(',') == std::string_view::npos ? name : "mixed");
+  return std::string(ScorersOf(name).size() == 1 ? name : "mixed");
 }
 
 void MakeFinite(std::span<float> scores) {

@@ -61,17 +61,17 @@ struct SolveRequest {
   // route eviction then have none.
   double floor_price = 0;
 };
-// What `moend` takes where no floor is asked for. Predictions that differ by less do not tell plans apart,
-// and of two such plans the one that forgets less is the safer; docs/results.md has the answers with and
-// without.
+// What `moend` takes where no floor is asked for. Predictions so near to each other hardly tell plans
+// apart, and of two such plans the one that forgets less is the safer; docs/results.md has the answers with
+// and without.
 inline constexpr double kDefaultMinKeep = 0.05, kDefaultFloorPrice = 0.2;
 
 struct Solution {
   Plan plan;
   double loss = 0;         // sum of the layers' predicted losses; NaN if the profile lacks the variant's bits
   double lower_bound = 0;  // no plan of these experts within the budget has a smaller loss (dual bound); with
-                           // a hedge: whatever it keeps
-  double min_keep = 0;     // the floor: the one asked for, or what the hedge made of it
+                           // a floor_price: nor has any plan below the floor
+  double min_keep = 0;     // the floor that holds
   double milliseconds = 0;
 };
 
