@@ -27,7 +27,17 @@ int64_t WorkspaceFloats(int64_t head_size, int64_t rows);
      t - begin. */                                                                                           \
   void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,  \
                         const float* max, const float* sum, float* sums, float* workspace);                  \
-  /* The same over the paged part of a stream: sums[page * 64 + slot] += ...; evicted slots get 0 added. */  \
+  /* peaks[t] = its maximum with log(exp(s - max[r]) / sum[r]) over the rows, tokens and rows as above: the  \
+     largest share of its attention that any query gives the token, as a natural logarithm. */               \
+  void ColumnPeaksCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q, \
+                         const float* max, const float* sum, float* peaks, float* workspace);                \
+  /* out[t] += for tokens t of kv in [0, kv.n_tokens): sum over rows of exp(s - max[r]) / sum[r] * in[r],    \
+     rows as above: the transpose of attention. in: f32 [rows][head_size]; out: f32 [n_tokens][head_size].   \
+   */                                                                                                        \
+  void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q, const float* max,         \
+                           const float* sum, const float* in, float* out, float* workspace);                 \
+  /* ColumnSums over the paged part of a stream: sums[page * 64 + slot] += ...; evicted slots get 0 added.   \
+   */                                                                                                        \
   void ColumnSumsStream(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,        \
                         float* sums, float* workspace);                                                      \
   /* Adds what `from` saw to `into`, rows x head_size. */                                                    \

@@ -6,6 +6,7 @@
 
 #include "moend/calibrate/choose_scorer.h"
 #include "moend/calibrate/probe.h"
+#include "moend/calibrate/reconstruction.h"
 #include "moend/engine/engine_impl.h"
 #include "moend/engine/queries.h"
 
@@ -13,6 +14,7 @@ namespace moend {
 namespace {
 
 constexpr double kChooseShare = 0.15;  // of all the time, for the progress bar only
+constexpr double kMeasureShare = 0.6;  // of a chunk on which plans are checked as well, likewise
 
 // Fills the cells of one chunk.
 class Calibrator {
@@ -126,6 +128,7 @@ Expected<void> CheckResumable(const Profile& have, const Profile& want) {
   };
   if (want.scorer == kAutoScorer ? !MadeByAuto(have.scorer) : have.scorer != want.scorer)
     return differs("scorer");
+  if (have.method != want.method) return differs("way of measuring");
   if (have.guard != want.guard) return differs("sinks or window");
   if (have.length != want.length) return differs("chunk length");
   if (have.evaluated != want.evaluated) return differs("number of evaluated tokens");
@@ -222,10 +225,14 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
                             const std::function<bool(const CalibrateProgress&)>& progress,
                             const std::function<Expected<void>(const Profile&)>& save) {
   CalibrateOptions options = given;
-  if (options.experts.empty()) options.experts = DefaultExperts();
+  const bool by_logits = options.method == ProfileMethod::kLogits;
+  if (options.experts.empty()) options.experts = by_logits ? DefaultExperts() : ReconstructionExperts();
+  if (!by_logits) options.heads = true;
+  if (!by_logits && options.scorer == kAutoScorer) options.scorer = "reconstruct";
   std::sort(options.experts.begin(), options.experts.end());
   Profile wanted;
   wanted.model = engine->fingerprint();
+  wanted.method = options.method;
   wanted.scorer = options.scorer;
   wanted.guard = options.guard;
   wanted.length = options.length;
@@ -264,11 +271,21 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
       const double share = (static_cast<double>(c) + part) / static_cast<double>(n_chunks);
       return progress({c, n_chunks, chosen_at + (1 - chosen_at) * share});
     };
-    MOEND_TRY(calibrator.Measure(chunks[static_cast<std::size_t>(c)], sums, tick));
+    const std::vector<int32_t>& chunk = chunks[static_cast<std::size_t>(c)];
+    if (by_logits) {
+      MOEND_TRY(calibrator.Measure(chunk, sums, tick));
+    } else {
+      const bool last = c + 1 == n_chunks;
+      const double share = last ? kMeasureShare : 1;
+      MOEND_TRY(MeasureReconstruction(*engine, chunk, sums, [&](double done) { return tick(share * done); }));
+    }
     MixIn(profile.cells, sums.cells, profile.chunks);
     MixIn(profile.head_cells, sums.head_cells, profile.chunks);
     profile.queries = sums.queries;
     ++profile.chunks;
+    if (!by_logits && profile.chunks == n_chunks)
+      MOEND_TRY(CheckPlans(*engine, chunk, profile,
+                           [&](double done) { return tick(kMeasureShare + (1 - kMeasureShare) * done); }));
     if (save) MOEND_TRY(save(profile));
   }
   return profile;

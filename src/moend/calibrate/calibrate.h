@@ -29,12 +29,15 @@ inline constexpr const char* kAutoScorer = "auto";
 std::span<const std::string_view> AutoScorers();
 
 struct CalibrateOptions {
-  std::string scorer = kDefaultScorer;  // a name of MakeScorer(), or kAutoScorer
+  // kReconstruction reads each chunk twice whatever the number of experts, and always fills head_cells;
+  // kLogits runs the model for every layer and expert.
+  ProfileMethod method = ProfileMethod::kLogits;
+  std::string scorer = kDefaultScorer;  // a name of MakeScorer(), or kAutoScorer: "reconstruct" for the first
   Protected guard;
   int64_t length = 8192;        // tokens of a chunk; fewer when the text is shorter
   int64_t evaluated = 512;      // of which the last ones are measured
   int64_t chunks = 2;           // how many; 0: as many as the texts give
-  std::vector<Expert> experts;  // empty: DefaultExperts()
+  std::vector<Expert> experts;  // empty: ReconstructionExperts() or DefaultExperts()
   // Also fill Profile::head_cells. For a single KV head only the parts of each expert are measured, its keep
   // ratio at 16 bit and its bits with every token kept, and taken together as kl = sum less the noise (see
   // kNoiseExpert), l2 = root of the sum of squares: quantization can only harm tokens that stayed, so the sum

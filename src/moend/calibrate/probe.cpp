@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 #include "moend/calibrate/query_tap.h"
 
@@ -63,6 +64,11 @@ Expected<void> Probe::Read(std::span<const int32_t> tokens, int64_t tail_tokens,
   MOEND_ASSIGN(auto hidden, Buffer<float>::Create(nullptr, n * hp_.n_embd));
   MOEND_TRY(compute.Embed(tokens, hidden.data()));
   float* tail = hidden.data() + context_ * hp_.n_embd;
+  std::optional<Repetition> repetition;
+  if (scorer_->needs().repetition) {
+    MOEND_ASSIGN(repetition,
+                 Repetition::Create(compute, nullptr, tokens.first(static_cast<std::size_t>(context_))));
+  }
   for (int64_t l = 0; l < hp_.n_layers; ++l) {
     MOEND_ASSIGN(auto scratch, LayerScratch::Create(nullptr, {hp_.n_kv_heads, hp_.head_size}, hp_.n_heads, n,
                                                     context_, scorer_->needs()));
@@ -73,10 +79,12 @@ Expected<void> Probe::Read(std::span<const int32_t> tokens, int64_t tail_tokens,
       const int64_t m = std::min(compute.block_tokens(), context_ - at);
       MOEND_TRY(compute.Layer(l, hidden.data() + at * hp_.n_embd, m, at, tap));
     }
+    machine_.prefill->EndAccumulation();
+    if (repetition) MOEND_TRY(repetition->Layer(l, layers_.back(), *machine_.prefill, {}));
+    machine_.prefill->Begin({}, &layers_.back());
     inputs_.emplace_back(tail, tail + tail_ * hp_.n_embd);
     MOEND_ASSIGN(auto attention, RunTail(l, tail, true, tap));
     attention_.push_back(std::move(attention));
-    machine_.prefill->EndAccumulation();
     if (tick && !tick(static_cast<double>(l + 1) / static_cast<double>(hp_.n_layers)))
       return Fail(ErrorCode::kCancelled, "reading the text was stopped");
   }

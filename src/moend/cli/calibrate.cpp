@@ -11,6 +11,7 @@
 #include "moend/base/file.h"
 #include "moend/calibrate/calibrate.h"
 #include "moend/calibrate/paper.h"
+#include "moend/calibrate/reconstruction.h"
 #include "moend/cli/commands.h"
 #include "moend/cli/common.h"
 #include "moend/cli/progress.h"
@@ -37,6 +38,7 @@ struct CalibrateFlags {
   CalibrateOptions options;
   std::vector<double> keeps;
   std::vector<std::string> bits;
+  std::string method = Name(ProfileMethod::kReconstruction);
   bool restart = false, paper = false;
 };
 
@@ -65,7 +67,8 @@ Expected<std::vector<Expert>> Experts(const CalibrateFlags& flags) {
     MOEND_ASSIGN(const auto pair, ParseBits(text));
     bits.push_back(pair);
   }
-  for (const Expert& e : DefaultExperts()) {
+  for (const Expert& e :
+       flags.options.method == ProfileMethod::kLogits ? DefaultExperts() : ReconstructionExperts()) {
     if (flags.keeps.empty()) keeps.push_back(e.keep);
     if (flags.bits.empty()) bits.emplace_back(e.k_bits, e.v_bits);
   }
@@ -110,6 +113,8 @@ Expected<void> RunPaper(const CalibrateFlags& flags) {
 
 Expected<void> Run(CalibrateFlags& flags) {
   if (flags.paper) return RunPaper(flags);
+  flags.options.method =
+      flags.method == Name(ProfileMethod::kLogits) ? ProfileMethod::kLogits : ProfileMethod::kReconstruction;
   MOEND_ASSIGN(flags.options.experts, Experts(flags));
   MOEND_TRY(CheckWritable(flags.output));
   MOEND_ASSIGN(Profile profile, Unfinished(flags));
@@ -179,7 +184,9 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->check(CLI::Range(int64_t{0}, kMost))
       ->type_name("N");
-  command->add_option("--evaluated", f.options.evaluated, "tokens at the end of a chunk that are measured")
+  command
+      ->add_option("--evaluated", f.options.evaluated,
+                   "with --method logits: tokens at the end of a chunk that are measured")
       ->capture_default_str()
       ->check(CLI::Range(int64_t{1}, kMost))
       ->type_name("N");
@@ -187,9 +194,10 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
   scorers.insert(scorers.begin(), kAutoScorer);
   f.options.scorer = kAutoScorer;
   command
-      ->add_option(
-          "--scorer", f.options.scorer,
-          "how tokens are chosen; auto: by keydiff, or by expected in layers that lose clearly less with it")
+      ->add_option("--scorer", f.options.scorer,
+                   "how tokens are chosen; auto: reconstruct; with --method logits keydiff, or expected in "
+                   "layers that "
+                   "lose clearly less with it")
       ->capture_default_str()
       ->check(CLI::IsMember(std::move(scorers)))
       ->type_name("NAME");
@@ -205,7 +213,15 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->type_name("N");
-  command->add_flag("--heads", f.options.heads, "measure each KV head too, for solve --variant 2d_heads");
+  command
+      ->add_option(
+          "--method", f.method,
+          "how: by what is lost of the attention of a model that repeats the text, for each KV head at "
+          "once; or by the logits of a run for each layer (and, with --heads, KV head) and compression")
+      ->capture_default_str()
+      ->check(CLI::IsMember({Name(ProfileMethod::kReconstruction), Name(ProfileMethod::kLogits)}))
+      ->type_name("NAME");
+  command->add_flag("--heads", f.options.heads, "with --method logits: measure each KV head too");
   command
       ->add_flag("--paper", f.paper,
                  "the MoE-nD paper's calibration, to compare with: 27 tokens, random eviction, L2 only")

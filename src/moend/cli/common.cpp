@@ -103,7 +103,7 @@ void PlanFlags::AddTo(CLI::App& app) {
         ->check(CLI::IsMember(std::move(names)))
         ->type_name("NAME");
   };
-  choice("--variant", variant, "with --profile: what is routed", kVariants);
+  choice("--variant", variant, kVariantText, kVariants);
   choice("--solver", solver, "with --profile: how the plan is found", kSolvers);
   choice("--metric", metric, "with --profile: what the plan minimizes", kMetrics);
   AddMinKeep(app, min_keep)->needs(from_profile);
@@ -133,6 +133,11 @@ void PlanFlags::Check() const {
     throw CLI::RequiredError("--profile needs --compression or --budget-mib, which");
 }
 
+Expected<Variant> VariantOf(const std::string& name, const Profile& profile) {
+  if (name.empty()) return FinestVariant(profile);
+  return ParseVariant(name);
+}
+
 Expected<Plan> PlanFlags::Make(const Engine& engine, int64_t n_tokens) const {
   const Fingerprint running = engine.fingerprint();
   if (!plan.empty()) {
@@ -146,7 +151,7 @@ Expected<Plan> PlanFlags::Make(const Engine& engine, int64_t n_tokens) const {
   SolveRequest request;
   MOEND_ASSIGN(request.solver, ParseSolver(solver));
   MOEND_ASSIGN(request.metric, ParseMetric(metric));
-  MOEND_ASSIGN(request.variant, ParseVariant(variant));
+  MOEND_ASSIGN(request.variant, VariantOf(variant, measured));
   MOEND_ASSIGN(request.score_bytes, ScoreBytes(scorer.empty() ? measured.scorer : scorer));
   request.context_length = n_tokens;
   request.compression = compression;

@@ -46,6 +46,10 @@ struct ModelFlags {
 
 // The names that ParseVariant(), ParseSolver() and ParseMetric() know.
 inline const std::vector<std::string> kVariants = {"full", "1d", "2d_uniform", "2d", "2d_hetero", "2d_heads"};
+// The one named, or the finest that the profile has losses for where `name` is empty.
+Expected<Variant> VariantOf(const std::string& name, const Profile& profile);
+inline constexpr const char* kVariantText =
+    "what is routed; default: KV heads where the profile measures them, else layers";
 inline const std::vector<std::string> kSolvers = {"greedy", "hull", "exact"};
 inline const std::vector<std::string> kMetrics = {"kl", "l2"};
 
@@ -54,7 +58,7 @@ struct PlanFlags {
   std::string plan, profile, scorer;
   double compression = 0, budget_mib = 0;
   std::optional<double> min_keep;
-  std::string variant = "2d_hetero", solver = "exact", metric = "kl";
+  std::string variant, solver = "exact", metric = "kl";
 
   void AddTo(CLI::App& app);
   void Check() const;  // throws CLI11's error when flags do not go together; call when all are parsed

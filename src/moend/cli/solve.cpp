@@ -1,6 +1,7 @@
 // moend solve: picks an expert for every layer under a budget, into a plan.
 #include <fmt/format.h>
 
+#include <cmath>
 #include <limits>
 #include <optional>
 
@@ -31,7 +32,7 @@ struct SolveFlags {
   double compression = 0, budget_mib = 0;
   std::optional<double> min_keep;
   int64_t context_length = 0;
-  std::string solver = "exact", metric = "kl", variant = "2d_hetero", scorer;
+  std::string solver = "exact", metric = "kl", variant, scorer;
   MeasureFlags measure;
 };
 
@@ -44,7 +45,7 @@ Expected<void> Run(const SolveFlags& flags) {
   SolveRequest request;
   MOEND_ASSIGN(request.solver, ParseSolver(flags.solver));
   MOEND_ASSIGN(request.metric, ParseMetric(flags.metric));
-  MOEND_ASSIGN(request.variant, ParseVariant(flags.variant));
+  MOEND_ASSIGN(request.variant, VariantOf(flags.variant, profile));
   if (!flags.scorer.empty()) profile.scorer = flags.scorer;
   MOEND_ASSIGN(const auto scorer, MakeScorer(profile.scorer));
   // In a file only where somebody will read them.
@@ -67,6 +68,9 @@ Expected<void> Run(const SolveFlags& flags) {
   fmt::print("predicted loss {:.6g}, no plan can be below {:.6g} (gap {:.3g}); solved by {} in {:.1f} ms\n",
              solution.loss, solution.lower_bound, solution.loss - solution.lower_bound, flags.solver,
              solution.milliseconds);
+  if (std::isfinite(solution.expected_kl))
+    fmt::print("expected KL(full || compressed) where the text must be looked up: {:.3g} nats a token\n",
+               solution.expected_kl);
   if (solution.min_keep > 0 && !flags.min_keep)
     fmt::print(
         "every {} keeps {:g}% of its tokens or more, for {:.2g}% of predicted loss; --min-keep 0: no floor\n",
@@ -112,7 +116,7 @@ void AddSolve(CLI::App& app, int& exit_code) {
   };
   choice("--solver", f.solver, "how the plan is found", kSolvers);
   choice("--metric", f.metric, "what it minimizes: KL of the logits or L2 of the attention output", kMetrics);
-  choice("--variant", f.variant, "what is routed layer by layer", kVariants);
+  choice("--variant", f.variant, kVariantText, kVariants);
   command
       ->add_option("--scorer", f.scorer,
                    "how the plan chooses tokens; default: as the profile, whose losses were measured with it")

@@ -3,10 +3,14 @@
 #include <ggml.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "moend/attention/attention.h"
+#include "moend/base/half.h"
 #include "moend/cache/key_feedback.h"
+#include "moend/cache/value_refit.h"
 #include "moend/engine/head_budgets.h"
+#include "moend/score/key_blocks.h"
 
 namespace moend {
 namespace {
@@ -17,12 +21,60 @@ QueryRows Newest(const QueryRows& all, int64_t tokens, int64_t head_size) {
   return {all.q + (all.rows - rows) * head_size, rows, all.group};
 }
 
-Expected<void> FillCache(LayerCache& cache, const DenseView& view, const std::vector<uint32_t>& kept,
-                         const float* scores, const std::vector<float>& feedback) {
-  MOEND_TRY(cache.BeginFill(view.n_tokens, kept.empty() ? view.n_tokens : std::ssize(kept)));
-  auto filled = cache.FillHead(0, view, kept, scores, feedback.empty() ? nullptr : feedback.data());
+// What to fill a KV head's cache with, and how.
+struct Filling {
+  std::shared_ptr<Ledger> ledger;
+  const Expert& expert;
+  const Protected& guard;
+  bool keep_scores;
+  std::shared_ptr<const KeyRotations> rotation;
+  const std::vector<uint32_t>& kept;   // empty: all
+  const float* scores;                 // may be null
+  const std::vector<float>& feedback;  // may be empty
+};
+
+Expected<LayerCache> MakeCache(const Filling& with, const DenseView& view) {
+  MOEND_ASSIGN(auto cache, LayerCache::Create(with.ledger, {1, view.head_size}, with.expert, with.guard,
+                                              with.keep_scores, with.rotation));
+  const auto n = with.kept.empty() ? view.n_tokens : std::ssize(with.kept);
+  MOEND_TRY(cache.BeginFill(view.n_tokens, n));
+  auto filled =
+      cache.FillHead(0, view, with.kept, with.scores, with.feedback.empty() ? nullptr : with.feedback.data());
   auto ended = cache.EndFill();  // also the way to give up
-  return filled ? ended : filled;
+  if (!filled) return Forward(filled);
+  if (!ended) return Forward(ended);
+  return cache;
+}
+
+// f32 [live tokens][head_size], in the order of LayerCache::positions(): keys as they are stored.
+std::vector<float> StoredKeys(const LayerCache& cache) {
+  const StreamView view = cache.view(0);
+  const int64_t d = view.layout.head_size;
+  std::vector<float> keys;
+  ForEachKeyBlock(view, false, [&](const KeyBlock& block) {
+    for (uint64_t live = block.live; live != 0; live &= live - 1) {
+      const int64_t t = std::countr_zero(live);
+      for (int64_t c = 0; c < d; ++c) keys.push_back(block.k[c * kPageTokens + t]);
+    }
+  });
+  return keys;
+}
+
+// The cache once more with values that make up for what is gone, where that helps.
+Expected<LayerCache> Refit(LayerCache cache, const Filling& with, const DenseView& view,
+                           const QueryRows& reference) {
+  const std::vector<uint32_t> positions = cache.positions(0);
+  MOEND_ASSIGN(const ValueRefit refit, RefitValues(view, positions, StoredKeys(cache), reference));
+  if (refit.v.empty()) return cache;
+  const int64_t d = view.head_size;
+  std::vector<uint16_t> values(view.v, view.v + view.n_tokens * d);
+  for (std::size_t i = 0; i < positions.size(); ++i)
+    for (int64_t c = 0; c < d; ++c)
+      values[positions[i] * static_cast<std::size_t>(d) + static_cast<std::size_t>(c)] =
+          FloatToFiniteHalf(refit.v[i * static_cast<std::size_t>(d) + static_cast<std::size_t>(c)]);
+  DenseView moved = view;
+  moved.v = values.data();
+  return MakeCache(with, moved);
 }
 
 }  // namespace
@@ -45,6 +97,7 @@ Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const L
     in.kv = scratch.view(h, n_tokens);
     in.observed = Newest(scratch.observed(h), scorer.needs().observed_queries, shape.head_size);
     in.accumulated = scratch.accumulated(h);
+    in.peaks = scratch.peaks(h);
     in.queries = with.head(h);
     in.workspace = workspaces[static_cast<std::size_t>(thread)].data();
     scorer.ScorePrefill(in, out);
@@ -69,14 +122,9 @@ Expected<std::vector<LayerCache>> CompressScratch(
     const int64_t score_bytes = scorer.scorer.needs().accumulated ? 4 : 0;
     MOEND_ASSIGN(experts, SplitHeads(*scores, experts[0], guard, scratch.shape().head_size, score_bytes));
   }
-  std::vector<LayerCache> caches;
-  for (const Expert& expert : experts) {
-    const bool keep_scores = scorer.scorer.needs().accumulated && expert.keep < 1;
-    MOEND_ASSIGN(auto cache, LayerCache::Create(ledger, {1, scratch.shape().head_size}, expert, guard,
-                                                keep_scores, rotations[caches.size()]));
-    caches.push_back(std::move(cache));
-  }
-  std::vector<Expected<void>> results(static_cast<std::size_t>(heads));
+  std::vector<Expected<LayerCache>> made_caches;
+  for (int64_t h = 0; h < heads; ++h)
+    made_caches.push_back(Fail(ErrorCode::kInternal, "KV head {} was not compressed", h));
   MOEND_TRY(compute.ParallelFor(heads, [&](int64_t h, int) {
     const auto hi = static_cast<std::size_t>(h);
     std::vector<uint32_t> kept;
@@ -86,10 +134,19 @@ Expected<std::vector<LayerCache>> CompressScratch(
     std::vector<float> feedback;
     if (experts[hi].k_bits < 16 && !scratch.moment(h).empty())
       feedback = FeedbackFactors(scratch.moment(h), scratch.shape().head_size, rotations[hi]->head(0));
-    results[hi] = FillCache(caches[hi], view, kept, scratch.accumulated(h), feedback);
+    const bool keep_scores = scorer.scorer.needs().accumulated && experts[hi].keep < 1;
+    const Filling filling{
+        ledger, experts[hi], guard, keep_scores, rotations[hi], kept, scratch.accumulated(h), feedback};
+    auto cache = MakeCache(filling, view);
+    if (cache && scorer.refit && experts[hi] != Expert{})
+      cache = Refit(std::move(*cache), filling, view, scratch.reference(h));
+    made_caches[hi] = std::move(cache);
   }));
-  for (auto& r : results)
-    if (!r) return Forward(r);
+  std::vector<LayerCache> caches;
+  for (auto& cache : made_caches) {
+    if (!cache) return Forward(cache);
+    caches.push_back(std::move(*cache));
+  }
   return caches;
 }
 

@@ -20,6 +20,7 @@ struct LayerScorer {
   const Scorer& scorer;
   std::span<const HeadQueries> queries;  // one a KV head; empty unless the scorer needs them
   bool shares = false;                   // the heads share their layer's tokens (Plan::adaptive_heads)
+  bool refit = false;                    // Plan::refit; needs LayerScratch::reference()
   const HeadQueries* head(int64_t h) const {
     return queries.empty() ? nullptr : &queries[static_cast<std::size_t>(h)];
   }

@@ -1,6 +1,7 @@
 #include "moend/engine/engine.h"
 
 #include <algorithm>
+#include <optional>
 #include <thread>
 
 #include "moend/engine/engine_impl.h"
@@ -61,20 +62,30 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
   const int64_t block = compute->block_tokens();
   MOEND_ASSIGN(auto hidden, Buffer<float>::Create(nullptr, n * hp.n_embd));
   MOEND_TRY(compute->Embed(tokens, hidden.data()));
+  std::optional<Repetition> repetition;
+  int64_t blocks = 0;
+  const auto go_on = [&]() -> bool {
+    if (!progress) return true;
+    const int64_t again = repetition ? repetition->tokens() : 0;
+    const double all = static_cast<double>(hp.n_layers * (n + again)) / static_cast<double>(block);
+    return progress(std::min(1.0, static_cast<double>(++blocks) / all));
+  };
   for (int64_t l = 0; l < hp.n_layers; ++l) {
     std::span<const LayerCache> past;
     LayerScratch* scratch = nullptr;
     MOEND_TRY(hooks.begin(l, &past, &scratch));
+    if (l == 0 && scratch->peaks(0)) {
+      MOEND_ASSIGN(repetition, Repetition::Create(*compute, nullptr, tokens));
+    }
     prefill->Begin(past, scratch);
     for (int64_t done = 0; done < n; done += block) {
       const int64_t m = std::min(block, n - done);
-      MOEND_TRY(compute->Layer(l, hidden.data() + done * hp.n_embd, m, first + done, *prefill));
-      if (progress &&
-          !progress((static_cast<double>(l) + static_cast<double>(done + m) / static_cast<double>(n)) /
-                    static_cast<double>(hp.n_layers)))
-        return Fail(ErrorCode::kCancelled, "reading the prompt was stopped");
+      MOEND_TRY(compute->Layer(l, hidden.data() + done * hp.n_embd, m, first + done,
+                               hooks.listener ? *hooks.listener : *prefill));
+      if (!go_on()) return Fail(ErrorCode::kCancelled, "reading the prompt was stopped");
     }
     prefill->EndAccumulation();
+    if (repetition) MOEND_TRY(repetition->Layer(l, *scratch, *prefill, go_on));
     MOEND_TRY(hooks.end(l, *scratch));
   }
   logits.resize(static_cast<std::size_t>(hp.n_vocab));

@@ -11,6 +11,7 @@
 #include "moend/engine/decode_hook.h"
 #include "moend/engine/engine.h"
 #include "moend/engine/prefill_hook.h"
+#include "moend/engine/repetition.h"
 #include "moend/score/query_model.h"
 
 namespace moend {
@@ -33,12 +34,15 @@ struct Engine::Impl {
   std::vector<std::shared_ptr<const KeyRotations>> rotations;
 
   // All of `tokens`, which start at position `first`, through one layer after the other. Per layer: Begin's
-  // arguments come from `begin`, and `end` gets the layer's scratch when all tokens went through. Logits of
+  // arguments come from `begin`, and `end` gets the layer's scratch when all tokens went through; and then,
+  // where a scratch has room for what a repetition tells (LayerScratch::peaks), their repetition. Logits of
   // the last token at the end.
   struct LayerHooks {
     std::function<Expected<void>(int64_t layer, std::span<const LayerCache>* past, LayerScratch** scratch)>
         begin;
     std::function<Expected<void>(int64_t layer, LayerScratch& scratch)> end;
+    AttentionHook* listener =
+        nullptr;  // stands before `prefill`, to which it hands everything on; may be null
   };
   Expected<void> ReadLayerByLayer(std::span<const int32_t> tokens, int64_t first, const LayerHooks& hooks,
                                   std::vector<float>& logits, const Progress& progress);
@@ -66,6 +70,7 @@ struct Session::Impl {
   LayerScorer scorer_of(int64_t layer) const {
     LayerScorer of(scorer->of_layer(layer), queries ? queries->layer(layer) : std::span<const HeadQueries>());
     of.shares = plan.adaptive_heads;
+    of.refit = plan.refit;
     return of;
   }
   // Once a prompt is read, plans of adaptive heads say what each of them got.

@@ -33,10 +33,30 @@ void PrefillHook::Begin(std::span<const LayerCache> past, LayerScratch* scratch)
   past_ = past;
   if (!past.empty() && past[0].tokens_seen() == 0) past_ = {};
   scratch_ = scratch;
+  context_ = nullptr;
   const bool accumulate = scratch->accumulated(0) != nullptr;
   for (Worker& w : workers_)
     w.accumulated.assign(
         accumulate ? static_cast<std::size_t>(shape_.n_kv_heads * scratch->score_tokens()) : 0, 0.0f);
+}
+
+void PrefillHook::BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index, int64_t total) {
+  Begin({}, part);
+  context_ = context;
+  index_ = index;
+  total_ = total;
+  const auto n = static_cast<std::size_t>(shape_.n_kv_heads * context->n_tokens());
+  for (Worker& w : workers_) w.peaks.assign(n, LayerScratch::kNoPeak);
+}
+
+void PrefillHook::EndRepetition() {
+  const int64_t n = context_->n_tokens();
+  for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
+    float* peaks = context_->peaks(h);
+    for (const Worker& w : workers_)
+      for (int64_t t = 0; t < n; ++t)
+        peaks[t] = std::max(peaks[t], w.peaks[static_cast<std::size_t>(h * n + t)]);
+  }
 }
 
 void PrefillHook::EndAccumulation() {
@@ -52,6 +72,7 @@ void PrefillHook::EndAccumulation() {
 void PrefillHook::Store(int64_t, const float* q, const float* k, const float* v, int64_t n) {
   first_ = scratch_->n_tokens();
   scratch_->Append(q, k, v, n, scale_);
+  if (context_) context_->Refer(q, index_ + first_, n, total_, scale_);
   next_.store(0, std::memory_order_relaxed);
 }
 
@@ -76,10 +97,16 @@ void PrefillHook::Attend(int64_t, const float* q, int64_t n, int thread, int) {
       const StreamView past = past_[static_cast<std::size_t>(head)].view(0);
       simd::AttendStream(past, 0, past.n_pages, true, query, state, w.workspace.data());
     }
+    // As one token's rows, all of them see the whole context.
+    const QueryRows all_see{w.q.data(), rows, rows};
+    if (context_)
+      simd::AttendCausal(context_->view(head, context_->n_tokens()), context_->n_tokens() - 1, all_see, state,
+                         w.workspace.data());
     const int64_t first = first_ + begin;
     const DenseView kv = scratch_->view(head, first + tokens);
     simd::AttendCausal(kv, first, query, state, w.workspace.data());
     if (!w.accumulated.empty()) Accumulate(w, head, first, query, state.max, state.sum);
+    if (context_) RaisePeaks(w, head, all_see, state.max, state.sum);
     simd::Finish(state, rows, d);
     for (int64_t i = 0; i < tokens; ++i)
       std::memcpy(out_.data() + ((begin + i) * n_heads_ + head * group_) * d, state.out + i * group_ * d,
@@ -95,6 +122,13 @@ void PrefillHook::Accumulate(Worker& w, int64_t head, int64_t first, const Query
   const QueryRows counted{q.q, tokens * q.group, q.group};
   simd::ColumnSumsCausal(scratch_->view(head, first + tokens), first, 0, first + tokens, counted, max, sum,
                          w.accumulated.data() + head * scored, w.workspace.data());
+}
+
+void PrefillHook::RaisePeaks(Worker& w, int64_t head, const QueryRows& all_see, const float* max,
+                             const float* sum) {
+  const int64_t n = context_->n_tokens();
+  simd::ColumnPeaksCausal(context_->view(head, n), n - 1, 0, n, all_see, max, sum, w.peaks.data() + head * n,
+                          w.workspace.data());
 }
 
 void PrefillHook::Combine(int64_t, float* out, int64_t n, int thread, int n_threads) {

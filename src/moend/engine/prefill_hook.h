@@ -1,5 +1,5 @@
 // Attention of a prefill: a block of new tokens sees what the layer already remembers (packed, from earlier
-// turns) and the new tokens before it (the scratch).
+// turns; or, while a context is repeated, uncompressed) and the new tokens before it (the scratch).
 #pragma once
 
 #include <atomic>
@@ -21,6 +21,11 @@ class PrefillHook : public AttentionHook {
   // The layer whose blocks come next. `past`: what each KV head remembers from earlier, or nothing; both must
   // outlive the blocks.
   void Begin(std::span<const LayerCache> past, LayerScratch* scratch);
+  // The same for a part of a repetition, which sees all of `context`. `index`: of the part's first token
+  // among the `total` ones of the repetition.
+  void BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index, int64_t total);
+  // Raises context->peaks() to what the part's queries gave; once it is through.
+  void EndRepetition();
   // Adds the attention that tokens received in the layer's blocks to scratch->accumulated().
   void EndAccumulation();
 
@@ -33,16 +38,21 @@ class PrefillHook : public AttentionHook {
     std::vector<float> q, state;  // [rows][head_size], [rows] x 2
     Buffer<float> workspace;
     std::vector<float> accumulated;  // [n_kv_heads][score_tokens]
+    std::vector<float> peaks;        // [n_kv_heads][context tokens]
   };
   void Accumulate(Worker& w, int64_t head, int64_t first, const QueryRows& q, const float* max,
                   const float* sum);
+
+  void RaisePeaks(Worker& w, int64_t head, const QueryRows& all_see, const float* max, const float* sum);
 
   KvShape shape_;
   int64_t n_heads_, group_;
   float scale_;
   std::span<const LayerCache> past_;  // one a KV head, or none
   LayerScratch* scratch_ = nullptr;
-  int64_t first_ = 0;  // tokens of the scratch before this block
+  LayerScratch* context_ = nullptr;  // what is repeated, or nothing
+  int64_t index_ = 0, total_ = 0;    // of the repetition
+  int64_t first_ = 0;                // tokens of the scratch before this block
   std::atomic<int64_t> next_{0};
   std::vector<float> out_;  // [block tokens][n_heads][head_size]
   std::vector<Worker> workers_;

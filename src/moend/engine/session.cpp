@@ -78,7 +78,9 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
   const HyperParams& hp = machine.model->hparams();
   // A first prompt is scored by the scratch; a further turn is appended and evicted like generated tokens.
   const bool fresh = first == 0;
-  const ScorerNeeds needs = fresh ? s.scorer->needs() : ScorerNeeds{s.observed_window(), false};
+  ScorerNeeds needs = fresh ? s.scorer->needs() : ScorerNeeds{s.observed_window(), false};
+  if (!Evicts(s.plan)) needs.repetition = false;  // nothing is chosen, so nothing need be known
+  if (s.plan.refit) needs.reference_tokens = LayerScratch::ReferenceTokens(n);
   MOEND_ASSIGN(auto scratch,
                LayerScratch::Create(s.ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
   const bool evict = !fresh && s.since_eviction + n >= kEvictInterval;
@@ -289,6 +291,7 @@ Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<
     MOEND_ASSIGN(auto scorer, MakeScorer(name));
     needs = Union(needs, scorer->needs());
   }
+  needs.reference_tokens = LayerScratch::ReferenceTokens(std::ssize(tokens));  // any plan may want to refit
   Engine::Impl& machine = engine->impl();
   const std::scoped_lock lock(machine.reading, machine.busy);
   const HyperParams& hp = machine.model->hparams();

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "moend/model/rope.h"
+#include "moend/model/tensor_rows.h"
 
 namespace moend {
 namespace {
@@ -22,22 +23,15 @@ std::vector<double> RowPower(const GgufFile& file, const std::string& name, int6
   std::vector<double> power(static_cast<std::size_t>(rows), 0.0);
   const GgufTensor* t = file.FindTensor(name);
   if (!t) return power;
-  const ggml_type_traits* traits = ggml_get_type_traits(t->type);
-  const int64_t width = t->ne[0], row_bytes = t->bytes / t->ne[1];
+  const int64_t width = t->ne[0];
   const auto* weight = static_cast<const float*>(norm->data);
   const int64_t spans = std::max<int64_t>(1, width / kSpan);
   const int64_t step = (spans + kMostSpans - 1) / kMostSpans;
   std::vector<float> values(static_cast<std::size_t>(std::min(width, kSpan)));
   for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* row = file.bytes().data() + t->offset + (first + r) * row_bytes;
     for (int64_t s = 0; s < spans; s += step) {
       const int64_t begin = s * kSpan, n = std::min(kSpan, width - begin);
-      const uint8_t* from = row + begin / traits->blck_size * static_cast<int64_t>(traits->type_size);
-      if (t->type == GGML_TYPE_F32) {
-        std::copy_n(reinterpret_cast<const float*>(from), n, values.data());
-      } else {
-        traits->to_float(from, values.data(), n);
-      }
+      ReadElements(file, *t, first + r, begin, n, values.data());
       for (int64_t c = 0; c < n; ++c) {
         const double x = double{values[static_cast<std::size_t>(c)]} * weight[begin + c];
         power[static_cast<std::size_t>(r)] += x * x;

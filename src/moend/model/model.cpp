@@ -8,6 +8,7 @@
 #include "moend/model/gguf.h"
 #include "moend/model/hparams.h"
 #include "moend/model/key_balance.h"
+#include "moend/model/output_gram.h"
 #include "moend/model/tokenizer.h"
 #include "moend/model/weights.h"
 
@@ -27,10 +28,14 @@ class LoadedModel final : public Model {
   const std::string& path() const override { return file_.path(); }
   const HyperParams& hparams() const override { return hparams_; }
   const Weights& weights() const override { return bound_.weights; }
+  bool has_tokenizer() const override { return tokenizer_ != nullptr; }
   const Tokenizer& tokenizer() const override { return *tokenizer_; }
   const std::string& hash() const override { return hash_; }
   std::vector<float> KeyBalance(int64_t layer) const override {
     return moend::KeyBalance(file_, *this, layer);
+  }
+  std::vector<float> OutputGrams(int64_t layer) const override {
+    return moend::OutputGrams(file_, *this, layer);
   }
   int64_t file_bytes() const override { return static_cast<int64_t>(file_.bytes().size()); }
   int64_t repacked_bytes() const override { return bound_.repacked.bytes; }

@@ -93,13 +93,18 @@ class Model {
   virtual const std::string& path() const = 0;
   virtual const HyperParams& hparams() const = 0;
   virtual const Weights& weights() const = 0;
-  virtual const Tokenizer& tokenizer() const = 0;  // only when loaded with `vocabulary`
+  virtual bool has_tokenizer() const = 0;          // when it was loaded with `vocabulary`
+  virtual const Tokenizer& tokenizer() const = 0;  // only then
   virtual const std::string& hash() const = 0;     // Fingerprint::hash
   // [n_kv_heads][head_size]: by what the channels of a layer's keys are multiplied, and those of its queries
   // divided, so that both are about as large: sqrt(|q| / |k|) as the projections' rows, biases and norms have
   // it, equal for the channels of a RoPE pair, with a geometric mean of 1 a head. Reads the weights: some
   // milliseconds a layer.
   virtual std::vector<float> KeyBalance(int64_t layer) const = 0;
+  // [n_heads][head_size][head_size]: W'W of each query head's part W of the output projection, so that e'
+  // (W'W) e is the square of what an error e of the head's attention does to the residual stream. Within some
+  // percent.
+  virtual std::vector<float> OutputGrams(int64_t layer) const = 0;
   virtual int64_t file_bytes() const = 0;
   virtual int64_t repacked_bytes() const = 0;  // allocated for copies of weights
 };

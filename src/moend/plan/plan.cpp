@@ -93,9 +93,11 @@ Expected<Plan> ParsePlan(const std::string& json, const std::string& source) {
   MOEND_ASSIGN(plan.bytes, bytes.Int(0, INT64_MAX));
   MOEND_ASSIGN(const JsonNode layers, root.At("layers"));
   MOEND_TRY(ReadLayers(layers, plan));
-  if (root.Has("adaptive_heads")) {
-    MOEND_ASSIGN(const JsonNode adaptive, root.At("adaptive_heads"));
-    MOEND_ASSIGN(plan.adaptive_heads, adaptive.Bool());
+  for (const auto& [key, member] :
+       {std::pair{"adaptive_heads", &Plan::adaptive_heads}, {"refit", &Plan::refit}}) {
+    if (!root.Has(key)) continue;
+    MOEND_ASSIGN(const JsonNode node, root.At(key));
+    MOEND_ASSIGN(plan.*member, node.Bool());
   }
   MOEND_ASSIGN(plan.queries, ReadQueryStats(root, plan.model.n_layers, plan.model.shape));
   return plan;
@@ -123,6 +125,7 @@ std::string ToJson(const Plan& plan) {
                                    {"bytes", plan.bytes},
                                    {"layers", std::move(layers)}};
   if (plan.adaptive_heads) object["adaptive_heads"] = true;
+  if (plan.refit) object["refit"] = true;
   WriteQueryStats(plan.queries, object);
   return Pretty(object);
 }

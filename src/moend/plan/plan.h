@@ -48,11 +48,22 @@ struct ProfileCell {
   double kl = 0;  // KL(full || compressed) of the logits in nats a token, likewise
 };
 
+// How a Profile's losses were measured: by the logits of runs with one row compressed at a time, or by what
+// compression does to the queries of a repetition (calibrate/reconstruction.h), of which kl has no unit.
+enum class ProfileMethod { kLogits, kReconstruction };
+
+// A whole plan, predicted by the profile and measured on text.
+struct ProfileCheck {
+  double compression = 0, predicted = 0;
+  double measured = 0;  // mean KL(full || compressed) in nats a token
+};
+
 struct Profile {
   // 2: measured with rotated keys whose rounding errors are passed on; 3: the noise counts once for a KV head
   // that is evicted and quantized. What older ones say is no longer true.
   static constexpr int kSchema = 3;
   Fingerprint model;
+  ProfileMethod method = ProfileMethod::kLogits;
   std::string scorer = kDefaultScorer;
   Protected guard;
   int64_t length = 0;     // tokens of a calibration chunk
@@ -64,8 +75,16 @@ struct Profile {
   // The same for a single KV head compressed alone: [layer * n_kv_heads + head][expert]; empty when not
   // measured.
   std::vector<std::vector<ProfileCell>> head_cells;
+  std::vector<ProfileCheck> checks;           // by ascending prediction; may be empty
   std::shared_ptr<const QueryStats> queries;  // null in profiles of older versions
 };
+
+const char* Name(ProfileMethod method);
+
+// The KL in nats a token that a whole plan with this sum of losses is to be expected to have, going by the
+// profile's checks: between two of them log KL is linear in log loss, outside it stays proportional to the
+// nearest one. NaN without checks, or where a check measured nothing.
+double ExpectedKl(const Profile& profile, double loss);
 
 struct Plan {
   static constexpr int kSchema = 1;
@@ -86,6 +105,9 @@ struct Plan {
   // The KV heads of a layer share the tokens that its expert keeps: each prompt deals them out anew, to where
   // its scores are highest (Ada-KV). Then `heads` is empty, but for the plan of a session that has read.
   bool adaptive_heads = false;
+  // The values of kept tokens are moved so that attention to them gives what attention to all tokens gave
+  // (cache/value_refit.h). Takes a scorer that repeats the prompt (ScorerNeeds::repetition).
+  bool refit = false;
   std::vector<double> predicted;              // loss of each layer by the profile; may be empty
   std::shared_ptr<const QueryStats> queries;  // for scorers that need them (ScorerNeeds); else null
 

@@ -1,3 +1,7 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "moend/base/file.h"
 #include "moend/plan/json_fields.h"
 #include "moend/plan/plan.h"
@@ -54,7 +58,44 @@ nlohmann::ordered_json WriteCells(const std::vector<ProfileCell>& cells) {
   return {{"kl", std::move(kl)}, {"l2", std::move(l2)}};
 }
 
+constexpr ProfileMethod kMethods[] = {ProfileMethod::kLogits, ProfileMethod::kReconstruction};
+
+Expected<void> ReadChecks(const JsonNode& node, std::vector<ProfileCheck>& checks) {
+  MOEND_ASSIGN(const int64_t n, node.Size());
+  for (int64_t i = 0; i < n; ++i) {
+    MOEND_ASSIGN(const JsonNode element, node.At(i));
+    ProfileCheck check;
+    for (const auto& [key, member] : {std::pair{"compression", &ProfileCheck::compression},
+                                      {"predicted", &ProfileCheck::predicted},
+                                      {"measured_kl", &ProfileCheck::measured}}) {
+      MOEND_ASSIGN(const JsonNode number, element.At(key));
+      MOEND_ASSIGN(check.*member, number.Real(0, kMaxLoss));
+    }
+    if (!checks.empty() && check.predicted < checks.back().predicted)
+      return element.Wrong("is out of order; checks ascend by predicted");
+    checks.push_back(check);
+  }
+  return {};
+}
+
 }  // namespace
+
+const char* Name(ProfileMethod method) {
+  return method == ProfileMethod::kLogits ? "logits" : "reconstruction";
+}
+
+double ExpectedKl(const Profile& profile, double loss) {
+  const auto& checks = profile.checks;
+  const auto useless = [](const ProfileCheck& c) { return !(c.predicted > 0 && c.measured > 0); };
+  if (checks.empty() || std::ranges::any_of(checks, useless)) return std::numeric_limits<double>::quiet_NaN();
+  if (!(loss > 0)) return 0;
+  const auto above = std::ranges::find_if(checks, [&](const ProfileCheck& c) { return c.predicted > loss; });
+  if (above == checks.begin()) return loss * above->measured / above->predicted;
+  const ProfileCheck& below = above[-1];
+  if (above == checks.end()) return loss * below.measured / below.predicted;
+  const double share = std::log(loss / below.predicted) / std::log(above->predicted / below.predicted);
+  return below.measured * std::pow(above->measured / below.measured, share);
+}
 
 Expected<Profile> ParseProfile(const std::string& json, const std::string& source) {
   MOEND_ASSIGN(const nlohmann::json document, ParseJson(json, source));
@@ -64,6 +105,14 @@ Expected<Profile> ParseProfile(const std::string& json, const std::string& sourc
   Profile profile;
   MOEND_ASSIGN(const JsonNode model, root.At("model"));
   MOEND_ASSIGN(profile.model, ReadFingerprint(model));
+  if (root.Has("method")) {
+    MOEND_ASSIGN(const JsonNode node, root.At("method"));
+    MOEND_ASSIGN(const std::string name, node.Text(64));
+    const auto* const found =
+        std::ranges::find_if(kMethods, [&](ProfileMethod method) { return name == Name(method); });
+    if (found == std::end(kMethods)) return node.Wrong("is neither logits nor reconstruction");
+    profile.method = *found;
+  }
   MOEND_ASSIGN(const JsonNode scorer, root.At("scorer"));
   MOEND_ASSIGN(profile.scorer, scorer.Text(kLongestScorer));
   MOEND_ASSIGN(const JsonNode guard, root.At("protected"));
@@ -101,6 +150,10 @@ Expected<Profile> ParseProfile(const std::string& json, const std::string& sourc
       profile.head_cells.push_back(std::move(head_cells));
     }
   }
+  if (root.Has("checks")) {
+    MOEND_ASSIGN(const JsonNode checks, root.At("checks"));
+    MOEND_TRY(ReadChecks(checks, profile.checks));
+  }
   MOEND_ASSIGN(profile.queries, ReadQueryStats(root, profile.model.n_layers, profile.model.shape));
   return profile;
 }
@@ -117,6 +170,7 @@ std::string ToJson(const Profile& profile) {
   nlohmann::ordered_json object = {{"moend", "profile"},
                                    {"schema", Profile::kSchema},
                                    {"model", Write(profile.model)},
+                                   {"method", Name(profile.method)},
                                    {"scorer", profile.scorer},
                                    {"protected", Write(profile.guard)},
                                    {"length", profile.length},
@@ -125,6 +179,10 @@ std::string ToJson(const Profile& profile) {
                                    {"chunks_wanted", profile.chunks_wanted},
                                    {"experts", std::move(experts)},
                                    {"layers", std::move(layers)}};
+  for (const ProfileCheck& check : profile.checks)
+    object["checks"].push_back({{"compression", check.compression},
+                                {"predicted", check.predicted},
+                                {"measured_kl", check.measured}});
   WriteQueryStats(profile.queries, object);
   return Pretty(object);
 }

@@ -53,6 +53,16 @@ void SumCached(const CachedScoreInput& in, int64_t tokens, std::span<float> sums
   simd::ColumnSumsStream(in.kv, q, state.get().max, state.get().sum, sums.data(), in.workspace);
 }
 
+// What the engine gathered; zeros where it gathered nothing.
+void Copy(const float* gathered, std::span<float> scores) {
+  if (gathered) {
+    std::copy_n(gathered, scores.size(), scores.begin());
+  } else {
+    std::fill(scores.begin(), scores.end(), 0.0f);
+  }
+  MakeFinite(scores);
+}
+
 // SnapKV (arXiv 2404.14469): the attention of the newest queries, the maximum over neighbours so that whole
 // phrases stay. With grouped queries, the sum over the group's query heads.
 class SnapKv : public Scorer {
@@ -128,19 +138,30 @@ class H2o : public Scorer {
   void ScoreCached(const CachedScoreInput& in, std::span<float> scores) const override {
     Copy(in.accumulated, scores);
   }
+};
+
+// KVzip (arXiv 2505.23416): what the model looks at when it repeats the prompt, it will need for any
+// question.
+class Reconstruct : public Scorer {
+ public:
+  std::string_view name() const override { return "reconstruct"; }
+  ScorerNeeds needs() const override { return {.repetition = true}; }
+  void ScorePrefill(const PrefillScoreInput& in, std::span<float> scores) const override {
+    Copy(in.peaks, scores);
+  }
+  void ScoreCached(const CachedScoreInput& in, std::span<float> scores) const override {
+    later_->ScoreCached(in, scores);
+  }
 
  private:
-  static void Copy(const float* sums, std::span<float> scores) {
-    if (sums) {
-      std::copy_n(sums, scores.size(), scores.begin());
-    } else {
-      std::fill(scores.begin(), scores.end(), 0.0f);
-    }
-    MakeFinite(scores);
-  }
+  const std::unique_ptr<Scorer> later_ = MakeKeyDiff();
 };
 
 }  // namespace
+
+std::unique_ptr<Scorer> MakeReconstruct() {
+  return std::make_unique<Reconstruct>();
+}
 
 std::unique_ptr<Scorer> MakeSnapKv() {
   return std::make_unique<SnapKv>();

@@ -18,9 +18,16 @@ struct Entry {
 };
 
 constexpr Entry kScorers[] = {
-    {"streaming", MakeStreaming}, {"snapkv", MakeSnapKv},   {"h2o", MakeH2o},
-    {"tova", MakeTova},           {"keydiff", MakeKeyDiff}, {"expected", MakeExpectedAttention},
-    {"trig", MakeTrigonometric},  {"knorm", MakeKeyNorm},   {"random", MakeRandom},
+    {"reconstruct", MakeReconstruct},
+    {"streaming", MakeStreaming},
+    {"snapkv", MakeSnapKv},
+    {"h2o", MakeH2o},
+    {"tova", MakeTova},
+    {"keydiff", MakeKeyDiff},
+    {"expected", MakeExpectedAttention},
+    {"trig", MakeTrigonometric},
+    {"knorm", MakeKeyNorm},
+    {"random", MakeRandom},
 };
 
 class ByLayer final : public Scorer {
@@ -60,6 +67,7 @@ uint64_t SortKey(float score, std::size_t position) {
 
 ScorerNeeds Union(const ScorerNeeds& a, const ScorerNeeds& b) {
   return {std::max(a.observed_queries, b.observed_queries), a.accumulated || b.accumulated,
+          a.repetition || b.repetition, std::max(a.reference_tokens, b.reference_tokens),
           a.query_stats || b.query_stats};
 }
 

@@ -20,6 +20,8 @@ namespace moend {
 struct ScorerNeeds {
   int64_t observed_queries = 0;  // newest query tokens to hand over (SnapKV, TOVA: their observation window)
   bool accumulated = false;      // attention each token received from all queries so far (H2O)
+  bool repetition = false;       // what a repetition of the prompt attends to (reconstruct)
+  int64_t reference_tokens = 0;  // of that repetition, spread over it, whose queries are kept
   bool query_stats = false;      // statistics of the model's queries before RoPE (trigonometric)
 };
 
@@ -32,6 +34,7 @@ struct PrefillScoreInput {
   // tokens.
   QueryRows observed;
   const float* accumulated = nullptr;    // [n_tokens], if needed
+  const float* peaks = nullptr;          // [n_tokens], if a repetition is needed (LayerScratch::peaks)
   const HeadQueries* queries = nullptr;  // if needed
   float* workspace = nullptr;            // WorkspaceFloats(head_size, observed.rows) floats
 };
@@ -62,6 +65,10 @@ class Scorer {
 };
 
 // By name; kNotFound lists the names. What is not finite scores lowest.
+//   reconstruct
+//              the largest share of its attention that any query gives the token while the model repeats the
+//              prompt (KVzip, arXiv 2505.23416): a second reading. Tokens that come later, while generating,
+//              are judged by keydiff
 //   streaming  the position: older is less important (StreamingLLM, arXiv 2309.17453)
 //   snapkv     attention of the newest 32 queries, maximum over 7 neighbours (arXiv 2404.14469)
 //   h2o        attention from all queries so far, a plain sum as in the paper: it favours old tokens and

@@ -44,7 +44,8 @@ Expected<std::vector<std::vector<double>>> CleanLosses(const Profile& profile, M
   if (metric == Metric::kKl && !any(&ProfileCell::kl) && any(&ProfileCell::l2))
     return Fail(ErrorCode::kInvalidArgument, "the profile did not measure the KL of anything; solve by l2");
   const auto noise_at = std::ranges::find(profile.experts, kNoiseExpert) - profile.experts.begin();
-  const bool noisy = metric == Metric::kKl && noise_at < std::ssize(profile.experts);
+  const bool noisy = metric == Metric::kKl && profile.method == ProfileMethod::kLogits &&
+                     noise_at < std::ssize(profile.experts);
   std::vector<std::vector<double>> losses;
   for (std::size_t l = 0; l < table.size(); ++l) {
     if (table[l].size() != profile.experts.size())

@@ -71,6 +71,7 @@ class Job {
     plan.scorer = profile.scorer;
     plan.metric = Name(request.metric);
     plan.guard = profile.guard;
+    plan.refit = request.refit;
     plan.queries = profile.queries;
     plan.context_length = request.context_length;
     plan.budget_bytes = request.budget_bytes;
@@ -345,6 +346,10 @@ Expected<Variant> ParseVariant(const std::string& name) {
                 Variant::k2dHeads});
 }
 
+Variant FinestVariant(const Profile& profile) {
+  return profile.head_cells.empty() ? Variant::k2dHetero : Variant::k2dHeads;
+}
+
 Expected<Solution> Solve(const Profile& profile, const SolveRequest& request) {
   const auto start = std::chrono::steady_clock::now();
   MOEND_TRY(Check(profile, request));
@@ -352,6 +357,8 @@ Expected<Solution> Solve(const Profile& profile, const SolveRequest& request) {
   MOEND_ASSIGN(const Losses losses, CleanLosses(profile, request.metric, rows));
   MOEND_ASSIGN(Solution solution, request.floor_price > 0 ? WithAffordableFloor(profile, request, losses)
                                                           : Job(profile, request, losses).Run());
+  solution.expected_kl = request.metric == Metric::kKl ? ExpectedKl(profile, solution.loss)
+                                                       : std::numeric_limits<double>::quiet_NaN();
   solution.milliseconds =
       std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   return solution;

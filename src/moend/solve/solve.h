@@ -36,6 +36,9 @@ enum class Variant {
   k2dHeads,    // eviction and bits routed by KV head, which the paper leaves open; needs Profile::head_cells
 };
 
+// What routes most finely with what the profile measured: 2d_heads, or 2d_hetero without KV heads.
+Variant FinestVariant(const Profile& profile);
+
 Expected<Solver> ParseSolver(const std::string& name);
 Expected<Metric> ParseMetric(const std::string& name);
 Expected<Variant> ParseVariant(const std::string& name);
@@ -56,6 +59,7 @@ struct SolveRequest {
   // anything a token when they forget nearly all else, but each of many generated tokens loses it, in many
   // layers.
   double min_keep = 0;
+  bool refit = false;  // Plan::refit, where the plan evicts
   // 0: the floor min_keep must hold. Above 0 it is a wish: it is lowered, along the profile's keep ratios,
   // until the predicted loss is at most (1 + floor_price) times that without a floor. Variants that do not
   // route eviction then have none.
@@ -71,6 +75,7 @@ struct Solution {
   double loss = 0;         // sum of the layers' predicted losses; NaN if the profile lacks the variant's bits
   double lower_bound = 0;  // no plan of these experts within the budget has a smaller loss (dual bound); with
                            // a floor_price: nor has any plan below the floor
+  double expected_kl = 0;  // ExpectedKl() of the loss, for Metric::kKl; NaN where nothing is known of it
   double min_keep = 0;     // the floor that holds
   double milliseconds = 0;
 };

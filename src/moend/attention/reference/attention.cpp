@@ -2,6 +2,7 @@
 #include "moend/attention/attention.h"
 #include "moend/attention/rotation.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -168,6 +169,39 @@ void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t
       total += std::exp(score - max[r]) / sum[r];
     }
     sums[t] = static_cast<float>(sums[t] + total);
+  }
+}
+
+void ColumnPeaksCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
+                       const float* max, const float* sum, float* peaks, float* /*workspace*/) {
+  const DensePart part{kv};
+  for (int64_t t = begin; t < end; ++t) {
+    for (int64_t r = 0; r < q.rows; ++r) {
+      if (t > first + r / q.group || sum[r] == 0.0f) continue;
+      const double score = Score(q.q + r * kv.head_size, kv.head_size, t,
+                                 [&](int64_t token, int64_t c) { return part.K(token, c); });
+      peaks[t] = std::fmax(peaks[t], static_cast<float>(score - max[r] - std::log(double{sum[r]})));
+    }
+  }
+}
+
+void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q, const float* max,
+                         const float* sum, const float* in, float* out, float* /*workspace*/) {
+  const DensePart part{kv};
+  std::vector<double> total(static_cast<size_t>(kv.head_size));
+  for (int64_t t = 0; t < kv.n_tokens; ++t) {
+    std::fill(total.begin(), total.end(), 0.0);
+    for (int64_t r = 0; r < q.rows; ++r) {
+      if (t > first + r / q.group || sum[r] == 0.0f) continue;
+      const double score = Score(q.q + r * kv.head_size, kv.head_size, t,
+                                 [&](int64_t token, int64_t c) { return part.K(token, c); });
+      const double weight = std::exp(score - max[r]) / sum[r];
+      for (int64_t c = 0; c < kv.head_size; ++c)
+        total[static_cast<size_t>(c)] += weight * in[r * kv.head_size + c];
+    }
+    for (int64_t c = 0; c < kv.head_size; ++c)
+      out[t * kv.head_size + c] =
+          static_cast<float>(out[t * kv.head_size + c] + total[static_cast<size_t>(c)]);
   }
 }
 

@@ -3,6 +3,8 @@
 // cache for kRowsPerBlock rows.
 #include "moend/attention/simd/prefill.h"
 
+#include <cmath>
+
 #include "moend/attention/simd/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -25,6 +27,8 @@ struct Tile {
 
   Tile(float* workspace, int64_t n)
       : k(workspace), v(k + n * kPageTokens), scores(v + n * kPageTokens), head_size(n) {}
+  // With other scores, [rows][64] as well.
+  Tile(const Tile& o, float* other) : k(o.k), v(o.v), scores(other), head_size(o.head_size) {}
 };
 
 void ScoreTileRows(const Tile& tile, const float* q, int64_t rows) {
@@ -99,24 +103,72 @@ void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, Softma
   }
 }
 
-void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
-                      const float* max, const float* sum, float* sums, float* workspace) {
+// add(row, its scores of a page's tokens, which of them it sees, [64] so far) for every row of q that sees
+// any of the tokens [begin, end); end_token(token, what came of it) for each of them.
+template <class Add, class EndToken>
+HWY_INLINE void ForColumns(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
+                           float* workspace, float initial, const Add& add, const EndToken& end_token) {
   const Tile tile(workspace, kv.head_size);
   for (int64_t t = begin / kPageTokens * kPageTokens; t < end; t += kPageTokens) {
     const uint64_t wanted = FirstLive(end - t) & ~FirstLive(begin - t);
     WidenK(kv.k + t * kv.head_size, kv.head_size, tile.k);
-    float page_sums[kPageTokens] = {};
+    float page[kPageTokens];
+    for (float& x : page) x = initial;
     for (int64_t r = FirstRowSeeing(t, first, q.group); r < q.rows; r += kRowsPerBlock) {
       const int64_t rows = HWY_MIN(q.rows - r, kRowsPerBlock);
       ScoreTileRows(tile, q.q + r * kv.head_size, rows);
       for (int64_t i = 0; i < rows; ++i) {
         const uint64_t live = FirstLive(first + (r + i) / q.group + 1 - t) & wanted;
-        AddWeights(tile.scores + i * kPageTokens, live, max[r + i], sum[r + i], page_sums);
+        add(r + i, tile.scores + i * kPageTokens, live, page);
       }
     }
     const int64_t from = HWY_MAX(begin - t, int64_t{0});
     const int64_t to = HWY_MIN(end - t, kPageTokens);
-    for (int64_t i = from; i < to; ++i) sums[t + i] += page_sums[i];
+    for (int64_t i = from; i < to; ++i) end_token(t + i, page[i]);
+  }
+}
+
+void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
+                      const float* max, const float* sum, float* sums, float* workspace) {
+  ForColumns(
+      kv, first, begin, end, q, workspace, 0.0f,
+      [&](int64_t r, const float* scores, uint64_t live, float* page) {
+        AddWeights(scores, live, max[r], sum[r], page);
+      },
+      [&](int64_t t, float x) { sums[t] += x; });
+}
+
+void ColumnPeaksCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
+                       const float* max, const float* sum, float* peaks, float* workspace) {
+  ForColumns(
+      kv, first, begin, end, q, workspace, -kInfinity,
+      [&](int64_t r, const float* scores, uint64_t live, float* page) {
+        if (sum[r] > 0.0f) RaisePeaks(scores, live, max[r] + std::log(sum[r]), page);
+      },
+      [&](int64_t t, float x) { peaks[t] = HWY_MAX(peaks[t], x); });
+}
+
+void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q, const float* max,
+                         const float* sum, const float* in, float* out, float* workspace) {
+  const int64_t n = kv.head_size;
+  const Tile tile(workspace, n);
+  // Query rows take the part of tokens, and tokens that of rows.
+  HWY_ALIGN float weights[kPageTokens * kPageTokens];
+  float ones[kPageTokens];
+  for (float& x : ones) x = 1.0f;
+  for (int64_t t = 0; t < kv.n_tokens; t += kPageTokens) {
+    const int64_t tokens = HWY_MIN(kv.n_tokens - t, kPageTokens);
+    WidenK(kv.k + t * n, n, tile.k);
+    for (int64_t r = FirstRowSeeing(t, first, q.group); r < q.rows; r += kRowsPerBlock) {
+      const int64_t rows = HWY_MIN(q.rows - r, kRowsPerBlock);
+      ScoreTileRows(tile, q.q + r * n, rows);
+      for (int64_t i = 0; i < rows; ++i) {
+        const uint64_t live = FirstLive(first + (r + i) / q.group + 1 - t) & FirstLive(tokens);
+        StoreColumn(tile.scores + i * kPageTokens, live, max[r + i], sum[r + i], i, weights);
+      }
+      ArrangeV(in + r * n, rows, n, tile.v);
+      ValueTileRows(Tile(tile, weights), tokens, rows, ones, out + t * n);
+    }
   }
 }
 
@@ -181,6 +233,8 @@ namespace moend::simd {
 
 HWY_EXPORT(AttendCausal);
 HWY_EXPORT(ColumnSumsCausal);
+HWY_EXPORT(ColumnPeaksCausal);
+HWY_EXPORT(ColumnOutputsCausal);
 HWY_EXPORT(AttendStreamTiled);
 HWY_EXPORT(ColumnSumsStreamTiled);
 
@@ -192,6 +246,16 @@ void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, Softma
 void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
                       const float* max, const float* sum, float* sums, float* workspace) {
   HWY_DYNAMIC_DISPATCH(ColumnSumsCausal)(kv, first, begin, end, q, max, sum, sums, workspace);
+}
+
+void ColumnPeaksCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
+                       const float* max, const float* sum, float* peaks, float* workspace) {
+  HWY_DYNAMIC_DISPATCH(ColumnPeaksCausal)(kv, first, begin, end, q, max, sum, peaks, workspace);
+}
+
+void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q, const float* max,
+                         const float* sum, const float* in, float* out, float* workspace) {
+  HWY_DYNAMIC_DISPATCH(ColumnOutputsCausal)(kv, first, q, max, sum, in, out, workspace);
 }
 
 void AttendStreamTiled(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,

@@ -198,6 +198,33 @@ HWY_INLINE void AddWeights(const float* HWY_RESTRICT scores, uint64_t live, floa
   }
 }
 
+// weights[64 * 64]: column `at` of 64 rows, one a token, becomes exp(score - max) / sum of one query row, 0
+// for tokens that are not live.
+HWY_INLINE void StoreColumn(float* HWY_RESTRICT scores, uint64_t live, float max, float sum, int64_t at,
+                            float* HWY_RESTRICT weights) {
+  const DF df;
+  const VF vmax = hn::Set(df, max);
+  const VF scale = hn::Set(df, sum > 0.0f ? 1.0f / sum : 0.0f);
+  MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
+    const VF p = Exp(hn::Sub(hn::LoadU(df, scores + v * kLanes), vmax));
+    hn::StoreU(hn::IfThenElseZero(LiveLanes(live, v), hn::Mul(p, scale)), df, scores + v * kLanes);
+  }
+  for (int64_t t = 0; t < kPageTokens; ++t) weights[t * kPageTokens + at] = sum > 0.0f ? scores[t] : 0.0f;
+}
+
+// peaks[64] = its maximum with score - base of one row, live tokens only.
+HWY_INLINE void RaisePeaks(const float* HWY_RESTRICT scores, uint64_t live, float base,
+                           float* HWY_RESTRICT peaks) {
+  const DF df;
+  const VF vbase = hn::Set(df, base);
+  MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
+    const VF old = hn::LoadU(df, peaks + v * kLanes);
+    const VF risen = hn::Max(old, hn::Sub(hn::LoadU(df, scores + v * kLanes), vbase));
+    hn::StoreU(live == kAllLive ? risen : hn::IfThenElse(LiveLanes(live, v), risen, old), df,
+               peaks + v * kLanes);
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace moend::simd
 HWY_AFTER_NAMESPACE();

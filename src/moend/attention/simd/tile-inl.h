@@ -52,6 +52,14 @@ HWY_INLINE void WidenV(const uint16_t* HWY_RESTRICT from, int64_t tokens, int64_
   }
 }
 
+// f32 [tokens][head_size], in the order of VAt.
+HWY_INLINE void ArrangeV(const float* HWY_RESTRICT from, int64_t tokens, int64_t head_size,
+                         float* HWY_RESTRICT to) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t c = 0; c < head_size; c += kLanes)
+      hn::StoreU(hn::LoadU(DF(), from + t * head_size + c), DF(), to + VAt(head_size, t, c));
+}
+
 // K of a page as float32, in the order of KAt.
 template <int kBits>
 HWY_NOINLINE void UnpackKCodes(const PageLayout& layout, const uint8_t* HWY_RESTRICT page,

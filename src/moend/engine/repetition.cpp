@@ -1,0 +1,89 @@
+#include "moend/engine/repetition.h"
+
+#include <algorithm>
+#include <string_view>
+
+namespace moend {
+namespace {
+
+constexpr std::string_view kAskForAll = "\n\nRepeat the previous text exactly:\n\n";
+// The tokens before the part stand between the two, so that the model knows where it is to begin.
+constexpr std::string_view kAskForPart = "\n\nRepeat the part of the previous text that follows \"";
+constexpr std::string_view kAskEnd = "\" exactly:\n\n";
+constexpr int64_t kCue = 8;  // of these tokens
+
+// Of `n` rows: a few tokens have a residual stream a thousand times as long as the others.
+double MedianSquare(const float* rows, int64_t n, int64_t width) {
+  std::vector<double> squares(static_cast<std::size_t>(n), 0.0);
+  for (int64_t i = 0; i < n * width; ++i)
+    squares[static_cast<std::size_t>(i / width)] += double{rows[i]} * rows[i];
+  const auto middle = squares.begin() + n / 2;
+  std::nth_element(squares.begin(), middle, squares.end());
+  return *middle;
+}
+
+}  // namespace
+
+Expected<std::vector<int32_t>> AskForPart(const Model& model, std::span<const int32_t> context, int64_t begin,
+                                          int64_t n) {
+  std::vector<int32_t> tokens;
+  const auto add = [&](std::span<const int32_t> more) {
+    tokens.insert(tokens.end(), more.begin(), more.end());
+  };
+  if (model.has_tokenizer()) {
+    const auto text = [&](std::string_view said) { return model.tokenizer().Tokenize(said, false, false); };
+    const int64_t cue = std::min(kCue, begin);
+    MOEND_ASSIGN(const auto ask, text(begin == 0 ? kAskForAll : kAskForPart));
+    add(ask);
+    add(context.subspan(static_cast<std::size_t>(begin - cue), static_cast<std::size_t>(cue)));
+    if (begin > 0) {
+      MOEND_ASSIGN(const auto end, text(kAskEnd));
+      add(end);
+    }
+  }
+  add(context.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(n)));
+  return tokens;
+}
+
+Expected<Repetition> Repetition::Create(Compute& compute, std::shared_ptr<Ledger> ledger,
+                                        std::span<const int32_t> context) {
+  const HyperParams& hp = compute.model().hparams();
+  Repetition r;
+  r.compute_ = &compute;
+  r.n_context_ = static_cast<int64_t>(context.size());
+  std::vector<int32_t> tokens;
+  int64_t longest = 0;
+  for (int64_t begin = 0; begin < r.n_context_; begin += kRepeatedTokens) {
+    MOEND_ASSIGN(const auto part, AskForPart(compute.model(), context, begin,
+                                             std::min(kRepeatedTokens, r.n_context_ - begin)));
+    r.parts_.push_back({std::ssize(tokens), std::ssize(part)});
+    tokens.insert(tokens.end(), part.begin(), part.end());
+    longest = std::max<int64_t>(longest, std::ssize(part));
+  }
+  r.tokens_ = static_cast<int64_t>(tokens.size());
+  MOEND_ASSIGN(r.hidden_, Buffer<float>::Create(ledger, r.tokens_ * hp.n_embd));
+  MOEND_ASSIGN(r.scratch_, LayerScratch::Create(ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, longest, 0,
+                                                ScorerNeeds()));
+  MOEND_TRY(compute.Embed(tokens, r.hidden_.data()));
+  return r;
+}
+
+Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, PrefillHook& hook,
+                                 const std::function<bool()>& go_on) {
+  const int64_t n_embd = compute_->model().hparams().n_embd;
+  for (const Part& part : parts_) {
+    scratch_.Clear();
+    hook.BeginRepetition(&context, &scratch_, part.begin, tokens_);
+    for (int64_t done = 0; done < part.tokens; done += compute_->block_tokens()) {
+      const int64_t m = std::min(compute_->block_tokens(), part.tokens - done);
+      MOEND_TRY(
+          compute_->Layer(layer, hidden_.data() + (part.begin + done) * n_embd, m, n_context_ + done, hook));
+      if (go_on && !go_on()) return Fail(ErrorCode::kCancelled, "reading the prompt was stopped");
+    }
+    hook.EndRepetition();
+  }
+  context.set_residual(MedianSquare(hidden_.data(), tokens_, n_embd));
+  return {};
+}
+
+}  // namespace moend
