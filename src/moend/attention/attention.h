@@ -27,10 +27,11 @@ int64_t WorkspaceFloats(int64_t head_size, int64_t rows);
      t - begin. */                                                                                           \
   void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,  \
                         const float* max, const float* sum, float* sums, float* workspace);                  \
-  /* peaks[t] = its maximum with log(exp(s - max[r]) / sum[r]) over the rows, tokens and rows as above: the  \
-     largest share of its attention that any query gives the token, as a natural logarithm. */               \
-  void ColumnPeaksCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q, \
-                         const float* max, const float* sum, float* peaks, float* workspace);                \
+  /* squares[t] += sum over rows of weight[r] * (exp(s - max[r]) / sum[r])^2, tokens and rows as above: what \
+     the rows' outputs lose in squares without the token, but for its value. */                              \
+  void ColumnSquaresCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end,                   \
+                           const QueryRows& q, const float* max, const float* sum, const float* weight,      \
+                           float* squares, float* workspace);                                                \
   /* out[t] += for tokens t of kv in [0, kv.n_tokens): sum over rows of exp(s - max[r]) / sum[r] * in[r],    \
      rows as above: the transpose of attention. in: f32 [rows][head_size]; out: f32 [n_tokens][head_size].   \
    */                                                                                                        \

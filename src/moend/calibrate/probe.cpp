@@ -80,7 +80,8 @@ Expected<void> Probe::Read(std::span<const int32_t> tokens, int64_t tail_tokens,
       MOEND_TRY(compute.Layer(l, hidden.data() + at * hp_.n_embd, m, at, tap));
     }
     machine_.prefill->EndAccumulation();
-    if (repetition) MOEND_TRY(repetition->Layer(l, layers_.back(), *machine_.prefill, {}));
+    if (repetition)
+      MOEND_TRY(repetition->Layer(l, layers_.back(), machine_.ValueGrams(l), *machine_.prefill, {}));
     machine_.prefill->Begin({}, &layers_.back());
     inputs_.emplace_back(tail, tail + tail_ * hp_.n_embd);
     MOEND_ASSIGN(auto attention, RunTail(l, tail, true, tap));

@@ -33,8 +33,10 @@ class Sample {
     for (int64_t h = 0; h < s.heads_; ++h) {
       const QueryRows from = scratch.reference(h);
       for (int64_t i = 0; i < s.tokens_; ++i) {
-        const float* q = from.q + i * have / s.tokens_ * s.group_ * s.d_;
+        const int64_t token = i * have / s.tokens_;
+        const float* q = from.q + token * s.group_ * s.d_;
         s.q_.insert(s.q_.end(), q, q + s.group_ * s.d_);
+        if (h == 0) s.weights_.push_back(scratch.reference_weight()[static_cast<std::size_t>(token)]);
       }
     }
     s.full_.resize(s.q_.size());
@@ -55,7 +57,8 @@ class Sample {
 
   int64_t tokens() const { return tokens_; }
 
-  // Of each KV head: the mean over the tokens of |W_O (o - o')|^2, and of |o - o'|^2 over that of |o|^2.
+  // Of each KV head: the mean over the tokens of |W_O (o - o')|^2 / |x|^2, and of |o - o'|^2 over that of
+  // |o|^2.
   struct Errors {
     std::vector<double> output, relative;
   };
@@ -76,7 +79,9 @@ class Sample {
           sum[1] += double{e[c]} * e[c];
           sum[2] += double{full[c]} * full[c];
         }
-        sum[0] += Square(grams_.data() + (h * group_ + r % group_) * d_ * d_, e);
+        const auto token = (at / static_cast<std::size_t>(d_) + static_cast<std::size_t>(r)) /
+                           static_cast<std::size_t>(group_) % static_cast<std::size_t>(tokens_);
+        sum[0] += weights_[token] * Square(grams_.data() + (h * group_ + r % group_) * d_ * d_, e);
       }
     }));
     Errors errors;
@@ -125,6 +130,7 @@ class Sample {
   Compute* compute_ = nullptr;
   int64_t d_ = 0, heads_ = 0, group_ = 1, tokens_ = 0;
   std::vector<float> q_, full_;  // f32 [KV head][token][group][head_size]
+  std::vector<float> weights_;   // [token] 1 / |x|^2
   std::vector<float> grams_;     // f32 [query head][head_size][head_size]
   std::vector<Buffer<float>> workspaces_;
 };
@@ -194,7 +200,7 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
                            &packed = find({1.0, expert.k_bits, expert.v_bits});
       ProfileCell& layer = profile.cells[static_cast<std::size_t>(l)][e];
       for (std::size_t h = 0; h < evicted.output.size(); ++h) {
-        const double kl = (evicted.output[h] + packed.output[h]) / std::max(scratch.residual(), 1e-30);
+        const double kl = evicted.output[h] + packed.output[h];
         const double l2 = std::sqrt(evicted.relative[h] + packed.relative[h]);
         ProfileCell& head = profile.head_cells[static_cast<std::size_t>(l * hp.n_kv_heads) + h][e];
         head.kl += kl;

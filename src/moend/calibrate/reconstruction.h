@@ -4,9 +4,9 @@
 // are the sample. Of KV head h and an expert,
 //     kl = mean over sampled tokens of |W_O (o - o')|^2 / |x|^2
 // o, o': the outputs of its query heads over all tokens and over the cache as the expert leaves it, W_O: the
-// projection into the residual stream, x: the residual stream behind the layer (its median square). Eviction
-// and bits are measured apart and added, and so are heads, since their errors are hardly correlated. It is
-// the KL of whole plans up to a factor, which checks of whole plans measure (Profile::checks).
+// projection into the residual stream, x: what enters the layer. Eviction and bits are measured apart and
+// added, and so are heads, since their errors are hardly correlated. It is the KL of whole plans up to a
+// factor, which checks of whole plans measure (Profile::checks).
 #pragma once
 
 #include <functional>

@@ -97,7 +97,7 @@ Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const L
     in.kv = scratch.view(h, n_tokens);
     in.observed = Newest(scratch.observed(h), scorer.needs().observed_queries, shape.head_size);
     in.accumulated = scratch.accumulated(h);
-    in.peaks = scratch.peaks(h);
+    in.needed = scratch.needed(h);
     in.queries = with.head(h);
     in.workspace = workspaces[static_cast<std::size_t>(thread)].data();
     scorer.ScorePrefill(in, out);

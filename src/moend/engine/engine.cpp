@@ -54,6 +54,22 @@ Expected<std::span<const std::shared_ptr<const KeyRotations>>> Engine::Impl::Rot
   return of_layer;
 }
 
+std::span<const float> Engine::Impl::ValueGrams(int64_t layer) {
+  const HyperParams& hp = model->hparams();
+  const int64_t group = hp.n_heads / hp.n_kv_heads, square = hp.head_size * hp.head_size;
+  if (value_grams.empty()) value_grams.resize(static_cast<std::size_t>(hp.n_layers));
+  std::vector<float>& grams = value_grams[static_cast<std::size_t>(layer)];
+  if (grams.empty()) {
+    const std::vector<float> all = model->OutputGrams(layer);
+    grams.assign(static_cast<std::size_t>(hp.n_kv_heads * square), 0.0f);
+    for (int64_t h = 0; h < hp.n_heads; ++h)
+      for (int64_t i = 0; i < square; ++i)
+        grams[static_cast<std::size_t>(h / group * square + i)] +=
+            all[static_cast<std::size_t>(h * square + i)] / static_cast<float>(group);
+  }
+  return grams;
+}
+
 Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, int64_t first,
                                               const LayerHooks& hooks, std::vector<float>& logits,
                                               const Progress& progress) {
@@ -74,7 +90,7 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
     std::span<const LayerCache> past;
     LayerScratch* scratch = nullptr;
     MOEND_TRY(hooks.begin(l, &past, &scratch));
-    if (l == 0 && scratch->peaks(0)) {
+    if (l == 0 && scratch->needed(0)) {
       MOEND_ASSIGN(repetition, Repetition::Create(*compute, nullptr, tokens));
     }
     prefill->Begin(past, scratch);
@@ -85,7 +101,7 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
       if (!go_on()) return Fail(ErrorCode::kCancelled, "reading the prompt was stopped");
     }
     prefill->EndAccumulation();
-    if (repetition) MOEND_TRY(repetition->Layer(l, *scratch, *prefill, go_on));
+    if (repetition) MOEND_TRY(repetition->Layer(l, *scratch, ValueGrams(l), *prefill, go_on));
     MOEND_TRY(hooks.end(l, *scratch));
   }
   logits.resize(static_cast<std::size_t>(hp.n_vocab));

@@ -30,12 +30,16 @@ struct Engine::Impl {
   // How keys are turned before they are quantized: [layer][KV head], each of one head. Made when it is first
   // asked for, since it reads weights.
   Expected<std::span<const std::shared_ptr<const KeyRotations>>> Rotations(int64_t layer);
+  // [KV head][head_size][head_size]: the mean of Model::OutputGrams() over the query heads of each. Made when
+  // they are first asked for, and kept.
+  std::span<const float> ValueGrams(int64_t layer);
+  std::vector<std::vector<float>> value_grams;  // [layer]
   std::mutex turning;
   std::vector<std::shared_ptr<const KeyRotations>> rotations;
 
   // All of `tokens`, which start at position `first`, through one layer after the other. Per layer: Begin's
   // arguments come from `begin`, and `end` gets the layer's scratch when all tokens went through; and then,
-  // where a scratch has room for what a repetition tells (LayerScratch::peaks), their repetition. Logits of
+  // where a scratch has room for what a repetition tells (LayerScratch::needed), their repetition. Logits of
   // the last token at the end.
   struct LayerHooks {
     std::function<Expected<void>(int64_t layer, std::span<const LayerCache>* past, LayerScratch** scratch)>

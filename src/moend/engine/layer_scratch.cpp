@@ -35,10 +35,11 @@ Expected<LayerScratch> LayerScratch::Create(std::shared_ptr<Ledger> ledger, cons
   MOEND_ASSIGN(s.observed_, Buffer<float>::Create(ledger, s.n_observed_ * n_heads * shape.head_size));
   MOEND_ASSIGN(s.accumulated_,
                Buffer<float>::Create(ledger, needs.accumulated ? shape.n_kv_heads * s.score_tokens_ : 0));
-  MOEND_ASSIGN(s.peaks_,
+  MOEND_ASSIGN(s.needed_,
                Buffer<float>::Create(ledger, needs.repetition ? shape.n_kv_heads * s.score_tokens_ : 0));
   s.most_referred_ = needs.repetition ? needs.reference_tokens : 0;
   MOEND_ASSIGN(s.reference_, Buffer<float>::Create(ledger, s.most_referred_ * n_heads * shape.head_size));
+  MOEND_ASSIGN(s.reference_weight_, Buffer<float>::Create(ledger, s.most_referred_));
   const int64_t moments = s.score_tokens_ > 0 ? shape.n_kv_heads * shape.head_size * shape.head_size : 0;
   MOEND_ASSIGN(s.moment_, Buffer<float>::Create(ledger, moments));
   s.Clear();
@@ -48,7 +49,7 @@ Expected<LayerScratch> LayerScratch::Create(std::shared_ptr<Ledger> ledger, cons
 void LayerScratch::Clear() {
   n_tokens_ = n_referred_ = 0;
   std::fill_n(accumulated_.data(), accumulated_.size(), 0.0f);
-  std::fill_n(peaks_.data(), peaks_.size(), kNoPeak);
+  std::fill_n(needed_.data(), needed_.size(), 0.0f);
   std::fill_n(moment_.data(), moment_.size(), 0.0f);
 }
 
@@ -103,7 +104,8 @@ float* LayerScratch::accumulated(int64_t head) {
   return accumulated_.size() ? accumulated_.data() + head * score_tokens_ : nullptr;
 }
 
-void LayerScratch::Refer(const float* q, int64_t index, int64_t n, int64_t total, float softmax_scale) {
+void LayerScratch::Refer(const float* q, const float* weight, int64_t index, int64_t n, int64_t total,
+                         float softmax_scale) {
   const int64_t d = shape_.head_size, group = n_heads_ / shape_.n_kv_heads;
   const int64_t wanted = std::min(most_referred_, total);
   for (int64_t i = 0; i < n && n_referred_ < wanted; ++i) {
@@ -112,7 +114,7 @@ void LayerScratch::Refer(const float* q, int64_t index, int64_t n, int64_t total
       const int64_t row = h / group * most_referred_ * group + n_referred_ * group + h % group;
       for (int64_t c = 0; c < d; ++c) reference_[row * d + c] = q[(i * n_heads_ + h) * d + c] * softmax_scale;
     }
-    ++n_referred_;
+    reference_weight_[n_referred_++] = weight[i];
   }
 }
 
@@ -121,8 +123,8 @@ QueryRows LayerScratch::reference(int64_t head) const {
   return {reference_.data() + head * most_referred_ * group * shape_.head_size, n_referred_ * group, group};
 }
 
-float* LayerScratch::peaks(int64_t head) {
-  return peaks_.size() ? peaks_.data() + head * score_tokens_ : nullptr;
+float* LayerScratch::needed(int64_t head) {
+  return needed_.size() ? needed_.data() + head * score_tokens_ : nullptr;
 }
 
 }  // namespace moend

@@ -46,36 +46,38 @@ class LayerScratch {
   // attention.
   float* accumulated(int64_t head);
   const float* accumulated(int64_t head) const { return const_cast<LayerScratch*>(this)->accumulated(head); }
-  // f32 [score_tokens] per head: the largest share of its attention that a query of a repetition gave the
-  // token, as a natural logarithm, kNoPeak before any did; null when the scorer asks for no repetition.
-  static constexpr float kNoPeak = -1e30f;
-  float* peaks(int64_t head);
-  const float* peaks(int64_t head) const { return const_cast<LayerScratch*>(this)->peaks(head); }
+  // f32 [score_tokens] per head: how much a repetition's outputs lose without the token,
+  //     sum over its queries of (share of attention * |W_O v| / |x|)^2,
+  // v: the token's value, W_O: the projection of the query head, x: the residual stream that enters the
+  // layer. Null when the scorer asks for no repetition.
+  float* needed(int64_t head);
+  const float* needed(int64_t head) const { return const_cast<LayerScratch*>(this)->needed(head); }
 
   // Keeps the queries of some of a repetition's `total` tokens, of which [index, index + n) are given: f32
-  // [n][n_heads][head_size], unscaled.
-  void Refer(const float* q, int64_t index, int64_t n, int64_t total, float softmax_scale);
+  // [n][n_heads][head_size], unscaled; `weight`: 1 / |x|^2 of each.
+  void Refer(const float* q, const float* weight, int64_t index, int64_t n, int64_t total,
+             float softmax_scale);
   // How many to keep of a context of n tokens: for a refit about twice as many rows as tokens stay, for the
   // measuring of losses some thousand.
   static int64_t ReferenceTokens(int64_t n) { return std::max<int64_t>(512, n / 4); }
   // Those queries, scaled, rows as in QueryRows; none before a repetition.
   QueryRows reference(int64_t head) const;
-  // The median of the squared lengths of the repeated tokens' residual stream behind the layer; 0 before a
-  // repetition.
-  double residual() const { return residual_; }
-  void set_residual(double square) { residual_ = square; }
+  // 1 / |x|^2 of each of their tokens.
+  std::span<const float> reference_weight() const {
+    return {reference_weight_.data(), static_cast<std::size_t>(n_referred_)};
+  }
 
  private:
   KvShape shape_;
   int64_t n_heads_ = 0, capacity_ = 0, score_tokens_ = 0, n_tokens_ = 0, n_observed_ = 0;
   int64_t most_referred_ = 0, n_referred_ = 0;
-  double residual_ = 0;
   Buffer<uint16_t> k_, v_;     // [n_kv_heads][pages * head_size * 64], [n_kv_heads][pages * 64][head_size]
   Buffer<float> observed_;     // [n_kv_heads][n_observed * group][head_size]
   Buffer<float> accumulated_;  // [n_kv_heads][score_tokens]
-  Buffer<float> peaks_;        // [n_kv_heads][score_tokens]
+  Buffer<float> needed_;       // [n_kv_heads][score_tokens]
   Buffer<float> reference_;    // [n_kv_heads][most_referred * group][head_size]
-  Buffer<float> moment_;       // [n_kv_heads][head_size][head_size]
+  Buffer<float> reference_weight_;  // [most_referred]
+  Buffer<float> moment_;            // [n_kv_heads][head_size][head_size]
 };
 
 }  // namespace moend

@@ -40,22 +40,22 @@ void PrefillHook::Begin(std::span<const LayerCache> past, LayerScratch* scratch)
         accumulate ? static_cast<std::size_t>(shape_.n_kv_heads * scratch->score_tokens()) : 0, 0.0f);
 }
 
-void PrefillHook::BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index, int64_t total) {
+void PrefillHook::BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index,
+                                  std::span<const float> weights) {
   Begin({}, part);
   context_ = context;
   index_ = index;
-  total_ = total;
+  weights_ = weights;
   const auto n = static_cast<std::size_t>(shape_.n_kv_heads * context->n_tokens());
-  for (Worker& w : workers_) w.peaks.assign(n, LayerScratch::kNoPeak);
+  for (Worker& w : workers_) w.squares.assign(n, 0.0f);
 }
 
 void PrefillHook::EndRepetition() {
   const int64_t n = context_->n_tokens();
   for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
-    float* peaks = context_->peaks(h);
+    float* needed = context_->needed(h);
     for (const Worker& w : workers_)
-      for (int64_t t = 0; t < n; ++t)
-        peaks[t] = std::max(peaks[t], w.peaks[static_cast<std::size_t>(h * n + t)]);
+      for (int64_t t = 0; t < n; ++t) needed[t] += w.squares[static_cast<std::size_t>(h * n + t)];
   }
 }
 
@@ -72,7 +72,8 @@ void PrefillHook::EndAccumulation() {
 void PrefillHook::Store(int64_t, const float* q, const float* k, const float* v, int64_t n) {
   first_ = scratch_->n_tokens();
   scratch_->Append(q, k, v, n, scale_);
-  if (context_) context_->Refer(q, index_ + first_, n, total_, scale_);
+  if (context_)
+    context_->Refer(q, weights_.data() + index_ + first_, index_ + first_, n, std::ssize(weights_), scale_);
   next_.store(0, std::memory_order_relaxed);
 }
 
@@ -106,7 +107,7 @@ void PrefillHook::Attend(int64_t, const float* q, int64_t n, int thread, int) {
     const DenseView kv = scratch_->view(head, first + tokens);
     simd::AttendCausal(kv, first, query, state, w.workspace.data());
     if (!w.accumulated.empty()) Accumulate(w, head, first, query, state.max, state.sum);
-    if (context_) RaisePeaks(w, head, all_see, state.max, state.sum);
+    if (context_) AddSquares(w, head, index_ + first, all_see, state.max, state.sum);
     simd::Finish(state, rows, d);
     for (int64_t i = 0; i < tokens; ++i)
       std::memcpy(out_.data() + ((begin + i) * n_heads_ + head * group_) * d, state.out + i * group_ * d,
@@ -124,11 +125,14 @@ void PrefillHook::Accumulate(Worker& w, int64_t head, int64_t first, const Query
                          w.accumulated.data() + head * scored, w.workspace.data());
 }
 
-void PrefillHook::RaisePeaks(Worker& w, int64_t head, const QueryRows& all_see, const float* max,
-                             const float* sum) {
+void PrefillHook::AddSquares(Worker& w, int64_t head, int64_t token, const QueryRows& all_see,
+                             const float* max, const float* sum) {
   const int64_t n = context_->n_tokens();
-  simd::ColumnPeaksCausal(context_->view(head, n), n - 1, 0, n, all_see, max, sum, w.peaks.data() + head * n,
-                          w.workspace.data());
+  w.weight.resize(static_cast<std::size_t>(all_see.rows));
+  for (int64_t r = 0; r < all_see.rows; ++r)
+    w.weight[static_cast<std::size_t>(r)] = weights_[static_cast<std::size_t>(token + r / group_)];
+  simd::ColumnSquaresCausal(context_->view(head, n), n - 1, 0, n, all_see, max, sum, w.weight.data(),
+                            w.squares.data() + head * n, w.workspace.data());
 }
 
 void PrefillHook::Combine(int64_t, float* out, int64_t n, int thread, int n_threads) {

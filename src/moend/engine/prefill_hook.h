@@ -22,9 +22,10 @@ class PrefillHook : public AttentionHook {
   // outlive the blocks.
   void Begin(std::span<const LayerCache> past, LayerScratch* scratch);
   // The same for a part of a repetition, which sees all of `context`. `index`: of the part's first token
-  // among the `total` ones of the repetition.
-  void BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index, int64_t total);
-  // Raises context->peaks() to what the part's queries gave; once it is through.
+  // among those of the repetition; `weights`: 1 / |x|^2 of all of these, x being what enters the layer.
+  void BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index,
+                       std::span<const float> weights);
+  // Adds to context->needed() what the part's queries gave, but for the values; once it is through.
   void EndRepetition();
   // Adds the attention that tokens received in the layer's blocks to scratch->accumulated().
   void EndAccumulation();
@@ -38,12 +39,14 @@ class PrefillHook : public AttentionHook {
     std::vector<float> q, state;  // [rows][head_size], [rows] x 2
     Buffer<float> workspace;
     std::vector<float> accumulated;  // [n_kv_heads][score_tokens]
-    std::vector<float> peaks;        // [n_kv_heads][context tokens]
+    std::vector<float> squares;      // [n_kv_heads][context tokens]
+    std::vector<float> weight;       // [rows]
   };
   void Accumulate(Worker& w, int64_t head, int64_t first, const QueryRows& q, const float* max,
                   const float* sum);
 
-  void RaisePeaks(Worker& w, int64_t head, const QueryRows& all_see, const float* max, const float* sum);
+  void AddSquares(Worker& w, int64_t head, int64_t token, const QueryRows& all_see, const float* max,
+                  const float* sum);
 
   KvShape shape_;
   int64_t n_heads_, group_;
@@ -51,7 +54,8 @@ class PrefillHook : public AttentionHook {
   std::span<const LayerCache> past_;  // one a KV head, or none
   LayerScratch* scratch_ = nullptr;
   LayerScratch* context_ = nullptr;  // what is repeated, or nothing
-  int64_t index_ = 0, total_ = 0;    // of the repetition
+  int64_t index_ = 0;                // of the part in the repetition
+  std::span<const float> weights_;   // of the repetition
   int64_t first_ = 0;                // tokens of the scratch before this block
   std::atomic<int64_t> next_{0};
   std::vector<float> out_;  // [block tokens][n_heads][head_size]

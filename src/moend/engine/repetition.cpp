@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <string_view>
 
+#include "moend/base/half.h"
+
 namespace moend {
 namespace {
 
@@ -12,14 +14,30 @@ constexpr std::string_view kAskForPart = "\n\nRepeat the part of the previous te
 constexpr std::string_view kAskEnd = "\" exactly:\n\n";
 constexpr int64_t kCue = 8;  // of these tokens
 
-// Of `n` rows: a few tokens have a residual stream a thousand times as long as the others.
-double MedianSquare(const float* rows, int64_t n, int64_t width) {
-  std::vector<double> squares(static_cast<std::size_t>(n), 0.0);
-  for (int64_t i = 0; i < n * width; ++i)
-    squares[static_cast<std::size_t>(i / width)] += double{rows[i]} * rows[i];
-  const auto middle = squares.begin() + n / 2;
-  std::nth_element(squares.begin(), middle, squares.end());
-  return *middle;
+// 1 / |x|^2 of each of `n` rows.
+void InverseSquares(const float* rows, int64_t n, int64_t width, std::vector<float>& to) {
+  to.resize(static_cast<std::size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    double square = 0;
+    for (int64_t c = 0; c < width; ++c) square += double{rows[i * width + c]} * rows[i * width + c];
+    to[static_cast<std::size_t>(i)] = static_cast<float>(1 / std::max(square, 1e-30));
+  }
+}
+
+// v' gram v of each token of kv.
+void ScaleByValues(const DenseView& kv, const float* gram, float* needed) {
+  const int64_t d = kv.head_size;
+  std::vector<float> v(static_cast<std::size_t>(d));
+  for (int64_t t = 0; t < kv.n_tokens; ++t) {
+    for (int64_t c = 0; c < d; ++c) v[static_cast<std::size_t>(c)] = HalfToFloat(kv.v[t * d + c]);
+    float square = 0;
+    for (int64_t i = 0; i < d; ++i) {
+      float dot = 0;
+      for (int64_t j = 0; j < d; ++j) dot += gram[i * d + j] * v[static_cast<std::size_t>(j)];
+      square += dot * v[static_cast<std::size_t>(i)];
+    }
+    needed[t] *= std::max(square, 0.0f);
+  }
 }
 
 }  // namespace
@@ -68,12 +86,13 @@ Expected<Repetition> Repetition::Create(Compute& compute, std::shared_ptr<Ledger
   return r;
 }
 
-Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, PrefillHook& hook,
-                                 const std::function<bool()>& go_on) {
+Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, std::span<const float> grams,
+                                 PrefillHook& hook, const std::function<bool()>& go_on) {
   const int64_t n_embd = compute_->model().hparams().n_embd;
+  InverseSquares(hidden_.data(), tokens_, n_embd, weights_);
   for (const Part& part : parts_) {
     scratch_.Clear();
-    hook.BeginRepetition(&context, &scratch_, part.begin, tokens_);
+    hook.BeginRepetition(&context, &scratch_, part.begin, weights_);
     for (int64_t done = 0; done < part.tokens; done += compute_->block_tokens()) {
       const int64_t m = std::min(compute_->block_tokens(), part.tokens - done);
       MOEND_TRY(
@@ -82,8 +101,11 @@ Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, PrefillHo
     }
     hook.EndRepetition();
   }
-  context.set_residual(MedianSquare(hidden_.data(), tokens_, n_embd));
-  return {};
+  const KvShape& shape = context.shape();
+  return compute_->ParallelFor(shape.n_kv_heads, [&](int64_t h, int) {
+    ScaleByValues(context.view(h, n_context_), grams.data() + h * shape.head_size * shape.head_size,
+                  context.needed(h));
+  });
 }
 
 }  // namespace moend

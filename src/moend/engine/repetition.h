@@ -1,6 +1,6 @@
 // A context read a second time, as if the model were asked to repeat it, layer by layer beside the first
 // reading: the repetition's queries see the layer's uncompressed K/V and tell which tokens they need (the
-// scorer "reconstruct"; KVzip, arXiv 2505.23416). What it adds to K/V is dropped part by part.
+// scorer "reconstruct", after KVzip, arXiv 2505.23416). What it adds to K/V is dropped part by part.
 #pragma once
 
 #include <cstdint>
@@ -34,9 +34,10 @@ class Repetition {
   static Expected<Repetition> Create(Compute& compute, std::shared_ptr<Ledger> ledger,
                                      std::span<const int32_t> context);
 
-  // All parts through a layer whose scratch holds the whole context: scratch.peaks() rise, and the hidden
-  // states move on. Returning false from `go_on` stops (kCancelled).
-  Expected<void> Layer(int64_t layer, LayerScratch& context, PrefillHook& hook,
+  // All parts through a layer whose scratch holds the whole context: context.needed() and reference() come of
+  // it, and the hidden states move on. grams: [n_kv_heads][head_size][head_size], the mean W_O' W_O of the
+  // query heads of a KV head. Returning false from `go_on` stops (kCancelled).
+  Expected<void> Layer(int64_t layer, LayerScratch& context, std::span<const float> grams, PrefillHook& hook,
                        const std::function<bool()>& go_on);
 
   int64_t tokens() const { return tokens_; }  // all parts with what asks for them
@@ -49,8 +50,9 @@ class Repetition {
   Compute* compute_ = nullptr;
   int64_t n_context_ = 0, tokens_ = 0;
   std::vector<Part> parts_;
-  Buffer<float> hidden_;  // f32 [tokens_][n_embd]
-  LayerScratch scratch_;  // a part's own K/V
+  Buffer<float> hidden_;        // f32 [tokens_][n_embd]
+  LayerScratch scratch_;        // a part's own K/V
+  std::vector<float> weights_;  // 1 / |x|^2 of each token
 };
 
 }  // namespace moend

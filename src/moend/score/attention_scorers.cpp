@@ -140,14 +140,14 @@ class H2o : public Scorer {
   }
 };
 
-// KVzip (arXiv 2505.23416): what the model looks at when it repeats the prompt, it will need for any
+// After KVzip (arXiv 2505.23416): what the model needs to repeat the prompt, it will need for any
 // question.
 class Reconstruct : public Scorer {
  public:
   std::string_view name() const override { return "reconstruct"; }
   ScorerNeeds needs() const override { return {.repetition = true}; }
   void ScorePrefill(const PrefillScoreInput& in, std::span<float> scores) const override {
-    Copy(in.peaks, scores);
+    Copy(in.needed, scores);
   }
   void ScoreCached(const CachedScoreInput& in, std::span<float> scores) const override {
     later_->ScoreCached(in, scores);

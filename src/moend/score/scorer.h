@@ -34,7 +34,7 @@ struct PrefillScoreInput {
   // tokens.
   QueryRows observed;
   const float* accumulated = nullptr;    // [n_tokens], if needed
-  const float* peaks = nullptr;          // [n_tokens], if a repetition is needed (LayerScratch::peaks)
+  const float* needed = nullptr;         // [n_tokens], if a repetition is asked for (LayerScratch::needed)
   const HeadQueries* queries = nullptr;  // if needed
   float* workspace = nullptr;            // WorkspaceFloats(head_size, observed.rows) floats
 };
@@ -66,8 +66,9 @@ class Scorer {
 
 // By name; kNotFound lists the names. What is not finite scores lowest.
 //   reconstruct
-//              the largest share of its attention that any query gives the token while the model repeats the
-//              prompt (KVzip, arXiv 2505.23416): a second reading. Tokens that come later, while generating,
+//              what the outputs of a model that repeats the prompt lose in squares without the token: a
+//              second reading, as in KVzip (arXiv 2505.23416), which takes the largest share of attention
+//              instead; that loses twice as much (docs/results.md). Tokens that come later, while generating,
 //              are judged by keydiff
 //   streaming  the position: older is less important (StreamingLLM, arXiv 2309.17453)
 //   snapkv     attention of the newest 32 queries, maximum over 7 neighbours (arXiv 2404.14469)

@@ -172,16 +172,20 @@ void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t
   }
 }
 
-void ColumnPeaksCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
-                       const float* max, const float* sum, float* peaks, float* /*workspace*/) {
+void ColumnSquaresCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
+                         const float* max, const float* sum, const float* weight, float* squares,
+                         float* /*workspace*/) {
   const DensePart part{kv};
   for (int64_t t = begin; t < end; ++t) {
+    double total = 0;
     for (int64_t r = 0; r < q.rows; ++r) {
       if (t > first + r / q.group || sum[r] == 0.0f) continue;
       const double score = Score(q.q + r * kv.head_size, kv.head_size, t,
                                  [&](int64_t token, int64_t c) { return part.K(token, c); });
-      peaks[t] = std::fmax(peaks[t], static_cast<float>(score - max[r] - std::log(double{sum[r]})));
+      const double share = std::exp(score - max[r]) / sum[r];
+      total += weight[r] * share * share;
     }
+    squares[t] = static_cast<float>(squares[t] + total);
   }
 }
 

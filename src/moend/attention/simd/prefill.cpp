@@ -3,8 +3,6 @@
 // cache for kRowsPerBlock rows.
 #include "moend/attention/simd/prefill.h"
 
-#include <cmath>
-
 #include "moend/attention/simd/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -107,13 +105,12 @@ void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, Softma
 // any of the tokens [begin, end); end_token(token, what came of it) for each of them.
 template <class Add, class EndToken>
 HWY_INLINE void ForColumns(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
-                           float* workspace, float initial, const Add& add, const EndToken& end_token) {
+                           float* workspace, const Add& add, const EndToken& end_token) {
   const Tile tile(workspace, kv.head_size);
   for (int64_t t = begin / kPageTokens * kPageTokens; t < end; t += kPageTokens) {
     const uint64_t wanted = FirstLive(end - t) & ~FirstLive(begin - t);
     WidenK(kv.k + t * kv.head_size, kv.head_size, tile.k);
-    float page[kPageTokens];
-    for (float& x : page) x = initial;
+    float page[kPageTokens] = {};
     for (int64_t r = FirstRowSeeing(t, first, q.group); r < q.rows; r += kRowsPerBlock) {
       const int64_t rows = HWY_MIN(q.rows - r, kRowsPerBlock);
       ScoreTileRows(tile, q.q + r * kv.head_size, rows);
@@ -131,21 +128,22 @@ HWY_INLINE void ForColumns(const DenseView& kv, int64_t first, int64_t begin, in
 void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
                       const float* max, const float* sum, float* sums, float* workspace) {
   ForColumns(
-      kv, first, begin, end, q, workspace, 0.0f,
+      kv, first, begin, end, q, workspace,
       [&](int64_t r, const float* scores, uint64_t live, float* page) {
         AddWeights(scores, live, max[r], sum[r], page);
       },
       [&](int64_t t, float x) { sums[t] += x; });
 }
 
-void ColumnPeaksCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
-                       const float* max, const float* sum, float* peaks, float* workspace) {
+void ColumnSquaresCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
+                         const float* max, const float* sum, const float* weight, float* squares,
+                         float* workspace) {
   ForColumns(
-      kv, first, begin, end, q, workspace, -kInfinity,
+      kv, first, begin, end, q, workspace,
       [&](int64_t r, const float* scores, uint64_t live, float* page) {
-        if (sum[r] > 0.0f) RaisePeaks(scores, live, max[r] + std::log(sum[r]), page);
+        AddSquares(scores, live, max[r], sum[r], weight[r], page);
       },
-      [&](int64_t t, float x) { peaks[t] = HWY_MAX(peaks[t], x); });
+      [&](int64_t t, float x) { squares[t] += x; });
 }
 
 void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q, const float* max,
@@ -233,7 +231,7 @@ namespace moend::simd {
 
 HWY_EXPORT(AttendCausal);
 HWY_EXPORT(ColumnSumsCausal);
-HWY_EXPORT(ColumnPeaksCausal);
+HWY_EXPORT(ColumnSquaresCausal);
 HWY_EXPORT(ColumnOutputsCausal);
 HWY_EXPORT(AttendStreamTiled);
 HWY_EXPORT(ColumnSumsStreamTiled);
@@ -248,9 +246,10 @@ void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t
   HWY_DYNAMIC_DISPATCH(ColumnSumsCausal)(kv, first, begin, end, q, max, sum, sums, workspace);
 }
 
-void ColumnPeaksCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
-                       const float* max, const float* sum, float* peaks, float* workspace) {
-  HWY_DYNAMIC_DISPATCH(ColumnPeaksCausal)(kv, first, begin, end, q, max, sum, peaks, workspace);
+void ColumnSquaresCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
+                         const float* max, const float* sum, const float* weight, float* squares,
+                         float* workspace) {
+  HWY_DYNAMIC_DISPATCH(ColumnSquaresCausal)(kv, first, begin, end, q, max, sum, weight, squares, workspace);
 }
 
 void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q, const float* max,

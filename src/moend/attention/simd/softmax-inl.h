@@ -212,16 +212,18 @@ HWY_INLINE void StoreColumn(float* HWY_RESTRICT scores, uint64_t live, float max
   for (int64_t t = 0; t < kPageTokens; ++t) weights[t * kPageTokens + at] = sum > 0.0f ? scores[t] : 0.0f;
 }
 
-// peaks[64] = its maximum with score - base of one row, live tokens only.
-HWY_INLINE void RaisePeaks(const float* HWY_RESTRICT scores, uint64_t live, float base,
-                           float* HWY_RESTRICT peaks) {
+// squares[64] += weight * (exp(score - max) / sum)^2 of one row, live tokens only.
+HWY_INLINE void AddSquares(const float* HWY_RESTRICT scores, uint64_t live, float max, float sum,
+                           float weight, float* HWY_RESTRICT squares) {
+  if (live == 0 || sum == 0.0f) return;
   const DF df;
-  const VF vbase = hn::Set(df, base);
+  const VF vmax = hn::Set(df, max);
+  const VF scale = hn::Set(df, 1.0f / sum);
+  const VF vweight = hn::Set(df, weight);
   MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
-    const VF old = hn::LoadU(df, peaks + v * kLanes);
-    const VF risen = hn::Max(old, hn::Sub(hn::LoadU(df, scores + v * kLanes), vbase));
-    hn::StoreU(live == kAllLive ? risen : hn::IfThenElse(LiveLanes(live, v), risen, old), df,
-               peaks + v * kLanes);
+    const VF p = hn::Mul(Exp(hn::Sub(hn::LoadU(df, scores + v * kLanes), vmax)), scale);
+    const VF add = hn::IfThenElseZero(LiveLanes(live, v), hn::Mul(hn::Mul(p, p), vweight));
+    hn::StoreU(hn::Add(hn::LoadU(df, squares + v * kLanes), add), df, squares + v * kLanes);
   }
 }
 
