@@ -146,8 +146,8 @@ std::vector<double> SlowSums(const Head& head, int64_t tokens) {
 
 TEST(ScorerTest, NamesAreListedWhenOneIsUnknown) {
   const auto names = ScorerNames();
-  for (const char* name :
-       {"streaming", "snapkv", "h2o", "tova", "keydiff", "expected", "trig", "knorm", "random"}) {
+  for (const char* name : {"reconstruct", "streaming", "snapkv", "h2o", "tova", "keydiff", "expected", "trig",
+                           "knorm", "random"}) {
     EXPECT_NE(std::find(names.begin(), names.end(), name), names.end()) << name;
   }
   for (const auto& name : names) EXPECT_EQ((*MakeScorer(name))->name(), name);

@@ -147,6 +147,18 @@ std::vector<Expert> Parts(const std::vector<Expert>& experts) {
   return parts;
 }
 
+// Every text counts alike, whether it loses much (numbers that must be copied) or little.
+void Normalize(Profile& text) {
+  double sum = 0;
+  for (const auto& cells : text.head_cells)
+    for (std::size_t e = 0; e < cells.size(); ++e)
+      if (text.experts[e].k_bits == 16 && text.experts[e].v_bits == 16) sum += cells[e].kl;
+  if (!(sum > 0)) return;
+  for (auto* table : {&text.cells, &text.head_cells})
+    for (auto& cells : *table)
+      for (ProfileCell& cell : cells) cell.kl /= sum;
+}
+
 }  // namespace
 
 std::vector<Expert> ReconstructionExperts() {
@@ -223,6 +235,7 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
   hooks.end = [&](int64_t l, LayerScratch&) -> Expected<void> { return measure(l); };
   std::vector<float> logits;
   MOEND_TRY(machine.ReadLayerByLayer(tokens, 0, hooks, logits, tick));
+  Normalize(profile);
   profile.queries = MergeQueryStats(profile.queries, tap.Take());
   return {};
 }

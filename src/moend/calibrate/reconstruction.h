@@ -2,9 +2,9 @@
 // of queries that ask for the context again, token by token. A text is read twice, whatever the number of
 // recipes; the second reading is the one of engine/repetition.h, and its queries, spread over the whole text,
 // are the sample. Of KV head h and an expert,
-//     kl = mean over sampled tokens of |W_O (o - o')|^2 / |x|^2
+//     kl ~ mean over sampled tokens of |W_O (o - o')|^2 / |x|^2
 // o, o': the outputs of its query heads over all tokens and over the cache as the expert leaves it, W_O: the
-// projection into the residual stream, x: what enters the layer. Eviction and bits are measured apart and
+// projection into the residual stream, x: the residual stream. Eviction and bits are measured apart and
 // added, and so are heads, since their errors are hardly correlated. It is the KL of whole plans up to a
 // factor, which checks of whole plans measure (Profile::checks).
 #pragma once
@@ -20,7 +20,8 @@ namespace moend {
 // 16 shares of the tokens, 9 pairs of bits, all with all; ascending.
 std::vector<Expert> ReconstructionExperts();
 
-// Adds a text's losses to profile.cells and head_cells, which have the size of profile.experts. The scorer is
+// Fills profile.cells and head_cells, which are zeros and have the size of profile.experts, with a text's
+// losses; those of experts of 16 bits add up to 1, so that all texts count alike. The scorer is
 // profile.scorer; one that does not repeat (ScorerNeeds) is measured on the same queries. kCancelled when
 // `tick`, which gets the share done, returns false. The caller holds the machine.
 Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> tokens, Profile& profile,

@@ -175,8 +175,8 @@ Expected<void> AppendScratch(Compute& compute, std::span<LayerCache> heads, cons
   return {};
 }
 
-Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, const QueryRows& observed,
-                           const HeadQueries* queries) {
+Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, int64_t prompt_tokens,
+                           const QueryRows& observed, const HeadQueries* queries) {
   const int64_t excess = cache.Excess(0);
   if (excess <= 0) return {};
   CachedScoreInput in;
@@ -186,6 +186,7 @@ Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, const QueryR
   in.accumulated = cache.scores(0);
   in.queries = queries;
   in.tokens_seen = cache.tokens_seen();
+  in.prompt_tokens = prompt_tokens;
   const int64_t rows = std::max<int64_t>(1, observed.rows);
   MOEND_ASSIGN(auto workspace, Buffer<float>::Create(nullptr, WorkspaceFloats(in.kv.layout.head_size, rows)));
   in.workspace = workspace.data();

@@ -44,7 +44,8 @@ Expected<void> AppendScratch(Compute& compute, std::span<LayerCache> heads, cons
 
 // Evicts a head's cache back to its keep ratio. `observed`: its newest queries (may be empty); `queries`: as
 // in LayerScorer.
-Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, const QueryRows& observed,
-                           const HeadQueries* queries);
+// The first `prompt_tokens` were scored when they were read.
+Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, int64_t prompt_tokens,
+                           const QueryRows& observed, const HeadQueries* queries);
 
 }  // namespace moend

@@ -62,6 +62,7 @@ struct Session::Impl {
   std::vector<int32_t> tokens;
   std::vector<LayerCache> caches;  // [layer][KV head], each a LayerCache of one head
   std::vector<float> logits;
+  int64_t prompt_tokens = 0;   // the first ones, which were read together and scored as a prompt
   QueryRing ring;              // memory only while an eviction is near
   int64_t since_eviction = 0;  // tokens generated (or read in a further turn) since the last eviction
 

@@ -118,6 +118,10 @@ void LayerScratch::Refer(const float* q, const float* weight, int64_t index, int
   }
 }
 
+void LayerScratch::ScaleReference(float scale) {
+  for (int64_t i = 0; i < n_referred_; ++i) reference_weight_[i] *= scale;
+}
+
 QueryRows LayerScratch::reference(int64_t head) const {
   const int64_t group = n_heads_ / shape_.n_kv_heads;
   return {reference_.data() + head * most_referred_ * group * shape_.head_size, n_referred_ * group, group};

@@ -62,6 +62,7 @@ class LayerScratch {
   static int64_t ReferenceTokens(int64_t n) { return std::max<int64_t>(512, n / 4); }
   // Those queries, scaled, rows as in QueryRows; none before a repetition.
   QueryRows reference(int64_t head) const;
+  void ScaleReference(float scale);  // the weights
   // 1 / |x|^2 of each of their tokens.
   std::span<const float> reference_weight() const {
     return {reference_weight_.data(), static_cast<std::size_t>(n_referred_)};

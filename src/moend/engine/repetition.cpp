@@ -24,8 +24,15 @@ void InverseSquares(const float* rows, int64_t n, int64_t width, std::vector<flo
   }
 }
 
+// A few tokens have a residual stream a thousand times as long as the others, so no mean.
+float Median(std::vector<float> x) {
+  const auto middle = x.begin() + std::ssize(x) / 2;
+  std::nth_element(x.begin(), middle, x.end());
+  return *middle;
+}
+
 // v' gram v of each token of kv.
-void ScaleByValues(const DenseView& kv, const float* gram, float* needed) {
+void ScaleByValues(const DenseView& kv, const float* gram, float scale, float* needed) {
   const int64_t d = kv.head_size;
   std::vector<float> v(static_cast<std::size_t>(d));
   for (int64_t t = 0; t < kv.n_tokens; ++t) {
@@ -36,7 +43,7 @@ void ScaleByValues(const DenseView& kv, const float* gram, float* needed) {
       for (int64_t j = 0; j < d; ++j) dot += gram[i * d + j] * v[static_cast<std::size_t>(j)];
       square += dot * v[static_cast<std::size_t>(i)];
     }
-    needed[t] *= std::max(square, 0.0f);
+    needed[t] *= scale * std::max(square, 0.0f);
   }
 }
 
@@ -90,6 +97,7 @@ Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, std::span
                                  PrefillHook& hook, const std::function<bool()>& go_on) {
   const int64_t n_embd = compute_->model().hparams().n_embd;
   InverseSquares(hidden_.data(), tokens_, n_embd, weights_);
+  const float before = Median(weights_);
   for (const Part& part : parts_) {
     scratch_.Clear();
     hook.BeginRepetition(&context, &scratch_, part.begin, weights_);
@@ -101,9 +109,14 @@ Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, std::span
     }
     hook.EndRepetition();
   }
+  // Tokens are weighed by what enters the layer, since their attention comes first; layers by what leaves
+  // them: what enters the first one is small, and what it makes of it large.
+  InverseSquares(hidden_.data(), tokens_, n_embd, weights_);
+  const float scale = Median(weights_) / before;
+  context.ScaleReference(scale);
   const KvShape& shape = context.shape();
   return compute_->ParallelFor(shape.n_kv_heads, [&](int64_t h, int) {
-    ScaleByValues(context.view(h, n_context_), grams.data() + h * shape.head_size * shape.head_size,
+    ScaleByValues(context.view(h, n_context_), grams.data() + h * shape.head_size * shape.head_size, scale,
                   context.needed(h));
   });
 }

@@ -102,8 +102,8 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
     }
     MOEND_TRY(AppendScratch(*machine.compute, heads, done));
     for (int64_t h = 0; evict && h < hp.n_kv_heads; ++h)
-      MOEND_TRY(EvictExcess(heads[static_cast<std::size_t>(h)], s.scorer->of_layer(l), done.observed(h),
-                            s.scorer_of(l).head(h)));
+      MOEND_TRY(EvictExcess(heads[static_cast<std::size_t>(h)], s.scorer->of_layer(l), s.prompt_tokens,
+                            done.observed(h), s.scorer_of(l).head(h)));
     return {};
   };
   // Between two blocks others may decode.
@@ -117,6 +117,7 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
       machine.ReadLayerByLayer(tokens, first, hooks, s.logits, progress ? Progress(between) : Progress()));
   s.tokens.insert(s.tokens.end(), tokens.begin(), tokens.end());
   if (fresh) s.NoteHeads();
+  if (fresh) s.prompt_tokens = n;
   if (!fresh) s.since_eviction = evict ? 0 : s.since_eviction + n;
   return {};
 }
@@ -171,8 +172,9 @@ Expected<void> Session::Impl::EvictAll() {
   MOEND_TRY(machine().compute->ParallelFor(static_cast<int64_t>(caches.size()), [&](int64_t i, int) {
     QueryRows observed{nullptr, 0, group};
     if (rows > 0) observed = {ring.queries.data() + i * ring.window * group * hp.head_size, rows, group};
-    results[static_cast<std::size_t>(i)] = EvictExcess(
-        caches[static_cast<std::size_t>(i)], scorer->of_layer(i / hp.n_kv_heads), observed, queries_of(i));
+    results[static_cast<std::size_t>(i)] =
+        EvictExcess(caches[static_cast<std::size_t>(i)], scorer->of_layer(i / hp.n_kv_heads), prompt_tokens,
+                    observed, queries_of(i));
   }));
   ring = {};
   for (auto& r : results)
@@ -240,6 +242,7 @@ Expected<Session> Session::Fork() const {
   copy->queries = impl_->queries;
   copy->plan = impl_->plan;
   copy->n_ctx = impl_->n_ctx;
+  copy->prompt_tokens = impl_->prompt_tokens;
   copy->tokens = impl_->tokens;
   copy->logits = impl_->logits;
   copy->since_eviction = impl_->since_eviction;
@@ -328,6 +331,7 @@ Expected<Session> SessionFromCapture(std::shared_ptr<Engine> engine, const Plan&
   }
   s.NoteHeads();
   s.tokens = capture.tokens();
+  s.prompt_tokens = n;
   s.logits = capture.logits();
   return session;
 }

@@ -13,7 +13,7 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "saved sessions are little endian");
 
-constexpr std::string_view kMagic = "MOENDSS1";
+constexpr std::string_view kMagic = "MOENDSS2";
 constexpr std::string_view kSource = "the saved session";
 
 void Append(std::string& out, int64_t value) {
@@ -59,7 +59,8 @@ Expected<void> RecompressSession(Session& session, const Plan& plan) {
       MOEND_ASSIGN(cache, cache.Repack(expert));
     }
     // Nobody is asking anything just now: the scorer goes by what it keeps with the cache.
-    MOEND_TRY(EvictExcess(cache, s.scorer->of_layer(i / n_heads), QueryRows{nullptr, 0, 1}, s.queries_of(i)));
+    MOEND_TRY(EvictExcess(cache, s.scorer->of_layer(i / n_heads), s.prompt_tokens, QueryRows{nullptr, 0, 1},
+                          s.queries_of(i)));
   }
   const std::string scorer = s.plan.scorer;
   s.plan = plan;
@@ -69,12 +70,13 @@ Expected<void> RecompressSession(Session& session, const Plan& plan) {
   return {};
 }
 
-// "MOENDSS1" | tokens since the last eviction | n tokens, i32 each | n layers | n bytes, SerializeCache()
-// each
+// "MOENDSS2" | tokens since the last eviction | tokens of the first prompt | n tokens, i32 each | n layers |
+// n bytes, SerializeCache() each
 Expected<std::string> SaveSession(const Session& session) {
   const Session::Impl& s = session.impl();
   std::string out(kMagic);
   Append(out, s.since_eviction);
+  Append(out, s.prompt_tokens);
   Append(out, std::ssize(s.tokens));
   out.append(reinterpret_cast<const char*>(s.tokens.data()), s.tokens.size() * sizeof(int32_t));
   Append(out, std::ssize(s.caches));
@@ -97,7 +99,10 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
   if (s.since_eviction < 0 || s.since_eviction >= kEvictInterval)
     return Fail(ErrorCode::kCorrupt, "{} was evicted {} tokens ago; {} is the most", kSource,
                 s.since_eviction, kEvictInterval - 1);
+  MOEND_ASSIGN(s.prompt_tokens, TakeNumber(bytes));
   MOEND_ASSIGN(const int64_t n, TakeNumber(bytes));
+  if (s.prompt_tokens < 0 || s.prompt_tokens > n)
+    return Fail(ErrorCode::kCorrupt, "{} has a prompt of {} tokens among {}", kSource, s.prompt_tokens, n);
   if (n <= 0 || n > s.n_ctx)
     return Fail(ErrorCode::kCorrupt, "{} has {} tokens; the context holds 1 to {}", kSource, n, s.n_ctx);
   MOEND_ASSIGN(const std::string_view ids, Take(bytes, n * static_cast<int64_t>(sizeof(int32_t))));

@@ -151,9 +151,17 @@ class Reconstruct : public Scorer {
   }
   void ScoreCached(const CachedScoreInput& in, std::span<float> scores) const override {
     later_->ScoreCached(in, scores);
+    // What was kept of the prompt was chosen with more knowledge: what came later goes first.
+    std::size_t i = 0;
+    for (int64_t p = 0; p < in.kv.n_pages; ++p) {
+      for (uint64_t live = in.kv.live[p]; live != 0 && i < in.positions.size(); live &= live - 1, ++i)
+        if (in.positions[i] < in.prompt_tokens)
+          scores[static_cast<std::size_t>(p * kPageTokens + std::countr_zero(live))] += kAhead;
+    }
   }
 
  private:
+  static constexpr float kAhead = 4;  // more than keydiff's scores, -1 to 1, can be apart
   const std::unique_ptr<Scorer> later_ = MakeKeyDiff();
 };
 

@@ -47,6 +47,7 @@ struct CachedScoreInput {
   const float* accumulated = nullptr;  // [n_pages * 64]
   const HeadQueries* queries = nullptr;
   int64_t tokens_seen = 0;
+  int64_t prompt_tokens = 0;  // of which so many were scored by ScorePrefill()
   float* workspace = nullptr;
 };
 
