@@ -1,16 +1,13 @@
-// The runner, the methods and the perplexity on small random models: what is kept, continued and compared.
+// The runner and the methods on small random models: what is kept, continued and compared.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <fstream>
-#include <numeric>
 
 #include "moend/eval/methods.h"
-#include "moend/eval/perplexity.h"
 #include "moend/eval/prompt.h"
 #include "moend/eval/run.h"
-#include "tests/support/libllama_logits.h"
 #include "tests/support/test_model.h"
 
 namespace moend::eval {
@@ -413,80 +410,6 @@ TEST(Run, AnotherEvaluationIsNotContinued) {
   Fingerprint other = results.model;
   other.hash = "other";
   EXPECT_FALSE(CheckContinues(results, other, results.settings, "out.json"));
-}
-
-TEST(Perplexity, Statistics) {
-  const std::vector<float> p = {0, 0}, q = {std::log(3.0f), 0};  // 1/2, 1/2 against 3/4, 1/4
-  EXPECT_NEAR(KlDivergence(p, q), 0.5 * std::log(2.0 / 3) + 0.5 * std::log(2.0), 1e-6);
-  EXPECT_EQ(KlDivergence(p, p), 0);
-  EXPECT_NEAR(LossOf(q, 1).nll, std::log(4.0), 1e-6);
-  EXPECT_EQ(LossOf(q, 1).top, 0);
-  const std::vector<float> large = {1000, 0};
-  EXPECT_EQ(LossOf(large, 0).nll, 0);
-  EXPECT_NEAR(LossOf(large, 1).nll, 1000, 1e-9);
-  const std::vector<double> values = {1, 2, 3, 4};
-  EXPECT_EQ(MeanOf(values).mean, 2.5);
-  EXPECT_NEAR(MeanOf(values).error, std::sqrt(5.0 / 3 / 4), 1e-12);
-  std::vector<double> many(1001);
-  std::iota(many.begin(), many.end(), 0.0);
-  const Quantile q99 = QuantileOf(many, 0.99);
-  EXPECT_DOUBLE_EQ(q99.value, 990);
-  EXPECT_NEAR(q99.low, 990 - 1.96 * std::sqrt(1001 * 0.99 * 0.01), 1);
-  EXPECT_NEAR(q99.high, 990 + 1.96 * std::sqrt(1001 * 0.99 * 0.01), 1);
-  EXPECT_EQ(QuantileOf(many, 0.999).high, 1000);
-}
-
-TEST(Perplexity, FullCacheIsLibllamas) {
-  std::vector<int32_t> tokens = test::RandomTokens(96, 5);
-  const Plan full = FullPlan(TheWorld().engine->fingerprint(), 48);
-  const auto result = Perplexity(TheWorld().engine, tokens, full, {48, 0, ""});
-  ASSERT_TRUE(result) << result.error().message;
-  EXPECT_EQ(result->chunks, 2);
-  EXPECT_EQ(result->tokens, 2 * 23);
-  EXPECT_EQ(result->ppl_base.mean, 0);  // nothing to compare
-  const Tokenizer& tokenizer = TheWorld().model->tokenizer();
-  double sum = 0;
-  for (int c = 0; c < 2; ++c) {
-    std::vector<int32_t> chunk(tokens.begin() + 48 * c, tokens.begin() + 48 * (c + 1));
-    if (tokenizer.adds_bos()) chunk[0] = tokenizer.bos();
-    const auto logits = test::LibllamaLogits(TheWorld().path, chunk);
-    ASSERT_EQ(logits.size(), 48u);
-    for (std::size_t i = 24; i < 47; ++i) sum += LossOf(logits[i], chunk[i + 1]).nll;
-  }
-  EXPECT_NEAR(result->nll.mean, sum / 46, 2e-3);
-  EXPECT_NEAR(result->ppl.mean, std::exp(result->nll.mean), 1e-9);
-}
-
-TEST(Perplexity, FewerBitsDivergeMore) {
-  const std::vector<int32_t> tokens = test::RandomTokens(800, 6);
-  Plan plan = FullPlan(TheWorld().engine->fingerprint(), 400);
-  double before = 0;
-  for (const int bits : {8, 2}) {
-    std::ranges::fill(plan.layers, Expert{1.0, bits, bits});
-    const auto r = Perplexity(TheWorld().engine, tokens, plan, {400, 0, ""});
-    ASSERT_TRUE(r) << r.error().message;
-    EXPECT_GT(r->kld.mean, 2 * before);
-    EXPECT_GE(r->kld_max, r->kld_999.value);
-    EXPECT_GE(r->kld_999.value, r->kld_99.value);
-    EXPECT_GE(r->kld_99.value, r->kld_median.value);
-    EXPECT_NEAR(r->ln_ratio.mean, r->nll.mean - r->nll_base.mean, 1e-9);
-    EXPECT_LT(r->kv_bytes, r->kv_bytes_full);
-    EXPECT_LE(r->same_top.mean, 1);
-    before = r->kld.mean;
-    EXPECT_NE(FormatPerplexity(*r).find("99.0%   KLD"), std::string::npos);
-  }
-}
-
-TEST(Perplexity, BadRequests) {
-  const std::vector<int32_t> tokens = test::RandomTokens(100, 7);
-  const Plan full = FullPlan(TheWorld().engine->fingerprint(), 100);
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, full, {101, 0, ""}).error().code,
-            ErrorCode::kInvalidArgument);
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, full, {4, 0, ""}).error().code,
-            ErrorCode::kInvalidArgument);
-  const auto stop = [](const PerplexityProgress&) { return false; };
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, full, {50, 0, ""}, stop).error().code,
-            ErrorCode::kCancelled);
 }
 
 }  // namespace

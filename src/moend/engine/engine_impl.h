@@ -15,6 +15,9 @@
 
 namespace moend {
 
+// Appends n numbers; kOutOfMemory instead of an exception.
+Expected<void> AppendFloats(std::vector<float>& to, const float* from, int64_t n);
+
 struct Engine::Impl {
   std::shared_ptr<const Model> model;
   std::unique_ptr<Compute> compute;
@@ -34,14 +37,15 @@ struct Engine::Impl {
 
   // All of `tokens`, which start at position `first`, through one layer after the other. Per layer: Begin's
   // arguments come from `begin`, and `end` gets the layer's scratch when all tokens went through. Logits of
-  // the last token at the end.
+  // the last token at the end; all hidden states are appended to `hidden_out`, if not null.
   struct LayerHooks {
     std::function<Expected<void>(int64_t layer, std::span<const LayerCache>* past, LayerScratch** scratch)>
         begin;
     std::function<Expected<void>(int64_t layer, LayerScratch& scratch)> end;
   };
   Expected<void> ReadLayerByLayer(std::span<const int32_t> tokens, int64_t first, const LayerHooks& hooks,
-                                  std::vector<float>& logits, const Progress& progress);
+                                  std::vector<float>& logits, const Progress& progress,
+                                  std::vector<float>* hidden_out = nullptr);
 };
 
 struct Session::Impl {
