@@ -6,6 +6,7 @@
 #include <fstream>
 
 #include "moend/eval/methods.h"
+#include "moend/eval/paired.h"
 #include "moend/eval/prompt.h"
 #include "moend/eval/run.h"
 #include "tests/support/test_model.h"
@@ -313,6 +314,111 @@ TEST(Prompt, HashSeesEveryPart) {
   EXPECT_TRUE(changed([](Suite& s) { s.contexts[1].questions[0].answers[0] = "y"; }));
   EXPECT_TRUE(changed([](Suite& s) { s.contexts[1].questions[0].metric = TaskMetric::kQaF1; }));
   EXPECT_TRUE(changed([](Suite& s) { s.contexts.pop_back(); }));
+  EXPECT_TRUE(changed([](Suite& s) { s.contexts[0].chat = true; }));
+  EXPECT_TRUE(changed([](Suite& s) { s.contexts[1].questions[0].stop = {"x"}; }));
+  EXPECT_TRUE(changed([](Suite& s) { s.contexts[1].questions[0].classes = {"x"}; }));
+  EXPECT_TRUE(changed([](Suite& s) { s.contexts[1].questions[0].first_line = true; }));
+}
+
+TEST(Prompt, GoldAnswersContinueTheirPrompts) {
+  Suite suite = SomeSuite();
+  suite.contexts.resize(1);
+  const Tokenizer& tokenizer = TheWorld().model->tokenizer();
+  Question& question = suite.contexts[0].questions[0];
+  const auto gold = [&](const char* prompt, const char* answer) {
+    question.prompt = prompt;
+    question.answers = {answer, "other"};
+    const auto prepared = PrepareSuite(tokenizer, suite, 4096, {});
+    EXPECT_TRUE(prepared) << prepared.error().message;
+    return tokenizer.Detokenize(prepared->contexts[0].golds[0], false);
+  };
+  EXPECT_EQ(gold("Answer:", "x y"), " x y");
+  EXPECT_EQ(gold("The number is", "7"), " 7");
+  EXPECT_EQ(gold("value: \"", "7"), "7");
+  EXPECT_EQ(gold("Write:\n", "7"), "7");
+  suite.contexts[0].chat = true;  // then the assistant's turn begins in between
+  EXPECT_EQ(gold("Answer:", "x y"), "x y");
+  suite.contexts[0].chat = false;
+  question.answers = {Words(200, 1)};
+  EXPECT_EQ(PrepareSuite(tokenizer, suite, 4096, {})->contexts[0].golds[0].size(), kGoldTokens);
+}
+
+TEST(Run, ComparesPredictionsWithTheFullCaches) {
+  const auto methods = SomeMethods(2000);
+  for (const bool aware : {false, true}) {
+    EvalOptions options;
+    options.aware = aware;
+    const Outcome out = Go(options, methods);
+    ASSERT_TRUE(out.results) << out.results.error().message;
+    const eval::Run* full = FullRun(*out.results);
+    ASSERT_EQ(full, &out.results->runs[0]);
+    for (const auto& run : out.results->runs) {
+      double kld = 0, tokens = 0;
+      for (const Answer& a : run.answers) {
+        EXPECT_GT(a.gold_tokens, 0);
+        EXPECT_GT(a.nll, 0);
+        EXPECT_EQ(std::ssize(a.ids), a.tokens);
+        EXPECT_EQ(std::ssize(a.kld), &run == full ? 0 : a.gold_tokens);
+        for (const float d : a.kld) kld += d;
+        tokens += static_cast<double>(a.kld.size());
+      }
+      const Paired p = ComparePaired(run, full);
+      EXPECT_EQ(p.difference.clusters, 3);
+      if (&run == full) {
+        EXPECT_EQ(p.difference.mean, 0);
+        EXPECT_EQ(p.agreed, p.answer_tokens);
+        continue;
+      }
+      EXPECT_NEAR(p.kld.mean, kld / tokens, 1e-9);
+      if (run.variant != "q4") {
+        EXPECT_GT(p.kld.mean, 0) << run.label();
+      }
+    }
+  }
+}
+
+// A method that loses nothing is at no distance, whatever the order of the methods.
+TEST(Run, ALosslessPlanHasNoDivergence) {
+  Plan plan = FullPlan(TheWorld().engine->fingerprint(), 4000);
+  plan.variant = "most";
+  plan.layers[0].keep = 0.999999;  // counts as compressing, evicts nothing of so short a context
+  const auto methods = SomeMethods(2000);
+  const Outcome out = Go({}, {MethodOf(plan, "keydiff"), methods[0]});
+  ASSERT_TRUE(out.results) << out.results.error().message;
+  const Paired p = ComparePaired(out.results->runs[0], FullRun(*out.results));
+  EXPECT_GT(p.kld.n, 0);
+  EXPECT_LT(p.kld.mean, 1e-4);
+  EXPECT_GT(p.same_top, 0.9);
+}
+
+TEST(Run, ChoicesAreScoredByTheLetters) {
+  Suite suite = SomeSuite();
+  suite.contexts.resize(1);
+  for (Question& q : suite.contexts[0].questions) q.metric = TaskMetric::kChoice, q.answers = {"B"};
+  const auto prepared = PrepareSuite(TheWorld().model->tokenizer(), suite, 4096, {});
+  ASSERT_TRUE(prepared);
+  const std::vector<Method> full = {MethodOf(FullPlan(TheWorld().engine->fingerprint(), 4096), "")};
+  std::string saved;
+  const auto save = [&](const Results& r) -> Expected<void> {
+    saved = ToJson(r);
+    return {};
+  };
+  const auto results = Evaluate(TheWorld().engine, suite, *prepared, full, {}, {}, {}, save);
+  ASSERT_TRUE(results) << results.error().message;
+  for (const Answer& a : results->runs[0].answers) {
+    ASSERT_EQ(a.letters.size(), 4u);
+    const bool right = std::ranges::max_element(a.letters) - a.letters.begin() == 1;
+    EXPECT_EQ(a.score, right ? 1 : 0);
+    EXPECT_EQ(a.letter_score, ChosenLetter(a.text) == 'B' ? 1 : 0);
+    double sum = 0;
+    for (const double l : a.letters) sum += std::exp(l);
+    EXPECT_LT(sum, 1.0001);
+    EXPECT_GT(sum, 0);
+  }
+  const auto back = ParseResults(saved, "saved");
+  ASSERT_TRUE(back) << back.error().message;
+  EXPECT_EQ(ToJson(*back), saved);
+  EXPECT_NE(FormatTable(*results).find("letter"), std::string::npos);
 }
 
 TEST(Run, AnswersEveryQuestionOfEveryMethod) {
