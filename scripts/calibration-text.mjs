@@ -1,10 +1,10 @@
 #!/usr/bin/env node
 // Makes models/calibration-mixed.txt, the text that `moend calibrate` measures on when no other is given:
-//   scripts/calibration-text.mjs >models/calibration-mixed.txt
+//   scripts/calibration-text.mjs >models/calibration-mixed.txt      (--check: whether that is what it would make)
 // What is predicted must need the context, so every document is followed by questions about it, or by a part of it
 // word for word; and every stretch of some 8,000 tokens should hold prose, code, tables, dialogue, records, labels and
-// another language. Prose and languages are written for this purpose (models/calibration/), technical prose and code are
-// this project's own, everything else is drawn here: nothing in it is from elsewhere. Profiles are made on this text:
+// another language. Prose and languages are written for this purpose, technical prose and code are this project's own
+// (models/calibration/), everything else is drawn here: nothing in it is from elsewhere. Profiles are made on this text:
 // one that is made anew is another profile.
 //
 // Lines that begin with %%% divide it: "%%% text" begins plain text, "%%% user" and "%%% assistant" the turns of a
@@ -79,28 +79,13 @@ function pieces(path) {
 const prose = pieces("models/calibration/prose.txt");
 const languages = pieces("models/calibration/languages.txt");
 
-// ---- our own documents and code -----------------------------------------------------------------------------------
-function section(path, from, characters) {
-  const text = read(path).replaceAll(/^%%%/gm, "");
-  const at = text.indexOf(from);
-  if (at < 0) throw new Error(`${path} has no "${from}"`);
-  const end = text.indexOf("\n\n", Math.min(at + characters, text.length - 1));
-  return text.slice(at, end < 0 ? undefined : end).trim();
-}
-const technical = [
-  section("docs/architecture.md", "## Decisions, and why", 3300),
-  section("docs/serving.md", "# ", 3300),
-  section("docs/quantizers.md", "# ", 3300),
-  section("CONTRIBUTING.md", "## What we ask of code", 1900),
-  section("docs/architecture.md", "## The path of the data", 3000),
-  section("models/README.md", "A prompt is", 1700),
-];
-const code = [
-  ["src/moend/solve/knapsack.cpp", "namespace moend", 4200], ["src/moend/eval/report/report.js", "const percent", 3800],
-  ["src/moend/eval/math_value.cpp", "namespace moend", 4200], ["bench/quantizers.py", "def ", 4200],
-  ["src/moend/serve/http_head.cpp", "namespace moend", 4200], ["scripts/setup", "# ---- 1. packages", 3300],
-  ["src/moend/eval/text.cpp", "uint32_t NextCodePoint", 3800], ["tests/soak/client.mjs", "import", 3600],
-].map(([path, from, n]) => ({ path, text: section(path, from, n) }));
+// ---- our own documents and code, as they were when the text was made ------------------------------------------------
+const excerpts = (path) => read(path).split(/^=== /m).slice(1).map((part) => {
+  const end = part.indexOf("\n");
+  return { path: part.slice(0, end), text: part.slice(end + 1).trim() };
+});
+const technical = excerpts("models/calibration/technical.txt").map((e) => e.text);
+const code = excerpts("models/calibration/code.txt");
 
 // A stretch of lines that is to be written again, by its first line.
 function linesAgain(text) {
@@ -252,4 +237,9 @@ for (let round = 0; round < 8; ++round) {
   emit({ ...register(registers[round % 3]), plain: round % 3 === 0 });
   out.push(labels());
 }
-process.stdout.write(`${out.join("\n").trimEnd()}\n`);
+const made = `${out.join("\n").trimEnd()}\n`;
+if (process.argv[2] !== "--check") process.stdout.write(made);
+else if (made !== read("models/calibration-mixed.txt")) {
+  console.error("calibration-text: models/calibration-mixed.txt is not what this script makes");
+  process.exitCode = 1;
+}
