@@ -16,14 +16,17 @@ const guess = (set, run) => GUESS[set] ?? (run.answers.some((a) => a.letters) ? 
 const counts = (set, full) => full.mean.low > guess(set, full) && full.mean.score > guess(set, full) + 0.1;
 const name = (run) => run.variant + (run.scorer && !["2d_heads", "2d_hetero"].includes(run.variant) ? `, ${run.scorer.includes(",") ? "scorers of the profile" : run.scorer}` : "");
 
-// Each set weighs the same; the distances to the ends of their intervals add up as independent errors do.
+// Each set weighs the same; the distances to the ends of their intervals add up as independent errors do. A set of one
+// context has no interval, and so a mean with it has none.
 function mean(parts) {
   const all = parts.filter(Boolean);
   if (!all.length) return null;
-  const side = (end) => Math.hypot(...all.map((p) => p.mean - (p[end] ?? p.mean))) / all.length;
   const value = all.reduce((s, p) => s + p.mean, 0) / all.length;
+  if (all.some((p) => p.low === undefined)) return { mean: value, sets: all.length };
+  const side = (end) => Math.hypot(...all.map((p) => p.mean - p[end])) / all.length;
   return { mean: value, low: value - side("low"), high: value + side("high"), sets: all.length };
 }
+const withInterval = (m, show) => show(m.mean) + (m.low === undefined ? "" : ` [${show(m.low)}, ${show(m.high)}]`);
 
 for (const model of readdirSync(out).filter((f) => statSync(join(out, f)).isDirectory())) {
   const folder = join(out, model);
@@ -59,16 +62,16 @@ for (const model of readdirSync(out).filter((f) => statSync(join(out, f)).isDire
       console.log("");
     };
     table(`Points against the full cache on the same questions, mean over the ${counting.length} sets that count`, counting, (r) => r.paired.difference,
-      (m) => `${signed(m.mean)} [${signed(m.low)}, ${signed(m.high)}]`);
+      (m) => withInterval(m, signed));
     table(`KL to the full cache, nats a token of the right answers, mean over all ${names.length} sets`, names, (r) => r.paired.kld,
-      (m) => `${m.mean.toFixed(4)} [${m.low.toFixed(4)}, ${m.high.toFixed(4)}]`);
+      (m) => withInterval(m, (x) => x.toFixed(4)));
     console.log("The number of sets stands in brackets behind a mean.\n\n### Set by set\n");
     head(["set", "method", "asked", "ratio", "score", "vs full", "KL", "KL, 99%", "same top", "same tokens"]);
     for (const s of names)
       for (const r of sets[s].runs) {
         const p = r.paired ?? {}, d = p.difference;
         row([s, name(r), r.compression || "–", `${r.ratio.toFixed(2)}x`, percent(r.mean.score),
-          d ? signed(d.mean) + (d.low === undefined ? "" : ` [${signed(d.low)}, ${signed(d.high)}]`) : "–",
+          d ? withInterval(d, signed) : "–",
           p.kld ? p.kld.mean.toFixed(4) : "–", p.kld ? p.kld_99.toFixed(3) : "–", p.kld ? percent(p.same_top) : "–",
           p.answer_tokens ? `${p.agreed.toFixed(1)} of ${p.answer_tokens.toFixed(1)}` : "–"]);
       }
