@@ -1,6 +1,6 @@
-# cmake -DOUT=<file.cpp> "-DFILES=name=path;..." -P EmbedText.cmake
-# Writes moend::eval::assets::<name>, the text of each file (empty for an empty path), as string literals.
-set(code "#include \"moend/eval/report_assets.h\"\n\nnamespace moend::eval::assets {\n\n")
+# cmake -DOUT=<file.cpp> -DHEADER=<header> -DNAMESPACE=<namespace> "-DFILES=name=path;..." -P EmbedText.cmake
+# Writes <namespace>::<name>, declared in <header>: the text of each file (empty for an empty path), as string literals.
+set(code "#include \"${HEADER}\"\n\nnamespace ${NAMESPACE} {\n\n")
 foreach(entry IN LISTS FILES)
   string(FIND "${entry}" "=" at)
   string(SUBSTRING "${entry}" 0 ${at} name)
@@ -12,5 +12,5 @@ foreach(entry IN LISTS FILES)
   endif()
   string(APPEND code "const std::string_view ${name} = R\"moend_asset(${text})moend_asset\";\n\n")
 endforeach()
-string(APPEND code "}  // namespace moend::eval::assets\n")
+string(APPEND code "}  // namespace ${NAMESPACE}\n")
 file(WRITE "${OUT}" "${code}")

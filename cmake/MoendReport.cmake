@@ -14,7 +14,8 @@ else()
 endif()
 add_custom_command(
   OUTPUT ${PROJECT_BINARY_DIR}/generated/report_assets.cpp
-  COMMAND ${CMAKE_COMMAND} -DOUT=${PROJECT_BINARY_DIR}/generated/report_assets.cpp "-DFILES=${report_files}" -P
+  COMMAND ${CMAKE_COMMAND} -DOUT=${PROJECT_BINARY_DIR}/generated/report_assets.cpp
+          -DHEADER=moend/eval/report_assets.h -DNAMESPACE=moend::eval::assets "-DFILES=${report_files}" -P
           ${PROJECT_SOURCE_DIR}/cmake/EmbedText.cmake
   DEPENDS ${report_depends} ${PROJECT_SOURCE_DIR}/cmake/EmbedText.cmake
   VERBATIM)

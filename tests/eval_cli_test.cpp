@@ -90,6 +90,10 @@ TEST(EvalCommand, WrongUseIsToldBeforeTheWork) {
   fails({"eval", "-m", m, "--suite", world.suite, "-o", world.dir / "no/such/folder/out.json"}, 1,
         "no/such/folder");
   fails({"perplexity", "-m", m, "-f", world.text, "-c", "100000"}, 1, "100000 tokens");
+  fails({"perplexity", "-m", m, "-f", world.text, "--llama-cache", "q9_0"}, 2, "q8_0");
+  fails({"perplexity", "-m", m, "-f", world.text, "--profile", world.text}, 2, "--compression");
+  fails({"eval", "-m", m, "--suite", world.suite, "--chat-template"}, 1, "no chat template");
+  fails({"eval", "-m", m, "--suite", world.suite, "--chat-template=maybe"}, 2, "always");
   fails({"report", world.suite, "-o", world.dir / "page.html"}, 1, "suite.jsonl");
 }
 
@@ -99,6 +103,16 @@ TEST(PerplexityCommand, Prints) {
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_TRUE(Contains(result.out, "Mean PPL")) << result.out;
   EXPECT_TRUE(Contains(result.out, "62 in 2 chunks")) << result.out;
+  const std::string json = world.dir / "kl.json";
+  const auto several = Moend({"perplexity", "-m", world.model, "-f", world.text, "-c", "512", "--chunks", "1",
+                              "--variant", "q8,q2", "--llama-cache", "q8_0", "-o", json});
+  ASSERT_EQ(several.code, 0) << several.err;
+  for (const char* row : {"| full ", "| q8 ", "| q2 ", "| llama.cpp q8_0 "})
+    EXPECT_TRUE(Contains(several.out, row)) << several.out;
+  const auto saved = nlohmann::json::parse(*ReadFile(json));
+  ASSERT_EQ(saved["results"].size(), 4u);
+  EXPECT_EQ(saved["text"], "text.txt");
+  EXPECT_GT(saved["results"][2]["kld"]["mean"], saved["results"][1]["kld"]["mean"]);
 }
 
 }  // namespace

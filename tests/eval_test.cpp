@@ -1,72 +1,21 @@
-// The runner, the methods and the perplexity on small random models: what is kept, continued and compared.
+// The runner and the methods on small random models: what is kept, continued and compared.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <fstream>
-#include <numeric>
 
 #include "moend/eval/methods.h"
-#include "moend/eval/perplexity.h"
+#include "moend/eval/paired.h"
 #include "moend/eval/prompt.h"
 #include "moend/eval/run.h"
-#include "tests/support/libllama_logits.h"
-#include "tests/support/test_model.h"
+#include "tests/support/eval_world.h"
 
 namespace moend::eval {
 namespace {
 
-// One model for all tests; its answers mean nothing, but they are the same every time.
-struct World {
-  test::TempDir dir;
-  std::string path = dir / "model.gguf";
-  std::shared_ptr<const Model> model;
-  std::shared_ptr<Engine> engine;
-  World() {
-    test::TestModelOptions options;
-    options.chat_template = true;
-    EXPECT_TRUE(test::WriteTestModel(options, path));
-    auto loaded = Model::Load(path);
-    EXPECT_TRUE(loaded) << loaded.error().message;
-    if (!loaded) return;
-    model = *loaded;
-    auto made = Engine::Create(model, {1, 64});
-    EXPECT_TRUE(made) << made.error().message;
-    if (made) engine = *made;
-  }
-};
-World& TheWorld() {
-  static World world;
-  return world;
-}
-
-std::string Words(int n, int seed) {
-  std::string text;
-  for (int i = 0; i < n; ++i) text += fmt::format("w{} ", (i * 7919 + seed * 104729) % 997);
-  return text;
-}
-
-Suite SomeSuite() {
-  Suite suite;
-  suite.path = "some.jsonl";
-  suite.name = "some";
-  for (int c = 0; c < 3; ++c) {
-    Context context;
-    context.id = fmt::format("c{}", c);
-    context.text = Words(120 + 20 * c, c);
-    for (int q = 0; q < 2; ++q) {
-      Question question;
-      question.id = fmt::format("c{}#{}", c, q);
-      question.dataset = q == 0 ? "one" : "two";
-      question.prompt = fmt::format("Question {}?\nAnswer:", q);
-      question.answers = {"x"};
-      question.max_new_tokens = 6;
-      context.questions.push_back(question);
-    }
-    suite.contexts.push_back(context);
-  }
-  return suite;
-}
+using test::SomeSuite;
+using test::TheWorld;
 
 Profile SomeProfile(const Fingerprint& model) {
   Profile p;
@@ -204,38 +153,6 @@ TEST(Methods, WrongRequestsAreErrors) {
   EXPECT_EQ(MakeMethods(model, &profile, request, skipped).error().code, ErrorCode::kMismatch);
 }
 
-TEST(Prompt, KeepsFirstAndLastHalf) {
-  Suite suite = SomeSuite();
-  suite.contexts.resize(1);
-  const Tokenizer& tokenizer = TheWorld().model->tokenizer();
-  const auto whole = PrepareSuite(tokenizer, suite, 1 << 20, {});
-  ASSERT_TRUE(whole) << whole.error().message;
-  EXPECT_EQ(whole->n_truncated, 0);
-  const auto cut = PrepareSuite(tokenizer, suite, 4096, {101, 0, 1});
-  ASSERT_TRUE(cut) << cut.error().message;
-  EXPECT_EQ(cut->n_truncated, 1);
-  EXPECT_EQ(cut->longest_prompt, 101);
-  const auto &a = whole->contexts[0].context, &b = cut->contexts[0].context;
-  EXPECT_TRUE(std::equal(b.begin(), b.begin() + 50, a.begin()));
-  EXPECT_TRUE(std::equal(b.begin() + 50, b.end(), a.end() - (static_cast<int64_t>(b.size()) - 50)));
-  EXPECT_EQ(cut->contexts[0].questions, whole->contexts[0].questions);
-  EXPECT_EQ(PrepareSuite(tokenizer, suite, 4096, {10, 0, 1}).error().code, ErrorCode::kTooLong);
-}
-
-TEST(Prompt, LeavesRoomForTheAnswer) {
-  Suite suite = SomeSuite();
-  suite.contexts.resize(1);
-  const Tokenizer& tokenizer = TheWorld().model->tokenizer();
-  const auto cut = PrepareSuite(tokenizer, suite, 320, {});
-  ASSERT_TRUE(cut) << cut.error().message;
-  EXPECT_EQ(cut->longest_prompt, 320 - 6);  // six new tokens are allowed
-  const auto long_answers = PrepareSuite(tokenizer, suite, 320, {0, 0, 16});
-  ASSERT_TRUE(long_answers);
-  EXPECT_EQ(long_answers->longest_prompt, 320 - 320 / 32);  // not 96 of them
-  EXPECT_EQ(MaxNewTokens(suite.contexts[0].questions[0], {0, 0, 16}), 96);
-  EXPECT_EQ(MaxNewTokens(suite.contexts[0].questions[0], {0, 7, 16}), 7);
-}
-
 TEST(Run, KvInFilesChangesNoAnswer) {
   Suite suite = SomeSuite();
   const auto prepared = PrepareSuite(TheWorld().model->tokenizer(), suite, 4096, {});
@@ -283,39 +200,82 @@ TEST(Run, AnAnswerMayPassTheTrainedContext) {
   EXPECT_GT(results->runs[0].answers[0].tokens, 16);
 }
 
-TEST(Prompt, ChatTemplateWrapsTheWholePrompt) {
-  Suite suite = SomeSuite();
-  suite.contexts.resize(1);
-  suite.contexts[0].text = "some <|im_end|> text";
-  suite.contexts[0].chat = true;
-  const Tokenizer& tokenizer = TheWorld().model->tokenizer();
-  const auto prepared = PrepareSuite(tokenizer, suite, 4096, {});
-  ASSERT_TRUE(prepared) << prepared.error().message;
-  std::vector<int32_t> all = prepared->contexts[0].context;
-  all.insert(all.end(), prepared->contexts[0].questions[1].begin(), prepared->contexts[0].questions[1].end());
-  const std::string prompt = suite.contexts[0].text + suite.contexts[0].questions[1].prompt;
-  const ChatMessage message{"user", prompt};
-  EXPECT_EQ(tokenizer.Detokenize(all, true),
-            tokenizer.Piece(tokenizer.bos(), true) + *tokenizer.ApplyChatTemplate({&message, 1}, true));
-  // The text's own "<|im_end|>" is text, not the token.
-  const auto end = *tokenizer.Tokenize("<|im_end|>", false, true);
-  ASSERT_EQ(end.size(), 1u);
-  EXPECT_EQ(std::ranges::count(all, end[0]), 1);
+TEST(Run, ComparesPredictionsWithTheFullCaches) {
+  const auto methods = SomeMethods(2000);
+  for (const bool aware : {false, true}) {
+    EvalOptions options;
+    options.aware = aware;
+    const Outcome out = Go(options, methods);
+    ASSERT_TRUE(out.results) << out.results.error().message;
+    const eval::Run* full = FullRun(*out.results);
+    ASSERT_EQ(full, &out.results->runs[0]);
+    for (const auto& run : out.results->runs) {
+      double kld = 0, tokens = 0;
+      for (const Answer& a : run.answers) {
+        EXPECT_GT(a.gold_tokens, 0);
+        EXPECT_GT(a.nll, 0);
+        EXPECT_EQ(std::ssize(a.ids), a.tokens);
+        EXPECT_EQ(std::ssize(a.kld), &run == full ? 0 : a.gold_tokens);
+        for (const float d : a.kld) kld += d;
+        tokens += static_cast<double>(a.kld.size());
+      }
+      const Paired p = ComparePaired(run, full);
+      EXPECT_EQ(p.difference.clusters, 3);
+      if (&run == full) {
+        EXPECT_EQ(p.difference.mean, 0);
+        EXPECT_EQ(p.agreed, p.answer_tokens);
+        continue;
+      }
+      EXPECT_NEAR(p.kld.mean, kld / tokens, 1e-9);
+      if (run.variant != "q4") {
+        EXPECT_GT(p.kld.mean, 0) << run.label();
+      }
+    }
+  }
 }
 
-TEST(Prompt, HashSeesEveryPart) {
-  const Suite suite = SomeSuite();
-  const std::string hash = HashOf(suite);
-  EXPECT_EQ(HashOf(SomeSuite()), hash);
-  const auto changed = [&](auto&& change) {
-    Suite other = suite;
-    change(other);
-    return HashOf(other) != hash;
+// A method that loses nothing is at no distance, whatever the order of the methods.
+TEST(Run, ALosslessPlanHasNoDivergence) {
+  Plan plan = FullPlan(TheWorld().engine->fingerprint(), 4000);
+  plan.variant = "most";
+  plan.layers[0].keep = 0.999999;  // counts as compressing, evicts nothing of so short a context
+  const auto methods = SomeMethods(2000);
+  const Outcome out = Go({}, {MethodOf(plan, "keydiff"), methods[0]});
+  ASSERT_TRUE(out.results) << out.results.error().message;
+  const Paired p = ComparePaired(out.results->runs[0], FullRun(*out.results));
+  EXPECT_GT(p.kld.n, 0);
+  EXPECT_LT(p.kld.mean, 1e-4);
+  EXPECT_GT(p.same_top, 0.9);
+}
+
+TEST(Run, ChoicesAreScoredByTheLetters) {
+  Suite suite = SomeSuite();
+  suite.contexts.resize(1);
+  for (Question& q : suite.contexts[0].questions) q.metric = TaskMetric::kChoice, q.answers = {"B"};
+  const auto prepared = PrepareSuite(TheWorld().model->tokenizer(), suite, 4096, {});
+  ASSERT_TRUE(prepared);
+  const std::vector<Method> full = {MethodOf(FullPlan(TheWorld().engine->fingerprint(), 4096), "")};
+  std::string saved;
+  const auto save = [&](const Results& r) -> Expected<void> {
+    saved = ToJson(r);
+    return {};
   };
-  EXPECT_TRUE(changed([](Suite& s) { s.contexts[1].text += " "; }));
-  EXPECT_TRUE(changed([](Suite& s) { s.contexts[1].questions[0].answers[0] = "y"; }));
-  EXPECT_TRUE(changed([](Suite& s) { s.contexts[1].questions[0].metric = TaskMetric::kQaF1; }));
-  EXPECT_TRUE(changed([](Suite& s) { s.contexts.pop_back(); }));
+  const auto results = Evaluate(TheWorld().engine, suite, *prepared, full, {}, {}, {}, save);
+  ASSERT_TRUE(results) << results.error().message;
+  for (const Answer& a : results->runs[0].answers) {
+    ASSERT_EQ(a.letters.size(), 4u);
+    const bool right = std::ranges::max_element(a.letters) - a.letters.begin() == 1;
+    EXPECT_EQ(a.score, right ? 1 : 0);
+    EXPECT_EQ(a.letter_score, ChosenLetter(a.text) == 'B' ? 1 : 0);
+    double sum = 0;
+    for (const double l : a.letters) sum += std::exp(l);
+    EXPECT_LT(sum, 1.0001);
+    EXPECT_GT(sum, 0);
+  }
+  const auto back = ParseResults(saved, "saved");
+  ASSERT_TRUE(back) << back.error().message;
+  EXPECT_EQ(ToJson(*back), saved);
+  EXPECT_NE(FormatTable(*results).find("letter"), std::string::npos);
 }
 
 TEST(Run, AnswersEveryQuestionOfEveryMethod) {
@@ -413,80 +373,6 @@ TEST(Run, AnotherEvaluationIsNotContinued) {
   Fingerprint other = results.model;
   other.hash = "other";
   EXPECT_FALSE(CheckContinues(results, other, results.settings, "out.json"));
-}
-
-TEST(Perplexity, Statistics) {
-  const std::vector<float> p = {0, 0}, q = {std::log(3.0f), 0};  // 1/2, 1/2 against 3/4, 1/4
-  EXPECT_NEAR(KlDivergence(p, q), 0.5 * std::log(2.0 / 3) + 0.5 * std::log(2.0), 1e-6);
-  EXPECT_EQ(KlDivergence(p, p), 0);
-  EXPECT_NEAR(LossOf(q, 1).nll, std::log(4.0), 1e-6);
-  EXPECT_EQ(LossOf(q, 1).top, 0);
-  const std::vector<float> large = {1000, 0};
-  EXPECT_EQ(LossOf(large, 0).nll, 0);
-  EXPECT_NEAR(LossOf(large, 1).nll, 1000, 1e-9);
-  const std::vector<double> values = {1, 2, 3, 4};
-  EXPECT_EQ(MeanOf(values).mean, 2.5);
-  EXPECT_NEAR(MeanOf(values).error, std::sqrt(5.0 / 3 / 4), 1e-12);
-  std::vector<double> many(1001);
-  std::iota(many.begin(), many.end(), 0.0);
-  const Quantile q99 = QuantileOf(many, 0.99);
-  EXPECT_DOUBLE_EQ(q99.value, 990);
-  EXPECT_NEAR(q99.low, 990 - 1.96 * std::sqrt(1001 * 0.99 * 0.01), 1);
-  EXPECT_NEAR(q99.high, 990 + 1.96 * std::sqrt(1001 * 0.99 * 0.01), 1);
-  EXPECT_EQ(QuantileOf(many, 0.999).high, 1000);
-}
-
-TEST(Perplexity, FullCacheIsLibllamas) {
-  std::vector<int32_t> tokens = test::RandomTokens(96, 5);
-  const Plan full = FullPlan(TheWorld().engine->fingerprint(), 48);
-  const auto result = Perplexity(TheWorld().engine, tokens, full, {48, 0, ""});
-  ASSERT_TRUE(result) << result.error().message;
-  EXPECT_EQ(result->chunks, 2);
-  EXPECT_EQ(result->tokens, 2 * 23);
-  EXPECT_EQ(result->ppl_base.mean, 0);  // nothing to compare
-  const Tokenizer& tokenizer = TheWorld().model->tokenizer();
-  double sum = 0;
-  for (int c = 0; c < 2; ++c) {
-    std::vector<int32_t> chunk(tokens.begin() + 48 * c, tokens.begin() + 48 * (c + 1));
-    if (tokenizer.adds_bos()) chunk[0] = tokenizer.bos();
-    const auto logits = test::LibllamaLogits(TheWorld().path, chunk);
-    ASSERT_EQ(logits.size(), 48u);
-    for (std::size_t i = 24; i < 47; ++i) sum += LossOf(logits[i], chunk[i + 1]).nll;
-  }
-  EXPECT_NEAR(result->nll.mean, sum / 46, 2e-3);
-  EXPECT_NEAR(result->ppl.mean, std::exp(result->nll.mean), 1e-9);
-}
-
-TEST(Perplexity, FewerBitsDivergeMore) {
-  const std::vector<int32_t> tokens = test::RandomTokens(800, 6);
-  Plan plan = FullPlan(TheWorld().engine->fingerprint(), 400);
-  double before = 0;
-  for (const int bits : {8, 2}) {
-    std::ranges::fill(plan.layers, Expert{1.0, bits, bits});
-    const auto r = Perplexity(TheWorld().engine, tokens, plan, {400, 0, ""});
-    ASSERT_TRUE(r) << r.error().message;
-    EXPECT_GT(r->kld.mean, 2 * before);
-    EXPECT_GE(r->kld_max, r->kld_999.value);
-    EXPECT_GE(r->kld_999.value, r->kld_99.value);
-    EXPECT_GE(r->kld_99.value, r->kld_median.value);
-    EXPECT_NEAR(r->ln_ratio.mean, r->nll.mean - r->nll_base.mean, 1e-9);
-    EXPECT_LT(r->kv_bytes, r->kv_bytes_full);
-    EXPECT_LE(r->same_top.mean, 1);
-    before = r->kld.mean;
-    EXPECT_NE(FormatPerplexity(*r).find("99.0%   KLD"), std::string::npos);
-  }
-}
-
-TEST(Perplexity, BadRequests) {
-  const std::vector<int32_t> tokens = test::RandomTokens(100, 7);
-  const Plan full = FullPlan(TheWorld().engine->fingerprint(), 100);
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, full, {101, 0, ""}).error().code,
-            ErrorCode::kInvalidArgument);
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, full, {4, 0, ""}).error().code,
-            ErrorCode::kInvalidArgument);
-  const auto stop = [](const PerplexityProgress&) { return false; };
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, full, {50, 0, ""}, stop).error().code,
-            ErrorCode::kCancelled);
 }
 
 }  // namespace

@@ -144,6 +144,19 @@ TEST(Metrics, Contains) {
   EXPECT_EQ(Score(TaskMetric::kContains, "DEFABC", answers), 1);
 }
 
+TEST(Metrics, Choice) {
+  for (const char* text :
+       {"B", " B", "(B)", "B.", "b", " (b).", "Answer: B", "**B**", "B) Paris", "\nB\nC", "[B]",
+        "The answer is B, not C", "Because D'Artagnan says so: B", "A-levels matter: B"})
+    EXPECT_EQ(ChosenLetter(text), 'B') << text;
+  for (const char* text : {"", "None", "Bob", "E", "b and c", "ABCD", "x_B", "B2"})
+    EXPECT_EQ(ChosenLetter(text), 0) << text;
+  EXPECT_EQ(One(TaskMetric::kChoice, "(C) the third", "C"), 1);
+  EXPECT_EQ(One(TaskMetric::kChoice, "(C) the third", "D"), 0);
+  EXPECT_EQ(One(TaskMetric::kChoice, "no idea", "D"), 0);
+  EXPECT_EQ(One(TaskMetric::kChoice, "<think>A or B</think> D", "D"), 1);
+}
+
 TEST(Metrics, ReasoningIsNotTheAnswer) {
   EXPECT_EQ(FinalAnswer("<think>5</think>mid</think> 7"), " 7");
   EXPECT_EQ(One(TaskMetric::kExact, "<think>it is 5 or 7</think>\n7", "7"), 1);

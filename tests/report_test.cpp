@@ -3,8 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "moend/eval/paired.h"
 #include "moend/eval/report_assets.h"
 #include "moend/eval/results.h"
 
@@ -89,6 +91,100 @@ TEST(Results, RoundTrip) {
   EXPECT_EQ(run["datasets"]["niah"]["score"], 1.0);
   EXPECT_LT(run["datasets"]["niah"]["low"], 1.0);
   EXPECT_EQ(run["answers"].size(), 3u);
+}
+
+Run Scores(const std::vector<double>& scores, int64_t per_context) {
+  Run run;
+  run.variant = "1d";
+  for (std::size_t i = 0; i < scores.size(); ++i) {
+    const auto c = static_cast<int64_t>(i) / per_context;
+    if (static_cast<int64_t>(i) % per_context == 0) run.contexts.push_back({fmt::format("c#{}", c), 1, 1, 1});
+    Answer& a = run.answers.emplace_back();
+    a.id = per_context == 1 ? fmt::format("c#{}", c) : fmt::format("c#{}#{}", c, i);
+    a.dataset = i % 2 ? "odd" : "even";
+    a.score = scores[i];
+    a.ids = {1, 2, static_cast<int32_t>(10 * scores[i])};
+    a.gold_tokens = 2;
+    a.nll = 3;
+    a.kld = {static_cast<float>(1 - scores[i]), 0};
+    a.same_top = 1;
+  }
+  return run;
+}
+
+TEST(Paired, ComparesTheSameQuestions) {
+  eval::Run full = Scores({1, 1, 0.5, 1}, 2), method = Scores({0.5, 1, 0.5, 0}, 2);
+  for (Answer& a : full.answers) a.kld.clear();
+  const Paired all = ComparePaired(method, &full);
+  EXPECT_DOUBLE_EQ(all.difference.mean, -1.5 / 4);
+  EXPECT_EQ(all.difference.n, 4);
+  EXPECT_EQ(all.difference.clusters, 2);
+  EXPECT_DOUBLE_EQ(all.kld.mean, 2.0 / 8);
+  EXPECT_EQ(all.kld.n, 8);
+  EXPECT_DOUBLE_EQ(all.same_top, 0.5);
+  EXPECT_DOUBLE_EQ(all.nll, 1.5);
+  EXPECT_DOUBLE_EQ(all.nll_full, 1.5);
+  EXPECT_DOUBLE_EQ(all.agreed, (2 + 3 + 3 + 2) / 4.0);
+  EXPECT_DOUBLE_EQ(all.answer_tokens, 3);
+  const Paired odd = ComparePaired(method, &full, "odd");
+  EXPECT_DOUBLE_EQ(odd.difference.mean, -0.5);
+  EXPECT_EQ(odd.difference.n, 2);
+  method.answers.pop_back();  // not answered yet
+  EXPECT_DOUBLE_EQ(ComparePaired(method, &full).difference.mean, -0.5 / 3);
+  const Paired alone = ComparePaired(method, nullptr);
+  EXPECT_EQ(alone.difference.n, 0);
+  EXPECT_EQ(alone.kld.n, 6);
+}
+
+TEST(Paired, ContextsWhoseNamesHoldTheSign) {
+  const eval::Run full = Scores({1, 1, 1}, 1), method = Scores({0, 1, 1}, 1);
+  EXPECT_EQ(ComparePaired(method, &full).difference.clusters, 3);
+}
+
+// Whole contexts are drawn: ten questions that move together say as much as one.
+TEST(Paired, TheBootstrapDrawsContexts) {
+  std::vector<Cluster> together, apart;
+  for (int i = 0; i < 40; ++i) {
+    together.push_back({i % 4 == 0 ? 10.0 : 0.0, 10});
+    for (int k = 0; k < 10; ++k) apart.push_back({i % 4 == 0 ? 1.0 : 0.0, 1});
+  }
+  const ClusterMean a = Bootstrap(together), b = Bootstrap(apart);
+  EXPECT_DOUBLE_EQ(a.mean, 0.25);
+  EXPECT_DOUBLE_EQ(b.mean, 0.25);
+  const double sigma = std::sqrt(0.25 * 0.75 / 39);
+  EXPECT_NEAR(a.high - a.low, 2 * 1.96 * sigma, 0.15 * 2 * 1.96 * sigma);  // means lie in steps of 1/40
+  EXPECT_NEAR((a.high - a.low) / (b.high - b.low), std::sqrt(10.0), 0.6);
+  const ClusterMean again = Bootstrap(together);
+  EXPECT_EQ(again.low, a.low);
+  EXPECT_FALSE(Bootstrap(std::vector<Cluster>{{1, 2}}).has_interval());
+  EXPECT_EQ(Bootstrap({}).n, 0);
+  const std::vector<Cluster> same = {{1, 2}, {1, 2}, {2, 4}};
+  EXPECT_EQ(Bootstrap(same).low, 0.5);
+  EXPECT_EQ(Bootstrap(same).high, 0.5);
+}
+
+TEST(Results, PairedComparisonIsInTheFileAndTheTable) {
+  Results r = SomeResults();
+  eval::Run full = Scores({1, 1, 0, 1}, 2), method = Scores({0, 1, 0, 1}, 2);
+  full.variant = "full";
+  for (Answer& a : full.answers) a.kld.clear();
+  full.mode = method.mode = "agnostic";
+  full.plan = SomePlan("full");
+  method.plan = SomePlan("1d");
+  r.runs = {full, method};
+  const auto document = nlohmann::json::parse(ToJson(r));
+  EXPECT_TRUE(document["runs"][0]["paired"].empty());
+  const auto& paired = document["runs"][1]["paired"];
+  EXPECT_EQ(paired["difference"]["mean"], -0.25);
+  EXPECT_EQ(paired["difference"]["contexts"], 2);
+  EXPECT_EQ(paired["kld"]["mean"], 0.25);
+  EXPECT_EQ(document["runs"][1]["datasets"]["even"]["paired"]["difference"]["mean"], -0.5);
+  EXPECT_EQ(ToJson(*ParseResults(ToJson(r), "r")), ToJson(r));
+  const std::string table = FormatTable(r);
+  EXPECT_NE(table.find("vs full"), std::string::npos) << table;
+  EXPECT_NE(table.find("| -25.0 [-60.4, +10.4] |"), std::string::npos) << table;
+  EXPECT_NE(table.find(" 2.8 of 3.0 |"), std::string::npos) << table;
+  EXPECT_EQ(FormatTable(SomeResults()).find("KLD"), std::string::npos);  // not measured
 }
 
 TEST(Results, BadFilesNameTheField) {

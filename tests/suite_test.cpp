@@ -41,6 +41,57 @@ TEST(Suite, Moend) {
   EXPECT_EQ(ScoreAnswer(context.questions[0], " 42"), 1);
 }
 
+// Where an answer ends, and choices.
+TEST(Suite, EndsOfAnswers) {
+  nlohmann::json row = nlohmann::json::parse(kMoendRow);
+  const auto question = [&](auto&& change) {
+    nlohmann::json changed = row;
+    changed["questions"].erase(1);
+    change(changed["questions"][0]);
+    return ParseSuite(changed.dump(), "s.jsonl");
+  };
+  const auto first = [&](auto&& change) { return question(change)->contexts.at(0).questions.at(0); };
+  EXPECT_FALSE(first([](auto&) {}).first_line);  // exact: of our own suite
+  EXPECT_TRUE(first([](auto& q) { q["metric"] = "qa_f1"; }).first_line);
+  EXPECT_TRUE(first([](auto& q) { q["metric"] = "contains"; }).first_line);
+  EXPECT_FALSE(first([](auto& q) { q["metric"] = "rouge"; }).first_line);
+  EXPECT_FALSE(first([](auto& q) { q["metric"] = "qa_f1", q["answers"][0] = "two\nlines"; }).first_line);
+  EXPECT_FALSE(first([](auto& q) { q["metric"] = "qa_f1", q["first_line"] = false; }).first_line);
+  EXPECT_TRUE(first([](auto& q) { q["first_line"] = true; }).first_line);
+  const auto stops = first([](auto& q) { q["metric"] = "qa_f1", q["stop"] = {"\n\n", "Question:"}; });
+  EXPECT_EQ(stops.stop, (std::vector<std::string>{"\n\n", "Question:"}));
+  EXPECT_FALSE(stops.first_line);
+  EXPECT_EQ(first([](auto& q) { q["stop"] = "END"; }).stop, std::vector<std::string>{"END"});
+  EXPECT_EQ(ScoreAnswer(first([](auto& q) { q["metric"] = "qa_f1"; }), "\n 42\nQuestion: more"), 1);
+
+  const auto choice = first([](auto& q) { q["metric"] = "choice", q["answers"] = {"C"}; });
+  EXPECT_EQ(choice.metric, TaskMetric::kChoice);
+  EXPECT_EQ(ScoreAnswer(choice, " (C)\nD"), 1);
+  for (const char* wrong : {"E", "c", "CC", ""})
+    EXPECT_FALSE(question([&](auto& q) { q["metric"] = "choice", q["answers"] = {wrong}; })) << wrong;
+  EXPECT_FALSE(question([](auto& q) { q["stop"] = 5; }));
+  EXPECT_FALSE(question([](auto& q) { q["stop"] = {"", "x"}; }));
+  EXPECT_FALSE(question([](auto& q) { q["first_line"] = "yes"; }));
+}
+
+TEST(Suite, AFirstLineEndsBehindItsText) {
+  for (const char* text : {"42\n", "\n\n42\nQuestion", " x\r\n", "<think>a\nb</think>\n42\n"})
+    EXPECT_TRUE(FirstLineEnded(text)) << text;
+  for (const char* text : {"", "42", "\n\n", "\n42", "<think>a\nb", "<think>a\n</think>\n\n42"})
+    EXPECT_FALSE(FirstLineEnded(text)) << text;
+}
+
+TEST(Suite, ChatTemplateOfAllRowsOrNone) {
+  auto suite = ParseSuite(OneLine(kMoendRow) + OneLine(kMoendRow), "s.jsonl");
+  ASSERT_TRUE(suite);
+  SetChatTemplate(*suite, ChatTemplate::kSuite);
+  EXPECT_FALSE(suite->contexts[1].chat);
+  SetChatTemplate(*suite, ChatTemplate::kAlways);
+  EXPECT_TRUE(suite->contexts[0].chat && suite->contexts[1].chat);
+  SetChatTemplate(*suite, ChatTemplate::kNever);
+  EXPECT_FALSE(suite->contexts[0].chat || suite->contexts[1].chat);
+}
+
 TEST(Suite, MalformedRowsAreNamedAndTheRestIsKept) {
   const std::string good = OneLine(kMoendRow);
   nlohmann::json base = nlohmann::json::parse(kMoendRow);

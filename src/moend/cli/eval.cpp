@@ -3,14 +3,13 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <optional>
 
 #include "moend/base/file.h"
 #include "moend/cli/commands.h"
 #include "moend/cli/common.h"
+#include "moend/cli/method_flags.h"
 #include "moend/cli/progress.h"
 #include "moend/eval/run.h"
-#include "moend/score/scorer.h"
 
 namespace moend::cli {
 namespace {
@@ -20,17 +19,19 @@ Examples:
   moend eval -m model.gguf --suite suite.jsonl --profile profile.json --compression 4,14,40 \
     --variant full,1d,2d_uniform,2d,2d_hetero -o out.json
   moend eval -m model.gguf --suite suite.jsonl --plan plan.json --scorer snapkv,h2o
+  moend eval -m instruct.gguf --suite choice.jsonl --chat-template --prompt-tokens 8192 --variant full,q4
 
 Suites are JSON lines: moend's own, LongBench v1, RULER (niah_*.jsonl, vt.jsonl, ...), or mathematical problems
 (aime*.jsonl, math*.jsonl, gsm8k*.jsonl). A context is read once and compressed by every method at the same
-allocated bytes. With -o, what is answered survives Ctrl-C, and the same command goes on; other methods can be
+allocated bytes; "vs full" is the mean difference to the full cache's score on the same questions, with its
+interval over contexts, KLD the divergence from the full cache on the right answers' tokens. With -o, what is answered survives Ctrl-C, and the same command goes on; other methods can be
 added to the same file later.)";
 
 struct EvalFlags {
   ModelFlags model;
-  std::string suite, output, profile, mode = "agnostic", solver = "exact", metric = "kl";
-  std::vector<std::string> plans, variants, scorers, datasets;
-  std::vector<double> compressions;
+  MethodFlags methods;
+  std::string suite, output, mode = "agnostic", chat_template = "suite";
+  std::vector<std::string> datasets;
   int64_t limit = 0, context_length = 0;
   eval::EvalOptions options;
   bool restart = false, recompute = false;
@@ -43,39 +44,6 @@ void NoteMalformed(const eval::Suite& suite) {
     Note("left out: " + suite.malformed[i].message);
   if (suite.malformed.size() > kMalformedShown)
     Note(fmt::format("left out: {} more malformed rows", suite.malformed.size() - kMalformedShown));
-}
-
-Expected<std::vector<eval::Method>> Methods(const EvalFlags& flags, const Engine& engine,
-                                            int64_t context_length) {
-  std::vector<eval::Method> methods;
-  const Fingerprint running = engine.fingerprint();
-  for (const std::string& path : flags.plans) {
-    MOEND_ASSIGN(const Plan plan, LoadPlan(path));
-    MOEND_TRY(CheckSameModel(plan.model, running, path));
-    const std::vector<std::string> own = {plan.scorer};
-    for (const std::string& scorer : flags.scorers.empty() ? own : flags.scorers)
-      methods.push_back(eval::MethodOf(plan, scorer));
-  }
-  eval::MethodRequest request;
-  request.variants = flags.variants;
-  if (request.variants.empty() && flags.plans.empty())
-    request.variants = flags.profile.empty() ? std::vector<std::string>{"full"}
-                                             : std::vector<std::string>{"full", "2d_hetero"};
-  request.compressions = flags.compressions;
-  request.scorers = flags.scorers;
-  request.context_length = context_length;
-  MOEND_ASSIGN(request.solver, ParseSolver(flags.solver));
-  MOEND_ASSIGN(request.metric, ParseMetric(flags.metric));
-  std::optional<Profile> profile;
-  if (!flags.profile.empty()) {
-    MOEND_ASSIGN(profile, LoadProfile(flags.profile));
-  }
-  std::vector<std::string> skipped;
-  MOEND_ASSIGN(auto made, eval::MakeMethods(running, profile ? &*profile : nullptr, request, skipped));
-  for (const std::string& text : skipped) Note(text);
-  std::ranges::move(made, std::back_inserter(methods));
-  if (methods.empty()) return Fail(ErrorCode::kBudget, "no method is left to evaluate");
-  return methods;
 }
 
 // What an earlier run left at the output path, or nothing yet.
@@ -98,9 +66,14 @@ Expected<void> Run(EvalFlags& flags) {
   if (!flags.output.empty()) MOEND_TRY(CheckWritable(flags.output));
   MOEND_ASSIGN(eval::Suite suite, eval::LoadSuite(flags.suite));
   NoteMalformed(suite);
+  eval::SetChatTemplate(suite, flags.chat_template == "always"  ? eval::ChatTemplate::kAlways
+                               : flags.chat_template == "never" ? eval::ChatTemplate::kNever
+                                                                : eval::ChatTemplate::kSuite);
   MOEND_TRY(eval::KeepDatasets(suite, flags.datasets));
   eval::Limit(suite, flags.limit);
   MOEND_ASSIGN(auto engine, flags.model.Load());
+  if (flags.chat_template == "always" && !engine->model().tokenizer().has_chat_template())
+    return Fail(ErrorCode::kUnsupported, "{} has no chat template for --chat-template", flags.model.path);
   const int64_t trained = engine->model().hparams().n_ctx_train;
   MOEND_ASSIGN(const auto prepared,
                eval::PrepareSuite(engine->model().tokenizer(), suite, trained, flags.options.lengths));
@@ -122,7 +95,7 @@ Expected<void> Run(EvalFlags& flags) {
   flags.options.capture = !flags.recompute;
   if (flags.context_length == 0)
     flags.context_length = flags.options.aware ? prepared.longest_prompt : prepared.longest_context;
-  MOEND_ASSIGN(const auto methods, Methods(flags, *engine, flags.context_length));
+  MOEND_ASSIGN(const auto methods, flags.methods.Make(*engine, flags.context_length, {"full", "2d_hetero"}));
   const auto settings = eval::SettingsOf(suite, flags.options, flags.context_length);
   MOEND_ASSIGN(auto results, Unfinished(flags, engine->fingerprint(), settings));
   Note(fmt::format("{}: {} contexts, {} questions, {} methods, {}", suite.name, suite.contexts.size(),
@@ -163,26 +136,16 @@ void AddEval(CLI::App& app, int& exit_code) {
       ->type_name("FILE.jsonl");
   command->add_option("-o,--output", f.output, "every answer and score; also for going on later")
       ->type_name("OUT.json");
-  command->add_option("--plan", f.plans, "evaluate these plans")->type_name("PLAN.json...");
-  auto* profile = command->add_option("--profile", f.profile, "solve for the variants from this profile");
-  profile->type_name("PROFILE.json");
-  command->add_option("--compression", f.compressions, "times smaller than 16 bit, as 4,14,40")
-      ->delimiter(',')
-      ->check(CLI::Range(1.0, 1e6))
-      ->needs(profile)
-      ->type_name("R,...");
-  command->add_option("--variant", f.variants, "ways of compressing")
-      ->delimiter(',')
-      ->check(CLI::IsMember(eval::MethodNames()))
-      ->type_name("NAME,...");
-  command->add_option("--scorer", f.scorers, "how tokens are chosen; default: the profile's or plan's")
-      ->delimiter(',')
-      ->check(CLI::IsMember(ScorerNames()))
-      ->type_name("NAME,...");
+  f.methods.AddTo(*command);
   command->add_option("--mode", f.mode, "agnostic: compress, then ask; aware: the question is compressed too")
       ->capture_default_str()
       ->check(CLI::IsMember({"agnostic", "aware"}))
       ->type_name("NAME");
+  command
+      ->add_flag("--chat-template{always}", f.chat_template,
+                 "wrap every row in the model's chat template; =never: none, not even where the suite's "
+                 "format wants it")
+      ->check(CLI::IsMember({"suite", "always", "never"}));
   constexpr int64_t kMost = INT32_MAX;
   const auto number = [&](const char* flag, int64_t& value, const char* text) {
     command->add_option(flag, value, text)->check(CLI::Range(int64_t{0}, kMost))->type_name("N");
@@ -202,14 +165,6 @@ void AddEval(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->check(CLI::Range(0.01, 1e4))
       ->type_name("X");
-  command->add_option("--solver", f.solver, "how plans are found")
-      ->capture_default_str()
-      ->check(CLI::IsMember(kSolvers))
-      ->type_name("NAME");
-  command->add_option("--metric", f.metric, "what plans minimize")
-      ->capture_default_str()
-      ->check(CLI::IsMember(kMetrics))
-      ->type_name("NAME");
   command->add_flag("--recompute", f.recompute,
                     "read a context anew for each method: slow, with the least memory");
   command

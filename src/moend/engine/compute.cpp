@@ -36,10 +36,11 @@ void RunJob(ggml_tensor*, int ith, int, void* userdata) {
 
 struct Compute::Graph {
   int64_t n = 0;
+  bool head = true;  // ends with the logits; else with the hidden states
   std::unique_ptr<ggml_context, GgmlContextDeleter> ctx;
   std::unique_ptr<ggml_gallocr, GallocrDeleter> alloc;
   ggml_cgraph* graph = nullptr;
-  ggml_tensor *tokens = nullptr, *positions = nullptr, *logits = nullptr;
+  ggml_tensor *tokens = nullptr, *positions = nullptr, *out = nullptr;
   std::vector<HookSlot> slots;
 };
 
@@ -133,8 +134,11 @@ Expected<void> Compute::Head(const float* hidden, int64_t n, float* logits) {
     const int64_t m = std::min(n - done, block_tokens_);
     MOEND_BLOCK_GRAPH(ctx, graph);
     ggml_tensor* x = Borrow(ctx, GGML_TYPE_F32, hp.n_embd, m, hidden + done * hp.n_embd);
-    ggml_tensor* out = Borrow(ctx, GGML_TYPE_F32, hp.n_vocab, m, logits + done * hp.n_vocab);
-    ggml_build_forward_expand(graph, ggml_cpy(ctx, BuildHead(ctx, *model_, x), out));
+    // Written where the caller wants them: a copy of so many logits would take as long as a tenth of the
+    // product.
+    ggml_tensor* out = BuildHead(ctx, *model_, x);
+    out->data = logits + done * hp.n_vocab;
+    ggml_build_forward_expand(graph, out);
     if (!ggml_gallocr_alloc_graph(block_alloc_.get(), graph))
       return Fail(ErrorCode::kOutOfMemory, "no memory for the logits of {} tokens", m);
     MOEND_TRY(Run(graph));
@@ -143,10 +147,11 @@ Expected<void> Compute::Head(const float* hidden, int64_t n, float* logits) {
   return {};
 }
 
-Expected<std::unique_ptr<Compute::Graph>> Compute::MakeStep(int64_t n) {
+Expected<std::unique_ptr<Compute::Graph>> Compute::MakeStep(int64_t n, bool head) {
   const HyperParams& hp = model_->hparams();
   auto g = std::make_unique<Graph>();
   g->n = n;
+  g->head = head;
   const int64_t nodes = kNodesPerLayer * hp.n_layers + kFixedNodes;
   g->ctx.reset(ggml_init({MetaBytes(nodes), nullptr, /*no_alloc=*/true}));
   if (!g->ctx) return Fail(ErrorCode::kOutOfMemory, "ggml found no memory for a graph");
@@ -163,9 +168,9 @@ Expected<std::unique_ptr<Compute::Graph>> Compute::MakeStep(int64_t n) {
     slot.layer = l;
     x = BuildLayer(ctx, g->graph, *model_, l, x, g->positions, &slot);
   }
-  g->logits = BuildHead(ctx, *model_, x);
-  ggml_set_output(g->logits);
-  ggml_build_forward_expand(g->graph, g->logits);
+  g->out = head ? BuildHead(ctx, *model_, x) : x;
+  ggml_set_output(g->out);
+  ggml_build_forward_expand(g->graph, g->out);
   g->alloc.reset(ggml_gallocr_new(ggml_backend_cpu_buffer_type()));
   if (!ggml_gallocr_alloc_graph(g->alloc.get(), g->graph))
     return Fail(ErrorCode::kOutOfMemory, "no memory for the activations of {} contexts", n);
@@ -174,14 +179,25 @@ Expected<std::unique_ptr<Compute::Graph>> Compute::MakeStep(int64_t n) {
 
 Expected<const float*> Compute::Step(std::span<const int32_t> tokens, std::span<const int32_t> positions,
                                      AttentionHook& hook) {
+  return RunStep(tokens, positions, hook, true);
+}
+
+Expected<const float*> Compute::StepHidden(std::span<const int32_t> tokens,
+                                           std::span<const int32_t> positions, AttentionHook& hook) {
+  return RunStep(tokens, positions, hook, false);
+}
+
+Expected<const float*> Compute::RunStep(std::span<const int32_t> tokens, std::span<const int32_t> positions,
+                                        AttentionHook& hook, bool head) {
   const auto n = static_cast<int64_t>(tokens.size());
   for (const int32_t t : tokens)
     if (t < 0 || t >= model_->hparams().n_vocab)
       return Fail(ErrorCode::kInvalidArgument, "token {} is not in the vocabulary of {} tokens", t,
                   model_->hparams().n_vocab);
-  auto it = std::find_if(steps_.begin(), steps_.end(), [&](const auto& g) { return g->n == n; });
+  auto it =
+      std::find_if(steps_.begin(), steps_.end(), [&](const auto& g) { return g->n == n && g->head == head; });
   if (it == steps_.end()) {
-    MOEND_ASSIGN(auto made, MakeStep(n));
+    MOEND_ASSIGN(auto made, MakeStep(n, head));
     steps_.push_back(std::move(made));
     it = steps_.end() - 1;
   }
@@ -190,7 +206,7 @@ Expected<const float*> Compute::Step(std::span<const int32_t> tokens, std::span<
   std::memcpy(g.tokens->data, tokens.data(), tokens.size_bytes());
   std::memcpy(g.positions->data, positions.data(), positions.size_bytes());
   MOEND_TRY(Run(g.graph));
-  return static_cast<const float*>(g.logits->data);
+  return static_cast<const float*>(g.out->data);
 }
 
 Expected<void> Compute::ParallelFor(int64_t n, const std::function<void(int64_t, int)>& fn) {

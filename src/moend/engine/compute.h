@@ -53,13 +53,17 @@ class Compute {
   Expected<void> Layer(int64_t layer, float* hidden, int64_t n, int64_t first, AttentionHook& hook,
                        float* attn_out = nullptr);
 
-  // logits: f32 [n][n_vocab]
+  // logits: f32 [n][n_vocab], of all rows as one product
   Expected<void> Head(const float* hidden, int64_t n, float* logits);
 
   // One token each of tokens.size() contexts through the whole model in one graph; the hook tells contexts
   // apart by row. logits: f32 [n][n_vocab], valid until the next call.
   Expected<const float*> Step(std::span<const int32_t> tokens, std::span<const int32_t> positions,
                               AttentionHook& hook);
+  // The same without the logits: the hidden states that Head takes, f32 [n][n_embd], valid until the next
+  // call.
+  Expected<const float*> StepHidden(std::span<const int32_t> tokens, std::span<const int32_t> positions,
+                                    AttentionHook& hook);
 
   // Calls fn(i, thread) for 0 <= i < n on the pool's threads, in any order.
   Expected<void> ParallelFor(int64_t n, const std::function<void(int64_t, int)>& fn);
@@ -68,7 +72,9 @@ class Compute {
   Compute() = default;
   struct Graph;  // a ggml context with a graph and its memory
   Expected<void> Run(ggml_cgraph* graph);
-  Expected<std::unique_ptr<Graph>> MakeStep(int64_t n);
+  Expected<std::unique_ptr<Graph>> MakeStep(int64_t n, bool head);
+  Expected<const float*> RunStep(std::span<const int32_t> tokens, std::span<const int32_t> positions,
+                                 AttentionHook& hook, bool head);
 
   std::shared_ptr<const Model> model_;
   int n_threads_ = 1;
@@ -77,7 +83,7 @@ class Compute {
   std::unique_ptr<ggml_threadpool, ThreadpoolDeleter> pool_;
   std::unique_ptr<ggml_gallocr, GallocrDeleter> block_alloc_;  // graphs of one block, rebuilt for each
   std::vector<uint8_t> block_meta_;
-  std::vector<std::unique_ptr<Graph>> steps_;  // decode graphs, kept, one a batch size
+  std::vector<std::unique_ptr<Graph>> steps_;  // decode graphs, kept, one a batch size and kind
 };
 
 }  // namespace moend

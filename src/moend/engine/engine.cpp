@@ -32,6 +32,32 @@ int Engine::n_threads() const {
   return impl_->compute->n_threads();
 }
 
+Expected<void> Engine::Logits(std::span<const float> hidden, std::span<float> logits) {
+  const HyperParams& hp = model().hparams();
+  const auto n = static_cast<int64_t>(hidden.size()) / hp.n_embd;
+  if (static_cast<int64_t>(hidden.size()) != n * hp.n_embd ||
+      static_cast<int64_t>(logits.size()) != n * hp.n_vocab)
+    return Fail(ErrorCode::kInvalidArgument,
+                "{} numbers are no rows of {} hidden states with {} logits each in {} numbers", hidden.size(),
+                hp.n_embd, hp.n_vocab, logits.size());
+  const std::lock_guard lock(impl_->busy);
+  return impl_->compute->Head(hidden.data(), n, logits.data());
+}
+
+Expected<void> Engine::ParallelFor(int64_t n, const std::function<void(int64_t, int)>& fn) {
+  const std::lock_guard lock(impl_->busy);
+  return impl_->compute->ParallelFor(n, fn);
+}
+
+Expected<void> AppendFloats(std::vector<float>& to, const float* from, int64_t n) {
+  try {
+    to.insert(to.end(), from, from + n);
+  } catch (const std::exception&) {  // bad_alloc, or more than a vector can hold
+    return Fail(ErrorCode::kOutOfMemory, "no memory for {} hidden states more", n);
+  }
+  return {};
+}
+
 Fingerprint Engine::fingerprint() const {
   const HyperParams& hp = model().hparams();
   return {hp.architecture_name, hp.name, hp.n_layers, {hp.n_kv_heads, hp.head_size}, model().hash()};
@@ -72,7 +98,7 @@ std::span<const float> Engine::Impl::ValueGrams(int64_t layer) {
 
 Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, int64_t first,
                                               const LayerHooks& hooks, std::vector<float>& logits,
-                                              const Progress& progress) {
+                                              const Progress& progress, std::vector<float>* hidden_out) {
   const HyperParams& hp = model->hparams();
   const auto n = static_cast<int64_t>(tokens.size());
   const int64_t block = compute->block_tokens();
@@ -104,6 +130,7 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
     if (repetition) MOEND_TRY(repetition->Layer(l, *scratch, ValueGrams(l), *prefill, go_on));
     MOEND_TRY(hooks.end(l, *scratch));
   }
+  if (hidden_out) MOEND_TRY(AppendFloats(*hidden_out, hidden.data(), n * hp.n_embd));
   logits.resize(static_cast<std::size_t>(hp.n_vocab));
   return compute->Head(hidden.data() + (n - 1) * hp.n_embd, 1, logits.data());
 }

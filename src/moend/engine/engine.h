@@ -65,6 +65,13 @@ class Engine {
   Fingerprint fingerprint() const;
   int n_threads() const;
 
+  // The logits of hidden states as Session::Prefill and Session::DecodeBatch give them, all as one product:
+  // hidden f32 [n][n_embd], logits f32 [n][n_vocab]. Far cheaper than row by row, since the output matrix is
+  // read once.
+  Expected<void> Logits(std::span<const float> hidden, std::span<float> logits);
+  // Calls fn(i, thread) for 0 <= i < n on the engine's threads, in any order; fn must not throw.
+  Expected<void> ParallelFor(int64_t n, const std::function<void(int64_t, int)>& fn);
+
   struct Impl;
   Impl& impl() { return *impl_; }  // for the engine's own files
 
@@ -86,14 +93,19 @@ class Session {
   // then layer 1, and so on. May be called again (a further turn). Afterwards logits() are those of the last
   // token. kTooLong when the context would overflow. After an error the session must not be used further.
   // While `progress` runs, the engine is free: other sessions may decode in it (DecodeBatch), none may
-  // prefill.
-  Expected<void> Prefill(std::span<const int32_t> tokens, const Progress& progress = {});
+  // prefill. `hidden`, if not null, gets every token's hidden state appended, f32 [tokens][n_embd], for
+  // Engine::Logits.
+  Expected<void> Prefill(std::span<const int32_t> tokens, const Progress& progress = {},
+                         std::vector<float>* hidden = nullptr);
 
   // One token further. Every kEvictInterval tokens the cache is evicted back to the plan's ratio.
   Expected<void> Decode(int32_t token);
 
   // The same for several sessions of one engine in one step (continuous batching). Sessions are distinct.
-  static Expected<void> DecodeBatch(std::span<Session* const> sessions, std::span<const int32_t> tokens);
+  // With `hidden` the step ends before the logits: the hidden states are appended to it, f32
+  // [sessions][n_embd], for Engine::Logits, and the sessions have no logits until a step without it.
+  static Expected<void> DecodeBatch(std::span<Session* const> sessions, std::span<const int32_t> tokens,
+                                    std::vector<float>* hidden = nullptr);
 
   std::span<const float> logits() const;  // [n_vocab], of the newest token
   const std::vector<int32_t>& tokens() const;

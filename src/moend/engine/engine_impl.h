@@ -16,6 +16,9 @@
 
 namespace moend {
 
+// Appends n numbers; kOutOfMemory instead of an exception.
+Expected<void> AppendFloats(std::vector<float>& to, const float* from, int64_t n);
+
 struct Engine::Impl {
   std::shared_ptr<const Model> model;
   std::unique_ptr<Compute> compute;
@@ -40,7 +43,7 @@ struct Engine::Impl {
   // All of `tokens`, which start at position `first`, through one layer after the other. Per layer: Begin's
   // arguments come from `begin`, and `end` gets the layer's scratch when all tokens went through; and then,
   // where a scratch has room for what a repetition tells (LayerScratch::needed), their repetition. Logits of
-  // the last token at the end.
+  // the last token at the end; all hidden states are appended to `hidden_out`, if not null.
   struct LayerHooks {
     std::function<Expected<void>(int64_t layer, std::span<const LayerCache>* past, LayerScratch** scratch)>
         begin;
@@ -49,7 +52,8 @@ struct Engine::Impl {
         nullptr;  // stands before `prefill`, to which it hands everything on; may be null
   };
   Expected<void> ReadLayerByLayer(std::span<const int32_t> tokens, int64_t first, const LayerHooks& hooks,
-                                  std::vector<float>& logits, const Progress& progress);
+                                  std::vector<float>& logits, const Progress& progress,
+                                  std::vector<float>* hidden_out = nullptr);
 };
 
 struct Session::Impl {

@@ -65,7 +65,8 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
   return Session(std::move(impl));
 }
 
-Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress& progress) {
+Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress& progress,
+                                std::vector<float>* hidden) {
   Impl& s = *impl_;
   const auto n = static_cast<int64_t>(tokens.size()), first = static_cast<int64_t>(s.tokens.size());
   if (n == 0) return Fail(ErrorCode::kInvalidArgument, "there are no tokens to read");
@@ -113,8 +114,8 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
     busy.lock();
     return go_on;
   };
-  MOEND_TRY(
-      machine.ReadLayerByLayer(tokens, first, hooks, s.logits, progress ? Progress(between) : Progress()));
+  MOEND_TRY(machine.ReadLayerByLayer(tokens, first, hooks, s.logits,
+                                     progress ? Progress(between) : Progress(), hidden));
   s.tokens.insert(s.tokens.end(), tokens.begin(), tokens.end());
   if (fresh) s.NoteHeads();
   if (fresh) s.prompt_tokens = n;
@@ -187,7 +188,8 @@ Expected<void> Session::Decode(int32_t token) {
   return DecodeBatch({&self, 1}, {&token, 1});
 }
 
-Expected<void> Session::DecodeBatch(std::span<Session* const> sessions, std::span<const int32_t> tokens) {
+Expected<void> Session::DecodeBatch(std::span<Session* const> sessions, std::span<const int32_t> tokens,
+                                    std::vector<float>* hidden) {
   if (sessions.empty() || sessions.size() != tokens.size())
     return Fail(ErrorCode::kInvalidArgument, "{} tokens for {} sessions", tokens.size(), sessions.size());
   Engine::Impl& machine = sessions[0]->impl_->machine();
@@ -208,13 +210,17 @@ Expected<void> Session::DecodeBatch(std::span<Session* const> sessions, std::spa
     positions[b] = static_cast<int32_t>(s.tokens.size());
   }
   machine.decode->Begin(contexts);
-  MOEND_ASSIGN(const float* logits, machine.compute->Step(tokens, positions, *machine.decode));
+  MOEND_ASSIGN(const float* rows, hidden ? machine.compute->StepHidden(tokens, positions, *machine.decode)
+                                         : machine.compute->Step(tokens, positions, *machine.decode));
   MOEND_TRY(machine.decode->TakeStatus());
-  const auto n_vocab = machine.model->hparams().n_vocab;
+  const HyperParams& hp = machine.model->hparams();
+  if (hidden) MOEND_TRY(AppendFloats(*hidden, rows, std::ssize(tokens) * hp.n_embd));
   for (std::size_t b = 0; b < sessions.size(); ++b) {
     Impl& s = *sessions[b]->impl_;
-    s.logits.assign(logits + static_cast<int64_t>(b) * n_vocab,
-                    logits + static_cast<int64_t>(b + 1) * n_vocab);
+    s.logits.clear();
+    if (!hidden)
+      s.logits.assign(rows + static_cast<int64_t>(b) * hp.n_vocab,
+                      rows + static_cast<int64_t>(b + 1) * hp.n_vocab);
     s.tokens.push_back(tokens[b]);
     MOEND_TRY(s.FinishStep());
   }

@@ -74,8 +74,8 @@ class Maker {
     solve.metric = request_.metric;
     solve.context_length = request_.context_length;
     solve.compression = compression;
-    solve.min_keep = kDefaultMinKeep;
-    solve.floor_price = kDefaultFloorPrice;
+    solve.min_keep = request_.min_keep.value_or(kDefaultMinKeep);
+    solve.floor_price = request_.min_keep ? 0 : kDefaultFloorPrice;
     solve.score_bytes = made->needs().accumulated ? 4 : 0;
     if (variant == "pyramid") return Pyramid(compression, scorer, solve.score_bytes);
     if (variant == "kvtuner") {
@@ -190,6 +190,22 @@ Expected<std::vector<Method>> MakeMethods(const Fingerprint& model, const Profil
 
 Method MethodOf(const Plan& plan, const std::string& scorer) {
   return {plan.variant, Evicts(plan) ? (scorer.empty() ? plan.scorer : scorer) : "", 0, plan};
+}
+
+bool Compresses(const Plan& plan) {
+  const auto changed = [](const Expert& e) { return e != Expert{}; };
+  return std::ranges::any_of(plan.layers, changed) || std::ranges::any_of(plan.heads, changed);
+}
+
+std::string LabelOf(const std::string& variant, const std::string& scorer, double compression) {
+  std::string text = variant;
+  if (!scorer.empty()) text += fmt::format("/{}", ShortScorerName(scorer));
+  if (compression > 0) text += fmt::format(" {:g}x", compression);
+  return text;
+}
+
+std::string LabelOf(const Method& method) {
+  return LabelOf(method.variant, method.scorer, method.compression);
 }
 
 }  // namespace moend::eval

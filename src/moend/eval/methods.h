@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -40,6 +41,7 @@ struct MethodRequest {
   int64_t context_length = 0;        // at which the bytes are equal
   Solver solver = Solver::kExact;
   Metric metric = Metric::kKl;
+  std::optional<double> min_keep = {};  // as SolveRequest::min_keep; empty: the default with its price
 };
 
 std::vector<std::string> MethodNames();
@@ -53,5 +55,10 @@ Expected<std::vector<Method>> MakeMethods(const Fingerprint& model, const Profil
 
 // The one method of a plan from a file.
 Method MethodOf(const Plan& plan, const std::string& scorer);
+
+bool Compresses(const Plan& plan);  // evicts or quantizes anything
+// "2d_hetero/snapkv 14x"
+std::string LabelOf(const std::string& variant, const std::string& scorer, double compression);
+std::string LabelOf(const Method& method);
 
 }  // namespace moend::eval

@@ -13,7 +13,7 @@ struct Named {
   TaskMetric metric;
   const char* name;
 };
-constexpr std::array<Named, 15> kNames = {{
+constexpr std::array<Named, 16> kNames = {{
     {TaskMetric::kExact, "exact"},
     {TaskMetric::kLeadingWords, "leading_words"},
     {TaskMetric::kLastNumber, "last_number"},
@@ -29,6 +29,7 @@ constexpr std::array<Named, 15> kNames = {{
     {TaskMetric::kMath, "math"},
     {TaskMetric::kInteger, "integer"},
     {TaskMetric::kContains, "contains"},
+    {TaskMetric::kChoice, "choice"},
 }};
 
 double LeadingWords(std::string_view text, std::string_view answer) {
@@ -114,6 +115,8 @@ double ScoreOne(TaskMetric metric, std::string_view text, const std::string& ans
       const auto said = FinalInteger(text), right = IntegerValue(answer);
       return share(said && right && *said == *right);
     }
+    case TaskMetric::kChoice:
+      return share(ChosenLetter(text) != 0 && ChosenLetter(text) == ChosenLetter(answer));
     case TaskMetric::kContains:
       break;  // over all answers at once
   }
@@ -139,6 +142,27 @@ std::vector<std::string> TaskMetricNames() {
   std::vector<std::string> names;
   for (const Named& named : kNames) names.emplace_back(named.name);
   return names;
+}
+
+char ChosenLetter(std::string_view text) {
+  std::string_view only = Trim(text);
+  while (!only.empty() && (only.front() == '(' || only.front() == '[')) only.remove_prefix(1);
+  while (!only.empty() && std::string_view(".):]").find(only.back()) != std::string_view::npos)
+    only.remove_suffix(1);
+  if (only.size() == 1 && only[0] >= 'a' && only[0] <= 'd') return static_cast<char>(only[0] - 'a' + 'A');
+  uint32_t before = ' ';
+  for (std::size_t i = 0; i < text.size();) {
+    const uint32_t c = NextCodePoint(text, i);
+    std::size_t next = i;
+    const uint32_t after = i < text.size() ? NextCodePoint(text, next) : ' ';
+    // "D'Artagnan" and "A-level" are words.
+    const bool joined = (after == '\'' || after == '-' || after == 0x2019) && next < text.size() &&
+                        IsWordCharacter(NextCodePoint(text, next));
+    if (c >= 'A' && c <= 'D' && !IsWordCharacter(before) && !IsWordCharacter(after) && !joined)
+      return static_cast<char>(c);
+    before = c;
+  }
+  return 0;
 }
 
 std::string_view FinalAnswer(std::string_view text) {

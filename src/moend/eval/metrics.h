@@ -30,6 +30,7 @@ enum class TaskMetric {
   kMath,      // the final answer equals the right one as a formula (MATH)
   kInteger,   // the final answer is this integer (AIME)
   kContains,  // share of the right answers that occur in the text, case ignored (RULER)
+  kChoice,    // the first letter A to D that stands alone is the right one
 };
 
 Expected<TaskMetric> ParseTaskMetric(std::string_view name);  // kNotFound lists the names
@@ -43,6 +44,10 @@ std::string_view FinalAnswer(std::string_view text);
 // kClassification. Scores FinalAnswer(text).
 double Score(TaskMetric metric, std::string_view text, std::span<const std::string> answers,
              std::span<const std::string> classes = {});
+
+// The letter that a text chooses: the first of A to D that stands alone ("B", "(B)", "B.", "Answer: B"; also
+// in lower case when nothing else is said); 0 without one.
+char ChosenLetter(std::string_view text);
 
 // Of one right answer; exposed for their tests.
 double QaF1(std::string_view text, std::string_view answer);

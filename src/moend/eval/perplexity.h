@@ -14,24 +14,19 @@
 
 #include "moend/base/error.h"
 #include "moend/engine/engine.h"
+#include "moend/eval/distance.h"
+#include "moend/eval/methods.h"
 #include "moend/plan/plan.h"
 
 namespace moend::eval {
 
-// A mean with its standard error, tokens taken as independent.
-struct MeanError {
-  double mean = 0, error = 0;
-};
-
-// A quantile with the order statistics that enclose it with 95% confidence (binomial, normal approximation).
-struct Quantile {
-  double value = 0, low = 0, high = 0;
-};
-
+// Of one cache: the full one, one compressed by a method, or one of libllama's.
 struct PerplexityResult {
+  std::string label;               // "full", "2d_heads/keydiff 14x", "llama.cpp q4_0"
   int64_t chunks = 0, tokens = 0;  // predicted tokens
-  MeanError nll, ppl;              // of the compressed cache; nats a token, and exp of it
-  // Against the full cache, all zero when there was no plan to compare.
+  MeanError nll, ppl;              // nats a token, and exp of it
+  // Against the full cache, all zero where this is the full cache. libllama's caches are compared with its
+  // own full one, so that differences of the two programs' kernels do not count.
   MeanError nll_base, ppl_base;
   MeanError ln_ratio;  // ln(PPL / PPL of the full cache), token by token
   MeanError kld;       // KL(full || compressed), nats a token
@@ -44,31 +39,31 @@ struct PerplexityResult {
 struct PerplexityOptions {
   int64_t n_ctx = 512;  // tokens of a chunk, at least 8
   int64_t chunks = 0;   // at most so many; 0: all that the text gives
-  std::string scorer;   // empty: the plan's
+  // Types of libllama's K/V cache to run beside, as "q8_0" (llama_cache.h).
+  std::vector<std::string> llama_caches = {};
 };
 
 struct PerplexityProgress {
   double share = 0;
   int64_t chunk = 0, chunks = 0;
-  double ppl = 0;  // so far; 0 before the first token
+  double ppl = 0;  // of the full cache so far; 0 before the first token
 };
 
-// kInvalidArgument when the text has less than one chunk. A plan that compresses nothing measures the
-// perplexity alone. Returning false from `progress` stops with kCancelled.
-Expected<PerplexityResult> Perplexity(std::shared_ptr<Engine> engine, std::span<const int32_t> tokens,
-                                      const Plan& plan, const PerplexityOptions& options,
-                                      const std::function<bool(const PerplexityProgress&)>& progress = {});
+// The full cache first, then every method that compresses, then libllama's caches. The first half of a chunk
+// is read once; the second half goes through all of them in one step a token, as generation would, because
+// eviction goes on in between; logits come out in blocks of rows. The full cache alone reads a chunk as one
+// prompt. kInvalidArgument when the text has less than one chunk. Returning false from `progress` stops with
+// kCancelled.
+Expected<std::vector<PerplexityResult>> Perplexity(
+    std::shared_ptr<Engine> engine, std::span<const int32_t> tokens, std::span<const Method> methods,
+    const PerplexityOptions& options, const std::function<bool(const PerplexityProgress&)>& progress = {});
 
-// For the caller that has logits already.
-struct TokenLoss {
-  double nll = 0;
-  int32_t top = 0;
-};
-TokenLoss LossOf(std::span<const float> logits, int32_t next);
-double KlDivergence(std::span<const float> base, std::span<const float> logits);  // nats, >= 0
-MeanError MeanOf(std::span<const double> values);
-Quantile QuantileOf(std::span<const double> sorted, double share);  // ascending values
-
+// The long form, in llama.cpp's layout, of one cache.
 std::string FormatPerplexity(const PerplexityResult& result);
+// A Markdown table, a row a cache.
+std::string FormatPerplexities(std::span<const PerplexityResult> results);
+// {"moend": "perplexity", "model", "n_ctx", "text", "results": [{"label", "ppl", "kld", ...}]}
+std::string PerplexitiesToJson(std::span<const PerplexityResult> results, const Fingerprint& model,
+                               int64_t n_ctx, const std::string& text);
 
 }  // namespace moend::eval

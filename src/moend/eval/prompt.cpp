@@ -27,6 +27,18 @@ void Append(std::vector<int32_t>& to, const std::vector<int32_t>& more) {
   to.insert(to.end(), more.begin(), more.end());
 }
 
+// The first right answer as the model would go on with it: behind a word, a sign or a colon with a space.
+Expected<std::vector<int32_t>> Gold(const Tokenizer& tokenizer, std::string_view prompt, const Question& q) {
+  if (q.answers.empty() || q.answers[0].empty()) return std::vector<int32_t>();
+  const char last = prompt.empty() ? '\n' : prompt.back();
+  const bool word =
+      (last >= '0' && last <= '9') || (last >= 'a' && last <= 'z') || (last >= 'A' && last <= 'Z');
+  const bool space = word || std::string_view(":.,;?!)").find(last) != std::string_view::npos;
+  MOEND_ASSIGN(auto tokens, tokenizer.Tokenize((space ? " " : "") + q.answers[0], false, false));
+  if (tokens.size() > kGoldTokens) tokens.resize(kGoldTokens);
+  return tokens;
+}
+
 Expected<PreparedContext> Prepare(const Tokenizer& tokenizer, const Context& context,
                                   const Wrapping& wrapping) {
   PreparedContext out;
@@ -49,6 +61,8 @@ Expected<PreparedContext> Prepare(const Tokenizer& tokenizer, const Context& con
       return Fail(ErrorCode::kInvalidArgument, "{}: the {} has no tokens", q.id,
                   question.empty() ? "question" : "context");
     out.questions.push_back(std::move(question));
+    MOEND_ASSIGN(auto gold, Gold(tokenizer, wrapping.after.empty() ? q.prompt : wrapping.after, q));
+    out.golds.push_back(std::move(gold));
   }
   return out;
 }
@@ -112,11 +126,16 @@ std::string HashOf(const Suite& suite) {
   for (const Context& context : suite.contexts) {
     add(context.id);
     add(context.text);
+    add(context.chat ? "chat" : "");
     for (const Question& q : context.questions) {
       add(q.prompt);
       add(Name(q.metric));
       add(fmt::format("{}", q.max_new_tokens));
-      for (const std::string& answer : q.answers) add(answer);
+      add(q.first_line ? "first line" : "");
+      for (const auto* texts : {&q.answers, &q.classes, &q.stop}) {
+        for (const std::string& text : *texts) add(text);
+        add("");
+      }
     }
   }
   return fmt::format("{:016x}", hash);

@@ -16,8 +16,11 @@ namespace moend::eval {
 struct PreparedContext {
   std::vector<int32_t> context;
   std::vector<std::vector<int32_t>> questions;  // parallel to Context::questions; none is empty
+  // The right answer to each as a continuation of its prompt, the first kGoldTokens tokens of it.
+  std::vector<std::vector<int32_t>> golds;
   bool truncated = false;
 };
+inline constexpr std::size_t kGoldTokens = 64;
 
 // How long prompts and answers may be.
 struct Lengths {

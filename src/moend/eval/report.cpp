@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "moend/eval/paired.h"
 #include "moend/eval/report_assets.h"
 #include "moend/eval/text.h"
 #include "moend/score/scorer.h"
@@ -36,12 +37,33 @@ Json WriteLayers(const Plan& plan) {
   return out;
 }
 
+// Against the full cache; null for that itself.
+Json WritePaired(const Run& run, const Run* full, const std::string& dataset) {
+  if (&run == full) return nullptr;
+  const Paired p = ComparePaired(run, full, dataset);
+  Json out = Json::object();
+  if (p.difference.n > 0)
+    out["difference"] = {{"mean", p.difference.mean}, {"low", p.difference.low}, {"high", p.difference.high}};
+  if (p.kld.n > 0)
+    out.update({{"kld", {{"mean", p.kld.mean}, {"low", p.kld.low}, {"high", p.kld.high}}},
+                {"kld_99", p.kld_99},
+                {"same_top", p.same_top}});
+  if (p.n_agreed > 0) out.update({{"agreed", p.agreed}, {"answer_tokens", p.answer_tokens}});
+  return out;
+}
+
 Json WriteSuite(const Results& results) {
   Json runs = Json::array();
+  const Run* full = FullRun(results);
   for (const Run& run : results.runs) {
-    Json datasets = Json::object();
-    for (const auto& [name, estimate] : Summarize(run)) datasets[name] = Write(estimate);
-    runs.push_back({{"variant", run.variant},
+    Json datasets = Json::object(), paired = Json::object();
+    for (const auto& [name, estimate] : Summarize(run)) {
+      datasets[name] = Write(estimate);
+      paired[name] = WritePaired(run, full, name);
+    }
+    paired[""] = WritePaired(run, full, "");
+    runs.push_back({{"paired", std::move(paired)},
+                    {"variant", run.variant},
                     {"scorer", ShortScorerName(run.scorer)},
                     {"compression", run.compression},
                     {"ratio", run.ratio()},

@@ -5,6 +5,8 @@
 #include <map>
 
 #include "moend/base/file.h"
+#include "moend/eval/methods.h"
+#include "moend/eval/paired.h"
 #include "moend/plan/json_fields.h"
 #include "moend/score/scorer.h"
 
@@ -31,15 +33,48 @@ Json Write(const Settings& s) {
           {"context_length", s.context_length}};
 }
 
-Json Write(const Run& run) {
+Json Write(const ClusterMean& m) {
+  Json out = {{"mean", m.mean}, {"n", m.n}, {"contexts", m.clusters}};
+  if (m.has_interval()) out["low"] = m.low, out["high"] = m.high;
+  return out;
+}
+
+Json Write(const Paired& p) {
+  Json out = Json::object();
+  if (p.difference.n > 0) out["difference"] = Write(p.difference);
+  if (p.kld.n > 0)
+    out.update({{"kld", Write(p.kld)}, {"kld_99", p.kld_99}, {"same_top", p.same_top}, {"nll", p.nll}});
+  if (p.kld.n > 0 && p.difference.n > 0) out["nll_full"] = p.nll_full;
+  if (p.n_agreed > 0) out.update({{"agreed", p.agreed}, {"answer_tokens", p.answer_tokens}});
+  return out;
+}
+
+Json Write(const Answer& a) {
+  Json out = {
+      {"id", a.id}, {"dataset", a.dataset}, {"score", a.score}, {"tokens", a.tokens}, {"text", a.text}};
+  if (!a.ids.empty()) out["ids"] = a.ids;
+  if (a.gold_tokens > 0) out.update({{"gold_tokens", a.gold_tokens}, {"nll", a.nll}});
+  if (!a.kld.empty()) {
+    Json kld = Json::array();  // a ten-millionth of a nat is far below what differs between two machines
+    for (const float d : a.kld) kld.push_back(std::round(double{d} * 1e7) / 1e7);
+    out.update({{"kld", std::move(kld)}, {"same_top", a.same_top}});
+  }
+  if (!a.letters.empty()) out.update({{"letters", a.letters}, {"letter_score", a.letter_score}});
+  return out;
+}
+
+Json Write(const Run& run, const Run* full) {
   Json datasets = Json::object(), contexts = Json::array(), answers = Json::array();
-  for (const auto& [name, estimate] : Summarize(run)) datasets[name] = Write(estimate);
+  const bool is_full = &run == full;
+  for (const auto& [name, estimate] : Summarize(run)) {
+    datasets[name] = Write(estimate);
+    if (const Estimate letter = LetterScore(run, name); letter.n > 0) datasets[name]["letter"] = letter.score;
+    if (!is_full) datasets[name]["paired"] = Write(ComparePaired(run, full, name));
+  }
   for (const FinishedContext& c : run.contexts)
     contexts.push_back(
         {{"id", c.id}, {"tokens", c.tokens}, {"kv_bytes", c.kv_bytes}, {"kv_bytes_full", c.kv_bytes_full}});
-  for (const Answer& a : run.answers)
-    answers.push_back(
-        {{"id", a.id}, {"dataset", a.dataset}, {"score", a.score}, {"tokens", a.tokens}, {"text", a.text}});
+  for (const Answer& a : run.answers) answers.push_back(Write(a));
   return {{"variant", run.variant},
           {"scorer", run.scorer},
           {"compression", run.compression},
@@ -47,6 +82,7 @@ Json Write(const Run& run) {
           {"kv_bytes", run.kv_bytes()},
           {"mode", run.mode},
           {"mean", Write(MeanScore(run))},
+          {"paired", is_full ? Json::object() : Write(ComparePaired(run, full))},
           {"datasets", std::move(datasets)},
           {"plan", Json::parse(ToJson(run.plan))},
           {"contexts", std::move(contexts)},
@@ -109,6 +145,39 @@ Expected<Settings> ReadSettings(const JsonNode& node) {
   return s;
 }
 
+// Numbers in [low, high], if the field is there.
+template <class Number>
+Expected<void> ReadNumbers(const JsonNode& object, const char* key, double low, double high,
+                           std::vector<Number>& out) {
+  if (!object.Has(key)) return {};
+  MOEND_ASSIGN(const JsonNode list, object.At(key));
+  MOEND_ASSIGN(const int64_t n, list.Size());
+  for (int64_t i = 0; i < n; ++i) {
+    MOEND_ASSIGN(const JsonNode node, list.At(i));
+    MOEND_ASSIGN(const double value, node.Real(low, high));
+    out.push_back(static_cast<Number>(value));
+  }
+  return {};
+}
+
+// What files of older versions lack.
+Expected<void> ReadPredictions(const JsonNode& node, Answer& answer) {
+  MOEND_TRY(ReadNumbers(node, "ids", 0, INT32_MAX, answer.ids));
+  if (node.Has("gold_tokens")) {
+    MOEND_ASSIGN(answer.gold_tokens, Int(node, "gold_tokens"));
+    MOEND_ASSIGN(answer.nll, Real(node, "nll", 1e12));
+  }
+  MOEND_TRY(ReadNumbers(node, "kld", 0, 1e6, answer.kld));
+  if (!answer.kld.empty()) {
+    MOEND_ASSIGN(answer.same_top, Int(node, "same_top"));
+  }
+  MOEND_TRY(ReadNumbers(node, "letters", -1e6, 0, answer.letters));
+  if (!answer.letters.empty()) {
+    MOEND_ASSIGN(answer.letter_score, Real(node, "letter_score", 1));
+  }
+  return {};
+}
+
 Expected<Run> ReadRun(const JsonNode& node, const nlohmann::json& plan, const std::string& source) {
   Run run;
   MOEND_ASSIGN(run.variant, Text(node, "variant"));
@@ -136,17 +205,9 @@ Expected<Run> ReadRun(const JsonNode& node, const nlohmann::json& plan, const st
     MOEND_ASSIGN(answer.score, Real(a, "score", 1));
     MOEND_ASSIGN(answer.tokens, Int(a, "tokens"));
     MOEND_ASSIGN(answer.text, Text(a, "text", kMaxText));
+    MOEND_TRY(ReadPredictions(a, answer));
   }
   return run;
-}
-
-std::string Percent(double share) {
-  return fmt::format("{:.1f}", 100 * share);
-}
-
-std::string Cell(const Estimate& e) {
-  if (e.n == 0) return "-";
-  return fmt::format("{} [{:.0f}, {:.0f}]", Percent(e.score), 100 * e.low, 100 * e.high);
 }
 
 }  // namespace
@@ -168,10 +229,7 @@ double Run::ratio() const {
 }
 
 std::string Run::label() const {
-  std::string text = variant;
-  if (!scorer.empty()) text += fmt::format("/{}", ShortScorerName(scorer));
-  if (compression > 0) text += fmt::format(" {:g}x", compression);
-  return text;
+  return LabelOf(variant, scorer, compression);
 }
 
 std::vector<std::pair<std::string, Estimate>> Summarize(const Run& run) {
@@ -198,9 +256,20 @@ Estimate MeanScore(const Run& run) {
   return MeanOver(parts);
 }
 
+Estimate LetterScore(const Run& run, const std::string& dataset) {
+  double sum = 0;
+  int64_t n = 0;
+  for (const Answer& a : run.answers) {
+    if (a.dataset != dataset || a.letters.empty()) continue;
+    sum += a.letter_score;
+    ++n;
+  }
+  return n > 0 ? Wilson(sum / static_cast<double>(n), n) : Estimate{};
+}
+
 std::string ToJson(const Results& results) {
   Json runs = Json::array();
-  for (const Run& run : results.runs) runs.push_back(Write(run));
+  for (const Run& run : results.runs) runs.push_back(Write(run, FullRun(results)));
   const Json root = {{"moend", "eval"},
                      {"schema", Results::kSchema},
                      {"model", moend::Write(results.model)},
@@ -247,50 +316,6 @@ Expected<Results> ParseResults(const std::string& json, const std::string& sourc
 Expected<Results> LoadResults(const std::string& path) {
   MOEND_ASSIGN(const std::string json, ReadFile(path, kMaxFileBytes));
   return ParseResults(json, path);
-}
-
-std::string FormatTable(const Results& results) {
-  std::vector<std::string> datasets;
-  std::map<std::string, int64_t> counts;
-  for (const Run& run : results.runs) {
-    for (const auto& [name, estimate] : Summarize(run)) {
-      if (std::ranges::find(datasets, name) == datasets.end()) datasets.push_back(name);
-      counts[name] = std::max(counts[name], estimate.n);
-    }
-  }
-  std::vector<std::vector<std::string>> rows = {{"variant", "scorer", "asked", "ratio", "MiB", "mean"}};
-  for (const std::string& name : datasets) rows[0].push_back(fmt::format("{} (n={})", name, counts[name]));
-  for (const Run& run : results.runs) {
-    std::vector<std::string>& row = rows.emplace_back();
-    row = {run.variant,
-           run.scorer.empty() ? "-" : ShortScorerName(run.scorer),
-           run.compression > 0 ? fmt::format("{:g}x", run.compression) : "-",
-           fmt::format("{:.2f}x", run.ratio()),
-           fmt::format("{:.2f}", static_cast<double>(run.kv_bytes()) / (1024.0 * 1024.0)),
-           Cell(MeanScore(run))};
-    const auto summary = Summarize(run);
-    for (const std::string& name : datasets) {
-      const auto it = std::ranges::find(summary, name, [](const auto& pair) { return pair.first; });
-      const bool partial = it != summary.end() && it->second.n < counts[name];
-      row.push_back(
-          it == summary.end() ? "-" : Cell(it->second) + (partial ? fmt::format(" n={}", it->second.n) : ""));
-    }
-  }
-  std::vector<std::size_t> widths(rows[0].size(), 0);
-  for (const auto& row : rows)
-    for (std::size_t c = 0; c < row.size(); ++c) widths[c] = std::max(widths[c], row[c].size());
-  std::string out;
-  for (std::size_t r = 0; r < rows.size(); ++r) {
-    for (std::size_t c = 0; c < rows[r].size(); ++c)
-      out += c < 2 ? fmt::format("| {:<{}} ", rows[r][c], widths[c])
-                   : fmt::format("| {:>{}} ", rows[r][c], widths[c]);
-    out += "|\n";
-    if (r > 0) continue;
-    for (std::size_t c = 0; c < widths.size(); ++c)
-      out += fmt::format("|{:-<{}}", "", widths[c] + 1) + (c < 2 ? "-" : ":");
-    out += "|\n";
-  }
-  return out;
 }
 
 }  // namespace moend::eval

@@ -1,7 +1,8 @@
 // What an evaluation found, and the JSON file that holds it: {"schema", "model", "suite", "settings",
 // "complete", "runs": [{"variant", "scorer", "compression" (asked), "ratio" (allocated), "kv_bytes", "mode",
-// "datasets": {NAME: {"score", "n", "low", "high"}}, "mean", "contexts", "answers", "plan"}]}. Scores are 0
-// to 1, intervals 95% (interval.h). Everything that a resumed run needs is in the file.
+// "datasets": {NAME: {"score", "n", "low", "high", "paired"}}, "mean", "paired", "contexts", "answers",
+// "plan"}]}. Scores are 0 to 1, intervals 95% (interval.h); "paired" is the comparison with the full cache on
+// the same questions (paired.h). Everything that a resumed run needs is in the file.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,18 @@ struct Answer {
   double score = 0;
   int64_t tokens = 0;  // generated
   std::string text;
+  std::vector<int32_t> ids = {};  // the generated tokens
+  // Of the right answer's tokens (PreparedContext::golds): their number, the sum of their nats, and, but for
+  // the full cache itself, how far each prediction is from the full cache's (KL, nats) and how many have the
+  // same likeliest token.
+  int64_t gold_tokens = 0;
+  double nll = 0;
+  std::vector<float> kld = {};
+  int64_t same_top = 0;
+  // Multiple choice: the log-probabilities of A to D, which `score` is made from, and the score of the letter
+  // in the text.
+  std::vector<double> letters = {};
+  double letter_score = 0;
 };
 
 // A context that a run has finished: all its questions are answered.
@@ -71,12 +84,16 @@ struct Results {
 std::vector<std::pair<std::string, Estimate>> Summarize(const Run& run);
 Estimate MeanScore(const Run& run);  // over the data sets
 
+// The share of right letters in the texts, over the multiple-choice questions of a data set; n = 0 without.
+Estimate LetterScore(const Run& run, const std::string& dataset);
+
 std::string ToJson(const Results& results);
 // kCorrupt names `source` and what is wrong.
 Expected<Results> ParseResults(const std::string& json, const std::string& source);
 Expected<Results> LoadResults(const std::string& path);
 
-// A Markdown table: a row a run, a column a data set ("97.2 [91, 99]", in percent), and their mean.
+// A Markdown table: a row a run; the mean over the data sets, the difference to the full cache, the
+// divergence from it where it was measured, and a column a data set ("97.2 [91, 99]", in percent).
 std::string FormatTable(const Results& results);
 
 }  // namespace moend::eval

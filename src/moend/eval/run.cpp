@@ -7,12 +7,15 @@
 #include "moend/base/spill.h"
 #include "moend/engine/capture.h"
 #include "moend/engine/generate.h"
+#include "moend/eval/judge.h"
 
 namespace moend::eval {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::seconds kSaveInterval{30};
+// What a generated token costs, in tokens read; for the estimate of the time left only.
+constexpr double kDecodeCost = 6;
 
 class Captured : public ContextSource {
  public:
@@ -75,8 +78,10 @@ class Runner {
   Runner(std::shared_ptr<Engine> engine, const Suite& suite, const PreparedSuite& prepared,
          std::span<const Method> methods, const EvalOptions& options, std::shared_ptr<Ledger> ledger,
          Results& results, const std::function<bool(const EvalProgress&)>& progress,
-         const std::function<Expected<void>(const Results&)>& save)
-      : suite_(suite),
+         const std::function<Expected<void>(const Results&)>& save, Judge judge)
+      : judge_(std::move(judge)),
+        full_(MethodOf(FullPlan(engine->fingerprint(), results.settings.context_length), "")),
+        suite_(suite),
         prepared_(prepared),
         methods_(methods),
         options_(options),
@@ -87,9 +92,7 @@ class Runner {
     source_ = options.capture ? CapturedContext(engine, ScorersOf(methods), std::move(ledger))
                               : PlainContext(engine);
     for (const Method& method : methods) runs_.push_back(RunOf(method));
-    for (std::size_t c = 0; c < suite.contexts.size(); ++c)
-      for (std::size_t m = 0; m < methods.size(); ++m)
-        if (!Finished(m, c)) ++left_;
+    for (std::size_t c = 0; c < suite.contexts.size(); ++c) total_ += CostOf(c, Pending(c));
   }
 
   Expected<void> Run() {
@@ -125,9 +128,7 @@ class Runner {
 
   Expected<void> AllContexts() {
     for (std::size_t c = 0; c < suite_.contexts.size(); ++c) {
-      std::vector<std::size_t> pending;
-      for (std::size_t m = 0; m < methods_.size(); ++m)
-        if (!Finished(m, c)) pending.push_back(m);
+      const std::vector<std::size_t> pending = Pending(c);
       if (pending.empty()) continue;
       if (options_.aware) {
         MOEND_TRY(Aware(c, pending));
@@ -139,25 +140,44 @@ class Runner {
     return {};
   }
 
+  std::vector<std::size_t> Pending(std::size_t context) const {
+    std::vector<std::size_t> pending;
+    for (std::size_t m = 0; m < methods_.size(); ++m)
+      if (!Finished(m, context)) pending.push_back(m);
+    return pending;
+  }
+
   // Compressed before the questions are known: one reading, one compression a method, a fork a question.
   Expected<void> Agnostic(std::size_t c, const std::vector<std::size_t>& pending) {
     const PreparedContext& prepared = prepared_.contexts[c];
     const auto n_questions = prepared.questions.size();
-    MOEND_TRY(source_->Read(prepared.context, [&](double) { return Tick(c, "", 0); }));
+    MOEND_TRY(source_->Read(prepared.context, Reading(c, Length(prepared.context))));
+    done_ += ReadCost(prepared.context);
     int64_t room = 0;
-    for (std::size_t q = 0; q < n_questions; ++q)
-      room = std::max(room, Length(prepared.questions[q]) + MaxNew(suite_.contexts[c].questions[q]));
+    for (std::size_t q = 0; q < n_questions; ++q) room = std::max(room, Room(c, q));
+    const int64_t n_ctx = Length(prepared.context) + room;
+    std::vector<GoldRows> reference;
+    if (AnyCompresses(pending)) {
+      MOEND_ASSIGN(const Session base, source_->Open(full_, n_ctx));
+      for (std::size_t q = 0; q < n_questions; ++q) {
+        if (!Tick(c, "full", 0)) return Stopped();
+        MOEND_ASSIGN(Session session, base.Fork());
+        MOEND_TRY(session.Prefill(prepared.questions[q]));
+        MOEND_ASSIGN(GoldRows rows, judge_.Read(session, prepared.golds[q]));
+        reference.push_back(std::move(rows));
+      }
+    }
     for (const std::size_t m : pending) {
-      MOEND_ASSIGN(Session base, source_->Open(methods_[m], Length(prepared.context) + room));
+      MOEND_ASSIGN(Session base, source_->Open(methods_[m], n_ctx));
       const KvStats stats = base.stats();
       std::vector<Answer> answers;
       for (std::size_t q = 0; q < n_questions; ++q) {
-        if (!Tick(c, methods_[m].variant, static_cast<double>(q) / static_cast<double>(n_questions)))
-          return Stopped();
+        if (!Tick(c, methods_[m].variant, 0)) return Stopped();
         MOEND_ASSIGN(Session session, base.Fork());
         MOEND_TRY(session.Prefill(prepared.questions[q]));
-        MOEND_ASSIGN(Answer answer, Ask(session, c, suite_.contexts[c].questions[q], m));
+        MOEND_ASSIGN(Answer answer, Ask(session, c, q, m, reference.empty() ? nullptr : &reference[q]));
         answers.push_back(std::move(answer));
+        done_ += CostOf(c, q);
       }
       MOEND_TRY(Finish(m, {suite_.contexts[c].id, Length(prepared.context), stats.bytes, stats.bytes_full},
                        std::move(answers)));
@@ -176,17 +196,23 @@ class Runner {
       std::vector<int32_t> prompt = prepared.context;
       prompt.insert(prompt.end(), prepared.questions[q].begin(), prepared.questions[q].end());
       tokens += Length(prompt);
-      const Question& question = suite_.contexts[c].questions[q];
-      MOEND_TRY(source_->Read(prompt, [&](double) { return Tick(c, "", 0); }));
+      const int64_t n_ctx = Length(prepared.context) + Room(c, q);
+      MOEND_TRY(source_->Read(prompt, Reading(c, Length(prompt))));
+      done_ += ReadCost(prompt);
+      std::optional<GoldRows> reference;
+      if (AnyCompresses(pending)) {
+        MOEND_ASSIGN(const Session base, source_->Open(full_, n_ctx));
+        MOEND_ASSIGN(reference, judge_.Read(base, prepared.golds[q]));
+      }
       for (std::size_t i = 0; i < pending.size(); ++i) {
-        const double share = (static_cast<double>(q * pending.size() + i)) / static_cast<double>(n);
-        if (!Tick(c, methods_[pending[i]].variant, share)) return Stopped();
-        MOEND_ASSIGN(Session session, source_->Open(methods_[pending[i]], Length(prompt) + MaxNew(question)));
+        if (!Tick(c, methods_[pending[i]].variant, 0)) return Stopped();
+        MOEND_ASSIGN(Session session, source_->Open(methods_[pending[i]], n_ctx));
         const KvStats stats = session.stats();
         sums[i].bytes += stats.bytes;
         sums[i].bytes_full += stats.bytes_full;
-        MOEND_ASSIGN(Answer answer, Ask(session, c, question, pending[i]));
+        MOEND_ASSIGN(Answer answer, Ask(session, c, q, pending[i], reference ? &*reference : nullptr));
         answers[i].push_back(std::move(answer));
+        done_ += CostOf(c, q);
       }
     }
     const auto count = static_cast<int64_t>(n);
@@ -198,28 +224,52 @@ class Runner {
     return {};
   }
 
-  Expected<Answer> Ask(Session& session, std::size_t c, const Question& question, std::size_t method) {
+  // A session that has read the question answers it. `full`: what the full cache predicts for the right
+  // answer, or null.
+  Expected<Answer> Ask(Session& session, std::size_t c, std::size_t q, std::size_t method,
+                       const GoldRows* full) {
+    const Question& question = suite_.contexts[c].questions[q];
+    const std::vector<int32_t>& gold = prepared_.contexts[c].golds[q];
+    Answer answer;
+    answer.id = question.id;
+    answer.dataset = question.dataset;
+    MOEND_ASSIGN(const GoldRows rows, judge_.Read(session, gold));
+    MOEND_TRY(judge_.Compare(rows, Compresses(methods_[method].plan) ? full : nullptr, gold, answer));
+    if (question.metric == TaskMetric::kChoice) answer.letters = judge_.Letters(session.logits());
     GenerateOptions generate;
     generate.max_tokens = MaxNew(question);
     generate.sampler.temperature = 0;
     generate.stop = question.stop;
     bool stopped = false;
+    std::string said;
+    int64_t pieces = 0;
     // A long answer must be stoppable too.
-    const auto emit = [&](std::string_view) {
-      stopped = !Tick(c, methods_[method].variant, last_share_);
-      return !stopped;
+    const auto emit = [&](std::string_view text) {
+      stopped = !Tick(c, methods_[method].variant, kDecodeCost * static_cast<double>(++pieces));
+      if (stopped || !question.first_line) return !stopped;
+      return !FirstLineEnded(said += text);
     };
     MOEND_ASSIGN(Generated generated, Generate(session, generate, emit));
     if (stopped) return Stopped();
-    return Answer{question.id, question.dataset, ScoreAnswer(question, generated.text),
-                  static_cast<int64_t>(generated.tokens.size()), std::move(generated.text)};
+    answer.score = ScoreAnswer(question, generated.text);
+    if (!answer.letters.empty()) {
+      answer.letter_score = answer.score;
+      answer.score = LikeliestLetter(answer.letters) == question.answers[0][0] ? 1 : 0;
+    }
+    answer.tokens = static_cast<int64_t>(generated.tokens.size());
+    answer.ids = std::move(generated.tokens);
+    answer.text = std::move(generated.text);
+    return answer;
+  }
+
+  static char LikeliestLetter(const std::vector<double>& letters) {
+    return static_cast<char>('A' + (std::ranges::max_element(letters) - letters.begin()));
   }
 
   Expected<void> Finish(std::size_t method, FinishedContext context, std::vector<Answer> answers) {
     auto& run = results_.runs[runs_[method]];
     run.contexts.push_back(std::move(context));
     std::ranges::move(answers, std::back_inserter(run.answers));
-    ++done_;
     if (Clock::now() - saved_ < kSaveInterval) return {};
     return Save();
   }
@@ -229,13 +279,46 @@ class Runner {
     return save_(results_);
   }
 
-  // `share`: of a context under the methods being worked on, beyond those finished.
-  bool Tick(std::size_t c, const std::string& method, double share) {
-    last_share_ = share;
+  // `more`: cost of the part of the current step that is done.
+  bool Tick(std::size_t c, const std::string& method, double more) {
     if (!progress_) return true;
-    const double total = static_cast<double>(std::max<int64_t>(left_, 1));
-    return progress_(
-        {std::min(1.0, (static_cast<double>(done_) + share) / total), suite_.contexts[c].id, method});
+    shown_ = std::max(shown_, std::min(1.0, (done_ + more) / std::max(total_, 1.0)));
+    return progress_({shown_, suite_.contexts[c].id, method});
+  }
+
+  // While a context is read; one that is read anew for each method shows no progress in between.
+  Progress Reading(std::size_t c, int64_t tokens) {
+    return [this, c, tokens](double share) {
+      return Tick(c, "", options_.capture ? share * static_cast<double>(tokens) : 0);
+    };
+  }
+
+  static double ReadCost(const std::vector<int32_t>& tokens) { return static_cast<double>(tokens.size()); }
+  double CostOf(std::size_t c, std::size_t q) const {
+    const PreparedContext& prepared = prepared_.contexts[c];
+    return ReadCost(prepared.questions[q]) + ReadCost(prepared.golds[q]) +
+           kDecodeCost * static_cast<double>(MaxNew(suite_.contexts[c].questions[q]));
+  }
+  double CostOf(std::size_t c, const std::vector<std::size_t>& pending) const {
+    if (pending.empty()) return 0;
+    const PreparedContext& prepared = prepared_.contexts[c];
+    double cost = options_.aware ? 0 : ReadCost(prepared.context);
+    for (std::size_t q = 0; q < prepared.questions.size(); ++q) {
+      if (options_.aware) cost += ReadCost(prepared.context) + ReadCost(prepared.questions[q]);
+      cost += static_cast<double>(pending.size()) * CostOf(c, q);
+    }
+    return cost;
+  }
+
+  bool AnyCompresses(const std::vector<std::size_t>& pending) const {
+    return std::ranges::any_of(pending, [&](std::size_t m) { return Compresses(methods_[m].plan); });
+  }
+
+  // Tokens that a question and its answers, the generated and the right one, may take.
+  int64_t Room(std::size_t c, std::size_t q) const {
+    const PreparedContext& prepared = prepared_.contexts[c];
+    return Length(prepared.questions[q]) +
+           std::max(MaxNew(suite_.contexts[c].questions[q]), Length(prepared.golds[q]));
   }
 
   static std::unexpected<Error> Stopped() {
@@ -246,6 +329,8 @@ class Runner {
 
   static int64_t Length(const std::vector<int32_t>& tokens) { return static_cast<int64_t>(tokens.size()); }
 
+  Judge judge_;
+  Method full_;
   const Suite& suite_;
   const PreparedSuite& prepared_;
   std::span<const Method> methods_;
@@ -255,8 +340,8 @@ class Runner {
   const std::function<Expected<void>(const Results&)>& save_;
   std::unique_ptr<ContextSource> source_;
   std::vector<std::size_t> runs_;  // of each method
-  int64_t left_ = 0, done_ = 0;    // pairs of method and context
-  double last_share_ = 0;
+  double total_ = 0, done_ = 0;    // costs, in tokens read
+  double shown_ = 0;
   Clock::time_point saved_;
 };
 
@@ -318,8 +403,9 @@ Expected<Results> Evaluate(std::shared_ptr<Engine> engine, const Suite& suite, c
   if (!options.spill.empty()) {
     MOEND_ASSIGN(ledger, SpillLedger::Create(options.spill));
   }
+  MOEND_ASSIGN(Judge judge, Judge::Create(engine));
   Runner runner(std::move(engine), suite, prepared, methods, options, std::move(ledger), results, progress,
-                save);
+                save, std::move(judge));
   MOEND_TRY(runner.Run());
   return results;
 }

@@ -1,5 +1,6 @@
 // Runs a suite under many methods: a context is read once with nothing compressed, compressed for each
-// method, and asked each of its questions from a fork.
+// method, and asked each of its questions from a fork. Beside the answer that is generated, each method's
+// predictions of the right answer are compared with the full cache's (judge.h).
 #pragma once
 
 #include <cstdint>

@@ -124,6 +124,19 @@ void Limit(Suite& suite, int64_t n) {
   std::erase_if(suite.contexts, [](const Context& context) { return context.questions.empty(); });
 }
 
+void SetChatTemplate(Suite& suite, ChatTemplate when) {
+  if (when == ChatTemplate::kSuite) return;
+  for (Context& context : suite.contexts) context.chat = when == ChatTemplate::kAlways;
+}
+
+bool FirstLineEnded(std::string_view text) {
+  if (text.find("<think>") != std::string_view::npos && text.find("</think>") == std::string_view::npos)
+    return false;
+  text = FinalAnswer(text);
+  text.remove_prefix(std::min(text.find_first_not_of('\n'), text.size()));
+  return text.find('\n') != std::string_view::npos;
+}
+
 double ScoreAnswer(const Question& question, std::string_view text) {
   text = FinalAnswer(text);
   if (question.first_line) text = FirstLine(text);

@@ -3,8 +3,12 @@
 // asked many times.
 //
 // Formats, told apart by the fields of the first row that is a JSON object:
-//   moend      {_id, context, questions: [{dataset, input, answers, metric, max_new_tokens, template?}]};
-//              template defaults to "Question: {input}\nAnswer:"
+//   moend      {_id, context, questions: [{dataset, input, answers, metric, max_new_tokens, template?, stop?,
+//              first_line?, all_classes?}]}; template defaults to "Question: {input}\nAnswer:". `stop`: texts
+//              that end an answer. `first_line`: only the answer's first line counts (leading newlines
+//              dropped), and the answer ends there; by default so where the metric looks at the whole answer,
+//              the right ones have one line, and there is no `stop`: a model without an end token goes on
+//              with a question of its own
 //   LongBench  {dataset, context, input, answers, all_classes?, _id?}; see longbench.h
 //   RULER      {input, outputs, answer_prefix?, index?}; the task by the file's name (niah_..., vt, ...), the
 //              question being the last line of the input
@@ -69,6 +73,13 @@ Expected<void> KeepDatasets(Suite& suite, const std::vector<std::string>& names)
 // Keeps at most `n` questions of each data set, the first ones, and no context without questions. n <= 0
 // keeps all.
 void Limit(Suite& suite, int64_t n);
+
+// Wraps every row in the model's chat template, or none; as their formats want it otherwise.
+enum class ChatTemplate { kSuite, kAlways, kNever };
+void SetChatTemplate(Suite& suite, ChatTemplate when);
+
+// Whether an answer so far has ended its first line (leading newlines dropped); never while it thinks.
+bool FirstLineEnded(std::string_view text);
 
 double ScoreAnswer(const Question& question, std::string_view text);
 

@@ -50,6 +50,45 @@ std::string Id(const json& row, const char* key) {
   return it == row.end() ? std::string() : TextOrInteger(*it).value_or("");
 }
 
+// Metrics that compare all of an answer with a right one that is short. Not kExact and kLastNumber, whose
+// answers (of our own suite) end by themselves.
+bool ComparesWhole(TaskMetric metric) {
+  switch (metric) {
+    case TaskMetric::kQaF1:
+    case TaskMetric::kQaF1Characters:
+    case TaskMetric::kRetrieval:
+    case TaskMetric::kCount:
+    case TaskMetric::kClassification:
+    case TaskMetric::kContains:
+    case TaskMetric::kChoice:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Where an answer ends: "stop", a text or several, and "first_line".
+Expected<void> ReadEnd(const json& row, Question& q) {
+  const auto stop = row.find("stop");
+  if (stop != row.end() && stop->is_string()) {
+    q.stop = {stop->get<std::string>()};
+  } else if (stop != row.end()) {
+    MOEND_ASSIGN(q.stop, Texts(row, "stop"));
+  }
+  if (std::ranges::any_of(q.stop, &std::string::empty))
+    return Fail(ErrorCode::kCorrupt, "\"stop\" holds an empty text");
+  const auto first = row.find("first_line");
+  if (first != row.end() && !first->is_boolean())
+    return Fail(ErrorCode::kCorrupt, "\"first_line\" is {}, not true or false", first->type_name());
+  const auto one_line = [](const std::string& answer) {
+    return Trim(answer).find('\n') == std::string_view::npos;
+  };
+  q.first_line = first != row.end()
+                     ? first->get<bool>()
+                     : ComparesWhole(q.metric) && q.stop.empty() && std::ranges::all_of(q.answers, one_line);
+  return {};
+}
+
 Expected<Question> MoendQuestion(const json& row) {
   if (!row.is_object()) return Fail(ErrorCode::kCorrupt, "a question is {}, not an object", row.type_name());
   Question q;
@@ -74,6 +113,12 @@ Expected<Question> MoendQuestion(const json& row) {
   } else if (q.metric == TaskMetric::kClassification) {
     return Fail(ErrorCode::kCorrupt, "\"all_classes\" is missing");
   }
+  if (q.metric == TaskMetric::kChoice)
+    for (const std::string& answer : q.answers)
+      if (answer.size() != 1 || answer[0] < 'A' || answer[0] > 'D')
+        return Fail(ErrorCode::kCorrupt, "the answer to a choice is a letter from A to D, not \"{}\"",
+                    answer.substr(0, 40));
+  MOEND_TRY(ReadEnd(row, q));
   return q;
 }
 

@@ -116,15 +116,34 @@
       if (reference && e.score >= reference.low) td.className = "kept";
       return td;
     };
+    // Against the full cache on the same questions, of the data set that is chosen above.
+    const chosen = $("dataset").value;
+    const pairedOf = (run) => run.paired?.[chosen] ?? {};
+    const diverges = runs.some((run) => pairedOf(run).kld);
+    const withInterval = (text, low, high, same) => el("td", {}, text, ...(same ? [] : [el("small", { textContent: `${low}–${high}` })]));
+    const signed = (x) => `${x < 0 ? "−" : "+"}${percent(Math.abs(x))}`;
+    const pairedCells = (run) => {
+      const p = pairedOf(run), none = () => el("td", { textContent: "–" });
+      const d = p.difference, k = p.kld;
+      const td = d ? withInterval(signed(d.mean), signed(d.low), ` ${signed(d.high)}`, d.low === d.high) : none();
+      if (d && d.high >= 0) td.className = "kept";
+      if (!diverges) return [td];
+      return [td,
+        k ? withInterval(k.mean.toFixed(4), k.low.toFixed(4), k.high.toFixed(4), k.low === k.high) : none(),
+        k ? el("td", { textContent: p.kld_99.toFixed(3) }) : none(),
+        k ? el("td", { textContent: percent(p.same_top) }) : none(),
+        p.answer_tokens ? el("td", { textContent: `${p.agreed.toFixed(1)} of ${p.answer_tokens.toFixed(1)}` }) : none()];
+    };
+    const pairedHead = ["vs full", ...(diverges ? ["KL", "KL, 99%", "same top", "same tokens"] : [])];
     const n = (dataset) => Math.max(...s.runs.map((r) => r.datasets[dataset]?.n ?? 0));
-    const head = el("tr", {}, ...["method", "asked", "ratio", "MiB", "mean"].map((t) => el("th", { textContent: t, scope: "col" })),
+    const head = el("tr", {}, ...["method", "asked", "ratio", "MiB", ...pairedHead, "mean"].map((t) => el("th", { textContent: t, scope: "col" })),
       ...datasets.map((d) => el("th", { scope: "col" }, d, el("small", { textContent: ` n=${n(d)}` }))));
     const body = runs.map((run) => el("tr", { className: run === full ? "full" : "" },
       el("td", { textContent: methodOf(run) }),
       el("td", { textContent: run.compression ? `${run.compression}×` : "–" }),
       el("td", { textContent: times(run.ratio) }),
       el("td", { textContent: mib(run.kv_bytes).toFixed(2) }),
-      cell(run, ""), ...datasets.map((d) => cell(run, d))));
+      ...pairedCells(run), cell(run, ""), ...datasets.map((d) => cell(run, d))));
     $("table").replaceChildren(el("table", {}, el("thead", {}, head), el("tbody", {}, ...body)));
   }
 
