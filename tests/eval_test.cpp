@@ -296,7 +296,7 @@ TEST(Prompt, ChatTemplateWrapsTheWholePrompt) {
   const std::string prompt = suite.contexts[0].text + suite.contexts[0].questions[1].prompt;
   const ChatMessage message{"user", prompt};
   EXPECT_EQ(tokenizer.Detokenize(all, true),
-            tokenizer.Piece(tokenizer.bos(), true) + *tokenizer.ApplyChatTemplate({&message, 1}, true));
+            tokenizer.Piece(tokenizer.bos(), true) + tokenizer.ApplyChatTemplate({&message, 1}, {})->text);
   // The text's own "<|im_end|>" is text, not the token.
   const auto end = *tokenizer.Tokenize("<|im_end|>", false, true);
   ASSERT_EQ(end.size(), 1u);

@@ -361,35 +361,6 @@ TEST_F(ModelTest, LongWordsDoNotOverflowTheStack) {
   EXPECT_EQ(too_long.error().code, ErrorCode::kTooLong);
 }
 
-TEST_F(ModelTest, AppliesTheChatTemplate) {
-  TestModelOptions o;
-  const std::vector<ChatMessage> chat = {{"user", "in the \xff"}, {"assistant", "an"}, {"user", ""}};
-  auto model = Load(Write(o));
-  const auto refused = model->tokenizer().ApplyChatTemplate(chat, true);
-  ASSERT_FALSE(refused);
-  EXPECT_NE(refused.error().message.find("no chat template"), std::string::npos);
-  o.chat_template = true;
-  model = Load(Write(o));
-  EXPECT_TRUE(model->tokenizer().has_chat_template());
-  EXPECT_EQ(*model->tokenizer().ApplyChatTemplate(chat, true),
-            "<|im_start|>user\nin the \xff<|im_end|>\n<|im_start|>assistant\nan<|im_end|>\n<|im_start|>user\n"
-            "<|im_end|>\n<|im_start|>assistant\n");
-  EXPECT_EQ(*model->tokenizer().ApplyChatTemplate(std::vector<ChatMessage>{{"user", "a"}}, false),
-            "<|im_start|>user\na<|im_end|>\n");
-  EXPECT_TRUE(model->tokenizer().ApplyChatTemplate({}, true));
-  const auto zero =
-      model->tokenizer().ApplyChatTemplate(std::vector<ChatMessage>{{"user", std::string(3, '\0')}}, true);
-  ASSERT_FALSE(zero);
-  EXPECT_EQ(zero.error().code, ErrorCode::kInvalidArgument);
-  const std::string edited = dir_ / "edited.gguf";
-  ASSERT_TRUE(EditModel(Write(o), edited, [](gguf_context* f) {
-    gguf_set_val_str(f, "tokenizer.chat_template", "{{ something('else') }}");
-  }));
-  const auto unknown = Load(edited)->tokenizer().ApplyChatTemplate(chat, true);
-  ASSERT_FALSE(unknown);
-  EXPECT_EQ(unknown.error().code, ErrorCode::kUnsupported);
-}
-
 TEST_F(ModelTest, TokenizerServesManyThreads) {
   const auto model = Load(kReference);
   ASSERT_TRUE(model);

@@ -68,21 +68,43 @@ struct ChatMessage {
   std::string role, content;
 };
 
-// Tokenizer and chat template, by libllama (vocabulary-only load of the same file). Thread safe.
+struct ChatOptions {
+  bool add_generation_prompt = true;
+  // Further variables for the template, as a JSON object ({"enable_thinking": false}); empty for none.
+  std::string variables = {};
+};
+
+// A text in which the template's special tokens are tokens, and what looks like one in a message is text.
+struct PromptText {
+  std::string text;
+  // Offsets, ascending: a special token that one of them lies in (its first byte included) is text.
+  std::vector<int64_t> seams = {};
+};
+
+// Tokenizer, by libllama (vocabulary-only load of the same file), and chat template. Thread safe. No message
+// of an error names the file, since clients of a server may read it.
 class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
-  // add_special: BOS etc. as the model wants; parse_special: "<|...|>" in the text become their tokens.
+  // add_special: BOS etc. as the model wants, BOS once even if the text begins with one; parse_special:
+  // "<|...|>" in the text become their tokens.
   virtual Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special,
                                                   bool parse_special) const = 0;
+  // The same with special tokens parsed but for those that `prompt` says are text; from byte `from` on.
+  virtual Expected<std::vector<int32_t>> TokenizePrompt(const PromptText& prompt, bool add_special,
+                                                        int64_t from = 0) const = 0;
   virtual std::string Piece(int32_t token, bool special) const = 0;
   virtual std::string Detokenize(std::span<const int32_t> tokens, bool special) const = 0;
   virtual bool IsEndOfGeneration(int32_t token) const = 0;
   virtual int32_t bos() const = 0;  // -1: none
   virtual bool adds_bos() const = 0;
   virtual bool has_chat_template() const = 0;
-  virtual Expected<std::string> ApplyChatTemplate(std::span<const ChatMessage> messages,
-                                                  bool add_generation_prompt) const = 0;
+  // The template of the file, which is run as it is. kInvalidArgument where it refuses the messages,
+  // kUnsupported where there is none or it cannot be run.
+  virtual Expected<PromptText> ApplyChatTemplate(std::span<const ChatMessage> messages,
+                                                 const ChatOptions& options) const = 0;
+  // Empty where the template is run as it is; else a sentence on what is done instead. Runs it once.
+  virtual std::string chat_template_note() const = 0;
 };
 
 class Model {
