@@ -37,10 +37,7 @@ int64_t CountParameters(const Weights& weights) {
   add(weights.tok_embd);
   add(weights.output_norm);
   if (!weights.tied) add(weights.output);
-  for (const LayerWeights& l : weights.layers)
-    for (const ggml_tensor* t : {l.attn_norm, l.wq, l.wk, l.wv, l.wo, l.bq, l.bk, l.bv, l.bo, l.q_norm,
-                                 l.k_norm, l.ffn_norm, l.ffn_gate, l.ffn_up, l.ffn_down})
-      add(t);
+  for (const LayerWeights& l : weights.layers) ForEachWeight(l, add);
   return n;
 }
 
