@@ -158,7 +158,8 @@ void AddTokenizer(const TestModelOptions& o, gguf_context* file) {
     gguf_set_val_str(
         file, "tokenizer.chat_template",
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + "
-        "'<|im_end|>' + '\\n'}}{% endfor %}");
+        "'<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% "
+        "endif %}");
 }
 
 void AddHyperParams(const TestModelOptions& o, gguf_context* file) {

@@ -35,6 +35,13 @@ std::string WithSeams(const std::string& text, const SpecialTokens& special) {
   return out.append(text, done);
 }
 
+// The same for all texts in a value.
+void AddSeams(Json& value, const SpecialTokens& special) {
+  if (value.is_string()) value = WithSeams(value.get_ref<const std::string&>(), special);
+  if (value.is_structured())
+    for (Json& inner : value) AddSeams(inner, special);
+}
+
 PromptText TakeSeams(const std::string& text) {
   PromptText out;
   std::size_t done = 0;
@@ -86,7 +93,7 @@ Expected<std::string> ChatTemplate::RunJinja(std::span<const ChatMessage> messag
     for (const auto& [name, value] : more.items()) {
       if (variables.contains(name))
         return Fail(ErrorCode::kInvalidArgument, "the chat template's variable {} cannot be set", name);
-      variables[name] = value;
+      AddSeams(variables[name] = value, special_);
     }
   }
   // As llama-server: templates that look at it think unless they are told not to.

@@ -110,7 +110,7 @@ struct ChatMessage {
 
 struct ChatOptions {
   bool add_generation_prompt = true;
-  // Further variables for the template, as a JSON object ({"enable_thinking": false}); empty for none.
+  // Further variables, a JSON object; without "enable_thinking" that is true. Their texts are text, too.
   std::string variables = {};
 };
 

@@ -115,7 +115,8 @@ void Worker::Serve(int fd, int64_t request_bytes) const {
   const int nothing = open("/dev/null", O_RDWR);
   for (int standard : {0, 1, 2}) dup2(nothing, standard);
   if (fd != 3) dup2(fd, 3);
-  syscall(SYS_close_range, 4u, ~0u, 0u);
+  if (syscall(SYS_close_range, 4u, ~0u, 0u) != 0)
+    for (int other = 4; other < 65536; ++other) close(other);  // Linux before 5.9
   const rlimit no_core{0, 0};
   setrlimit(RLIMIT_CORE, &no_core);
   if (const int64_t now = AddressSpace(); now > 0) {
