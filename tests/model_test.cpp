@@ -1,8 +1,10 @@
 // Loading models: what is accepted, what is refused and in which words; the tokenizer; the fingerprint.
 #include "moend/model/model.h"
+#include "moend/model/gguf.h"
 
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <thread>
@@ -56,7 +58,6 @@ TEST_F(ModelTest, LoadsTheReferenceModel) {
   const auto model = Load(kReference, {.repack = false});
   ASSERT_TRUE(model);
   const HyperParams& h = model->hparams();
-  EXPECT_EQ(h.architecture, Architecture::kLlama);
   EXPECT_EQ(h.architecture_name, "llama");
   EXPECT_EQ(h.name, "moend reference 23M");
   EXPECT_EQ(h.n_layers, 12);
@@ -135,16 +136,16 @@ TEST_F(ModelTest, RefusesWhatIsNoModelFile) {
 }
 
 TEST_F(ModelTest, RefusesOtherArchitectures) {
-  ExpectEditRefused([](gguf_context* f) { gguf_set_val_str(f, "general.architecture", "gemma3"); }, {},
-                    ErrorCode::kUnsupported, {"\"gemma3\"", "llama, qwen2 and qwen3"});
+  ExpectEditRefused([](gguf_context* f) { gguf_set_val_str(f, "general.architecture", "mamba"); }, {},
+                    ErrorCode::kUnsupported, {"\"mamba\"", "llama, qwen2"});
   ExpectEditRefused([](gguf_context* f) { gguf_set_val_u32(f, "llama.expert_count", 8); }, {},
                     ErrorCode::kUnsupported, {"mixture of 8 experts"});
   ExpectEditRefused([](gguf_context* f) { gguf_set_val_str(f, "llama.rope.scaling.type", "longrope"); }, {},
                     ErrorCode::kUnsupported, {"\"longrope\"", "none, linear and yarn"});
   ExpectEditRefused([](gguf_context* f) { gguf_set_val_bool(f, "llama.attention.causal", false); }, {},
                     ErrorCode::kUnsupported, {"encoder"});
-  ExpectEditRefused([](gguf_context* f) { gguf_set_val_u16(f, "split.count", 3); }, {},
-                    ErrorCode::kUnsupported, {"one of 3 parts"});
+  ExpectEditRefused([](gguf_context* f) { gguf_set_val_u16(f, "split.count", 3); }, {}, ErrorCode::kCorrupt,
+                    {"split.no"});
   TestModelOptions o;
   o.head_size = 40;
   ExpectRefused(Write(o), ErrorCode::kUnsupported, {"heads of 40 channels", "multiples of 16 up to 256"});
@@ -275,6 +276,58 @@ TEST_F(ModelTest, HashTellsModelsApart) {
   EXPECT_EQ(Load(edited)->hash(), first);  // words about the model are not the model
 }
 
+// As llama-gguf-split writes them: the first part has the keys, each has some of the tensors.
+TEST_F(ModelTest, SplitFilesAreOneModel) {
+  const std::string whole = Write({}, "whole.gguf");
+  const auto name = [&](int part, int count) {
+    return dir_ / fmt::format("part-{:05}-of-{:05}.gguf", part, count);
+  };
+  const auto in_part = [](const std::string& tensor) {
+    return tensor.starts_with("blk.1") ? 2 : tensor.starts_with("blk.2") ? 3 : 1;
+  };
+  const auto write = [&](int part, const std::string& to, int no, int tensors) {
+    return EditModel(
+        whole, to,
+        [&](gguf_context* f) {
+          gguf_set_val_u16(f, "split.no", static_cast<uint16_t>(no));
+          gguf_set_val_u16(f, "split.count", 3);
+          gguf_set_val_i32(f, "split.tensors.count", tensors);
+        },
+        [&](const std::string& tensor) { return in_part(tensor) == part ? tensor : std::string(); });
+  };
+  const auto all = static_cast<int>(GgufFile::Open(whole)->tensors().size());
+  for (int p = 1; p <= 3; ++p) ASSERT_TRUE(write(p, name(p, 3), p - 1, all));
+
+  const auto model = Load(name(1, 3));
+  ASSERT_TRUE(model);
+  const auto one = Load(whole);
+  EXPECT_EQ(model->hash(), one->hash());
+  EXPECT_GT(model->file_bytes(), one->file_bytes());
+  EXPECT_EQ(*model->tokenizer().Tokenize("the in", true, false),
+            *one->tokenizer().Tokenize("the in", true, false));
+
+  ExpectRefused(name(2, 3), ErrorCode::kInvalidArgument, {"part 2 of 3", "name the first", name(1, 3)});
+  std::filesystem::copy_file(name(1, 3), dir_ / "other.gguf");
+  ExpectRefused(dir_ / "other.gguf", ErrorCode::kInvalidArgument, {"must end with -00001-of-00003.gguf"});
+  std::filesystem::rename(name(3, 3), dir_ / "away.gguf");
+  ExpectRefused(name(1, 3), ErrorCode::kNotFound, {"part 3", name(3, 3), "missing"});
+  std::filesystem::copy_file(name(2, 3), name(3, 3));
+  // The part that is wrong is named, not the one that was asked for.
+  const auto expect_named = [&](const std::string& part, const std::string& words) {
+    const auto refused = Model::Load(name(1, 3));
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code, ErrorCode::kCorrupt);
+    EXPECT_NE(refused.error().message.find(part), std::string::npos) << refused.error().message;
+    EXPECT_NE(refused.error().message.find(words), std::string::npos) << refused.error().message;
+  };
+  expect_named(name(3, 3), "part 2 of 3, not 3 of 3");
+  ASSERT_TRUE(write(2, name(3, 3), 2, all));
+  expect_named(name(3, 3), "an earlier part has too");
+  ASSERT_TRUE(write(3, name(3, 3), 2, all));
+  ASSERT_TRUE(write(1, name(1, 3), 0, all + 1));
+  ExpectRefused(name(1, 3), ErrorCode::kCorrupt, {"one model"});
+}
+
 TEST_F(ModelTest, TokenizesAndBack) {
   const auto model = Load(Write({}));
   ASSERT_TRUE(model);
@@ -359,35 +412,6 @@ TEST_F(ModelTest, LongWordsDoNotOverflowTheStack) {
   const auto too_long = model->tokenizer().Tokenize(std::string((1 << 20) + 1, '!'), false, false);
   ASSERT_FALSE(too_long);
   EXPECT_EQ(too_long.error().code, ErrorCode::kTooLong);
-}
-
-TEST_F(ModelTest, AppliesTheChatTemplate) {
-  TestModelOptions o;
-  const std::vector<ChatMessage> chat = {{"user", "in the \xff"}, {"assistant", "an"}, {"user", ""}};
-  auto model = Load(Write(o));
-  const auto refused = model->tokenizer().ApplyChatTemplate(chat, true);
-  ASSERT_FALSE(refused);
-  EXPECT_NE(refused.error().message.find("no chat template"), std::string::npos);
-  o.chat_template = true;
-  model = Load(Write(o));
-  EXPECT_TRUE(model->tokenizer().has_chat_template());
-  EXPECT_EQ(*model->tokenizer().ApplyChatTemplate(chat, true),
-            "<|im_start|>user\nin the \xff<|im_end|>\n<|im_start|>assistant\nan<|im_end|>\n<|im_start|>user\n"
-            "<|im_end|>\n<|im_start|>assistant\n");
-  EXPECT_EQ(*model->tokenizer().ApplyChatTemplate(std::vector<ChatMessage>{{"user", "a"}}, false),
-            "<|im_start|>user\na<|im_end|>\n");
-  EXPECT_TRUE(model->tokenizer().ApplyChatTemplate({}, true));
-  const auto zero =
-      model->tokenizer().ApplyChatTemplate(std::vector<ChatMessage>{{"user", std::string(3, '\0')}}, true);
-  ASSERT_FALSE(zero);
-  EXPECT_EQ(zero.error().code, ErrorCode::kInvalidArgument);
-  const std::string edited = dir_ / "edited.gguf";
-  ASSERT_TRUE(EditModel(Write(o), edited, [](gguf_context* f) {
-    gguf_set_val_str(f, "tokenizer.chat_template", "{{ something('else') }}");
-  }));
-  const auto unknown = Load(edited)->tokenizer().ApplyChatTemplate(chat, true);
-  ASSERT_FALSE(unknown);
-  EXPECT_EQ(unknown.error().code, ErrorCode::kUnsupported);
 }
 
 TEST_F(ModelTest, TokenizerServesManyThreads) {

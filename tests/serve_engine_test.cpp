@@ -227,8 +227,8 @@ TEST(EngineBackend, SpeaksTheModelsChatTemplate) {
   const World world;
   const auto backend = world.Make();
   const std::vector<ChatMessage> chat = {{"system", "be brief"}, {"user", "hello"}};
-  const auto whole = backend->ChatTokens(chat, true).value();
-  const auto before = backend->ChatTokens(std::span(chat).first(1), false).value();
+  const auto whole = backend->ChatTokens(chat, {}).value();
+  const auto before = backend->ChatTokens(std::span(chat).first(1), {.add_generation_prompt = false}).value();
   ASSERT_LT(before.size(), whole.size());
   EXPECT_TRUE(std::equal(before.begin(), before.end(), whole.begin()));
   EXPECT_NE(backend->Detokenize(whole).find("hello"), std::string::npos);

@@ -25,6 +25,23 @@ ApiError ChatError(const std::string& text) {
   return r ? ApiError{} : r.error();
 }
 
+TEST(Requests, TemplateVariablesAndSpecialTokens) {
+  const auto chat = ParseChatRequest(
+      Object(
+          R"({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"enable_thinking": false}})"),
+      kLimits, kDefaults);
+  ASSERT_TRUE(chat);
+  EXPECT_EQ(chat->template_variables, R"({"enable_thinking":false})");
+  EXPECT_EQ(
+      ChatError(R"({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": [1]})").param,
+      "chat_template_kwargs");
+  EXPECT_TRUE(ParseCompletionRequest(Object(R"({"prompt": "a"})"), kLimits, kDefaults)->parse_special);
+  EXPECT_FALSE(
+      ParseCompletionRequest(Object(R"({"prompt": "a", "parse_special": false})"), kLimits, kDefaults)
+          ->parse_special);
+  EXPECT_EQ(CompletionError(R"({"prompt": "a", "parse_special": 1})").param, "parse_special");
+}
+
 TEST(ParseBody, TakesObjectsOnly) {
   EXPECT_TRUE(ParseBody(R"({"a": [1, {"b": "]}"}]})", kLimits));
   for (const char* bad : {"", "null", "[]", "1", "{", "{\"a\":}", "{} {}", "{\"a\":1,}", "{'a':1}", "\"{}\"",

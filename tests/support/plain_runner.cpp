@@ -83,7 +83,7 @@ std::vector<std::vector<float>> PlainLogits(const Model& model, std::span<const 
   const ggml_backend_ptr backend(ggml_backend_cpu_init());
   ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
   const ggml_gallocr_ptr allocator(ggml_gallocr_new(ggml_backend_cpu_buffer_type()));
-  const auto nodes = static_cast<std::size_t>((h.n_layers + 1) * kNodesPerLayer);
+  const auto nodes = static_cast<std::size_t>((h.n_layers + 1) * NodesPerLayer(h));
 
   std::vector<std::vector<float>> rows;
   for (std::size_t begin = 0; begin < tokens.size(); begin += static_cast<std::size_t>(block)) {
@@ -96,6 +96,7 @@ std::vector<std::vector<float>> PlainLogits(const Model& model, std::span<const 
     ggml_tensor* positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, static_cast<int64_t>(n));
     ggml_set_input(ids);
     ggml_set_input(positions);
+    ggml_build_forward_expand(graph, positions);  // models without RoPE do not look at them
     ggml_tensor* x = BuildEmbedding(ctx, model, ids);
     for (int64_t l = 0; l < h.n_layers; ++l)
       x = BuildLayer(ctx, graph, model, l, x, positions, &slots[static_cast<std::size_t>(l)]);

@@ -94,10 +94,10 @@ std::string FakeBackend::Detokenize(std::span<const int32_t> tokens) const {
 }
 
 Expected<std::vector<int32_t>> FakeBackend::ChatTokens(std::span<const ChatMessage> messages,
-                                                       bool add_generation_prompt) const {
+                                                       const ChatOptions& options) const {
   std::string text;
   for (const ChatMessage& m : messages) text += m.role + ": " + m.content + "\n";
-  if (add_generation_prompt) text += "assistant:\n";
+  if (options.add_generation_prompt) text += "assistant:\n";
   return Tokenize(text, true, true);
 }
 

@@ -36,7 +36,7 @@ class FakeBackend : public Backend {
   std::string Detokenize(std::span<const int32_t> tokens) const override;
   bool IsEndOfGeneration(int32_t token) const override { return token == kEnd; }
   Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages,
-                                            bool add_generation_prompt) const override;
+                                            const ChatOptions& options) const override;
   Expected<std::unique_ptr<Context>> NewContext() override;
   Expected<void> Prefill(Context& context, std::span<const int32_t> tokens,
                          const std::function<bool(double)>& between) override;

@@ -32,6 +32,17 @@ struct Writer {
       ggml_quantize_chunk(type, values.data(), t->data, 0, rows, row_size, nullptr);
     gguf_add_tensor(file.get(), t);
   }
+  // The same for `count` matrices of `rows` rows each.
+  void AddStack(const std::string& name, ggml_type type, const std::vector<float>& values, int64_t row_size,
+                int64_t rows, int64_t count) {
+    const std::size_t bytes = ggml_row_size(type, row_size) * static_cast<std::size_t>(rows * count);
+    ggml_context* ctx = ggml_init({bytes + 2 * ggml_tensor_overhead(), nullptr, false});
+    contexts.emplace_back(ctx);
+    ggml_tensor* t = ggml_new_tensor_3d(ctx, type, row_size, rows, count);
+    ggml_set_name(t, name.c_str());
+    ggml_quantize_chunk(type, values.data(), t->data, 0, rows * count, row_size, nullptr);
+    gguf_add_tensor(file.get(), t);
+  }
   bool Write(const std::string& path) const { return gguf_write_to_file(file.get(), path.c_str(), false); }
 };
 
@@ -147,7 +158,8 @@ void AddTokenizer(const TestModelOptions& o, gguf_context* file) {
     gguf_set_val_str(
         file, "tokenizer.chat_template",
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + "
-        "'<|im_end|>' + '\\n'}}{% endfor %}");
+        "'<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% "
+        "endif %}");
 }
 
 void AddHyperParams(const TestModelOptions& o, gguf_context* file) {
@@ -165,7 +177,22 @@ void AddHyperParams(const TestModelOptions& o, gguf_context* file) {
   number("attention.head_count_kv", o.n_kv_heads);
   number("attention.key_length", o.head_size);
   number("attention.value_length", o.head_size);
-  number("rope.dimension_count", o.head_size);
+  number("rope.dimension_count", o.rope_dims > 0 ? o.rope_dims : o.head_size);
+  if (o.n_experts > 0) {
+    number("expert_count", o.n_experts);
+    number("expert_used_count", o.n_used);
+    if (o.architecture.starts_with("qwen")) number("expert_feed_forward_length", o.n_ff);
+    if (o.n_ff_shared > 0) number("expert_shared_feed_forward_length", o.n_ff_shared);
+  }
+  for (const auto& [name, value] : {std::pair{"logit_scale", o.logit_scale},
+                                    {"residual_scale", o.residual_scale},
+                                    {"embedding_scale", o.embedding_scale},
+                                    {"attention.scale", o.attention_scale},
+                                    {"attention.temperature_scale", o.temperature_scale},
+                                    {"rope.scaling.yarn_beta_fast", o.yarn_beta_fast},
+                                    {"rope.scaling.yarn_log_multiplier", o.yarn_log_multiplier}})
+    if (value != 0) gguf_set_val_f32(file, key(name).c_str(), value);
+  if (!o.rope_finetuned) gguf_set_val_bool(file, key("rope.scaling.finetuned").c_str(), false);
   gguf_set_val_f32(file, key("attention.layer_norm_rms_epsilon").c_str(), 1e-5f);
   gguf_set_val_f32(file, key("rope.freq_base").c_str(), o.rope_freq_base);
   if (!o.rope_scaling.empty())
@@ -188,10 +215,18 @@ class Weights {
     Vector("output_norm.weight", o_.n_embd, 1.0f, 0.1f);
     if (!o_.tied) Matrix("output.weight", o_.n_embd, o_.n_vocab, kLogitSpread);
     if (o_.rope_factors) {
-      std::vector<float> factors;  // as llama-3.1: long waves are stretched by 8, short ones not
-      for (int64_t i = 0; i < o_.head_size / 2; ++i)
-        factors.push_back(i < o_.head_size / 6 ? 1.0f : i < o_.head_size / 3 ? 3.0f : 8.0f);
-      out_.Add("rope_freqs.weight", GGML_TYPE_F32, factors, o_.head_size / 2);
+      const int64_t pairs = (o_.rope_dims > 0 ? o_.rope_dims : o_.head_size) / 2;
+      std::vector<float> factors, others;  // as llama-3.1: long waves are stretched by 8, short ones not
+      for (int64_t i = 0; i < pairs; ++i) {
+        factors.push_back(i < pairs / 3 ? 1.0f : i < 2 * pairs / 3 ? 3.0f : 8.0f);
+        others.push_back(1.0f + 0.01f * static_cast<float>(i));
+      }
+      if (o_.architecture == "phi3") {
+        out_.Add("rope_factors_long.weight", GGML_TYPE_F32, factors, pairs);
+        out_.Add("rope_factors_short.weight", GGML_TYPE_F32, others, pairs);
+      } else {
+        out_.Add("rope_freqs.weight", GGML_TYPE_F32, factors, pairs);
+      }
     }
     for (int64_t l = 0; l < o_.n_layers; ++l) Layer("blk." + std::to_string(l) + ".");
   }
@@ -239,15 +274,40 @@ class Weights {
       Vector(prefix + "attn_k.bias", kv_rows, 0.0f, 0.3f);
       Vector(prefix + "attn_v.bias", kv_rows, 0.0f, 0.3f);
     }
-    if (o_.architecture == "qwen3") {
-      Vector(prefix + "attn_q_norm.weight", o_.head_size, 1.4f, 0.1f);
-      Vector(prefix + "attn_k_norm.weight", o_.head_size, 1.4f, 0.1f);
+    if (o_.architecture == "qwen3" || o_.architecture == "qwen3moe" || o_.architecture == "olmoe") {
+      const bool row = o_.architecture == "olmoe";
+      Vector(prefix + "attn_q_norm.weight", row ? q_rows : o_.head_size, 1.4f, 0.1f);
+      Vector(prefix + "attn_k_norm.weight", row ? kv_rows : o_.head_size, 1.4f, 0.1f);
     }
     Matrix(prefix + "attn_output.weight", q_rows, o_.n_embd, 1.0f);
     Vector(prefix + "ffn_norm.weight", o_.n_embd, 1.0f, 0.1f);
-    Matrix(prefix + "ffn_gate.weight", o_.n_embd, o_.n_ff, 1.0f);
-    Matrix(prefix + "ffn_up.weight", o_.n_embd, o_.n_ff, 1.0f);
+    if (o_.architecture == "glm4") {
+      Vector(prefix + "post_attention_norm.weight", o_.n_embd, 1.0f, 0.1f);
+      Vector(prefix + "post_ffw_norm.weight", o_.n_embd, 1.0f, 0.1f);
+    }
+    if (o_.n_experts > 0) return Experts(prefix);
+    const bool fused = o_.architecture == "glm4" || o_.architecture == "phi3";
+    if (!fused) Matrix(prefix + "ffn_gate.weight", o_.n_embd, o_.n_ff, 1.0f);
+    Matrix(prefix + "ffn_up.weight", o_.n_embd, fused ? 2 * o_.n_ff : o_.n_ff, 1.0f);
     Matrix(prefix + "ffn_down.weight", o_.n_ff, o_.n_embd, 1.0f);
+  }
+
+  void Experts(const std::string& prefix) {
+    const auto stack = [&](const char* name, int64_t in, int64_t out) {
+      out_.AddStack(prefix + name, o_.weight_type,
+                    Normal(in * out * o_.n_experts, 0.0f, 1.0f / std::sqrt(static_cast<float>(in))), in, out,
+                    o_.n_experts);
+    };
+    // Logits of a spread of about 2: the chosen experts are clear, and none takes it all.
+    Matrix(prefix + "ffn_gate_inp.weight", o_.n_embd, o_.n_experts, 2.0f);
+    stack("ffn_gate_exps.weight", o_.n_embd, o_.n_ff);
+    stack("ffn_up_exps.weight", o_.n_embd, o_.n_ff);
+    stack("ffn_down_exps.weight", o_.n_ff, o_.n_embd);
+    if (o_.n_ff_shared == 0) return;
+    Matrix(prefix + "ffn_gate_shexp.weight", o_.n_embd, o_.n_ff_shared, 1.0f);
+    Matrix(prefix + "ffn_up_shexp.weight", o_.n_embd, o_.n_ff_shared, 1.0f);
+    Matrix(prefix + "ffn_down_shexp.weight", o_.n_ff_shared, o_.n_embd, 1.0f);
+    if (o_.architecture == "qwen2moe") Vector(prefix + "ffn_gate_inp_shexp.weight", o_.n_embd, 0.0f, 0.1f);
   }
 
   const TestModelOptions& o_;

@@ -12,7 +12,7 @@
 namespace moend::test {
 
 struct TestModelOptions {
-  std::string architecture = "llama";  // llama, qwen2, qwen3
+  std::string architecture = "llama";  // any that moend runs
   int64_t n_layers = 3, n_embd = 128, n_heads = 4, n_kv_heads = 2, head_size = 32, n_ff = 256;
   int64_t n_vocab = 320;  // at least kLeastVocab
   int64_t n_ctx_train = 4096;
@@ -29,9 +29,16 @@ struct TestModelOptions {
       false;  // one matrix attn_qkv (llama only: libllama reads it in all, converters write none)
   // Every eighth channel of the K projection is this much larger, as in models with outlier channels.
   float k_outlier = 1.0f;
-  bool chat_template = false;  // ChatML
-  bool sentencepiece = false;  // tokenizer of the kind "llama" instead of "gpt2"
-  std::string pre_tokenizer;   // tokenizer.ggml.pre; empty takes the usual one of the architecture
+  bool chat_template = false;         // ChatML
+  bool sentencepiece = false;         // tokenizer of the kind "llama" instead of "gpt2"
+  std::string pre_tokenizer;          // tokenizer.ggml.pre; empty takes the usual one of the architecture
+  int64_t n_experts = 0, n_used = 0;  // n_ff is then of an expert
+  int64_t n_ff_shared = 0;            // 0: no shared expert
+  int64_t rope_dims = 0;              // channels of a head that are turned; 0: all
+  float logit_scale = 0, residual_scale = 0, embedding_scale = 0, attention_scale = 0;  // granite; 0: no key
+  float temperature_scale = 0;                                                          // mistral3; 0: no key
+  float yarn_beta_fast = 0, yarn_log_multiplier = 0;                                    // mistral3; 0: no key
+  bool rope_finetuned = true;  // granite: false says that there is no RoPE
   uint64_t seed = 1;
 };
 

@@ -25,27 +25,26 @@ std::optional<std::string> ReadLine() {
 // One conversation: its messages, and how much of them, as text, the session has read.
 class Conversation {
  public:
-  Conversation(std::shared_ptr<Engine> engine, const Plan& plan, const SessionOptions& options)
-      : engine_(std::move(engine)), plan_(plan), options_(options) {}
+  Conversation(std::shared_ptr<Engine> engine, const Plan& plan, const SessionOptions& options,
+               const std::string& template_variables)
+      : engine_(std::move(engine)), plan_(plan), options_(options), variables_(template_variables) {}
 
   void Add(const std::string& role, const std::string& content) { messages_.push_back({role, content}); }
 
   // Reads what the session has not seen yet.
   Expected<void> Read(RunStats& stats) {
     const Tokenizer& tokenizer = engine_->model().tokenizer();
-    MOEND_ASSIGN(const std::string text, tokenizer.ApplyChatTemplate(messages_, true));
-    // A template that rewrites earlier turns (some trim answers) makes the session read all of them anew.
-    if (!session_ || !text.starts_with(read_)) {
+    MOEND_ASSIGN(const PromptText prompt, tokenizer.ApplyChatTemplate(messages_, {.variables = variables_}));
+    // A template that rewrites earlier turns (some trim answers, some drop thoughts) makes the session read
+    // all of them anew.
+    if (!session_ || !prompt.text.starts_with(read_)) {
       MOEND_ASSIGN(Session fresh, Session::Create(engine_, plan_, options_));
       session_.emplace(std::move(fresh));
       read_.clear();
     }
-    const bool first = read_.empty();
-    MOEND_ASSIGN(auto tokens, tokenizer.Tokenize(std::string_view(text).substr(read_.size()), first, true));
-    if (first && tokens.size() > 1 && tokens[0] == tokens[1] && tokens[0] == tokenizer.bos())
-      tokens.erase(tokens.begin());
+    MOEND_ASSIGN(const auto tokens, tokenizer.TokenizePrompt(prompt, read_.empty(), std::ssize(read_)));
     MOEND_TRY(TimedPrefill(*session_, tokens, stats));
-    read_ = text;
+    read_ = prompt.text;
     return {};
   }
 
@@ -67,6 +66,7 @@ class Conversation {
   std::shared_ptr<Engine> engine_;
   const Plan& plan_;
   SessionOptions options_;
+  std::string variables_;
   std::vector<ChatMessage> messages_;
   std::optional<Session> session_;
   std::string read_;
@@ -75,13 +75,15 @@ class Conversation {
 }  // namespace
 
 Expected<void> Chat(std::shared_ptr<Engine> engine, const Plan& plan, const SessionOptions& session_options,
-                    const GenerateOptions& options, const std::string& system) {
+                    const GenerateOptions& options, const std::string& system,
+                    const std::string& template_variables) {
   const bool terminal = isatty(STDIN_FILENO) == 1;
   if (!engine->model().tokenizer().has_chat_template())
     return Fail(ErrorCode::kUnsupported, "{} has no chat template; use -p or -f without --chat",
                 engine->model().path());
+  if (const std::string note = engine->model().tokenizer().chat_template_note(); !note.empty()) Note(note);
   if (terminal) Note("one message a line; Ctrl-C ends an answer, Ctrl-D the conversation");
-  Conversation conversation(std::move(engine), plan, session_options);
+  Conversation conversation(std::move(engine), plan, session_options, template_variables);
   if (!system.empty()) conversation.Add("system", system);
   RunStats stats;
   while (true) {

@@ -44,13 +44,20 @@ Expected<void> ExplainModel(const std::string& path) {
   Row("file", fmt::format("{}, {:.1f} MiB", path, MiB(model->file_bytes())));
   Row("architecture", hp.architecture_name);
   Row("layers", fmt::format("{}", hp.n_layers));
-  Row("width", fmt::format("{}, feed-forward {}", hp.n_embd, hp.n_ff));
+  const FfnParams& ffn = hp.layers.back().ffn;
+  Row("width", fmt::format("{}, feed-forward {}", hp.n_embd, ffn.n_ff));
+  if (ffn.n_experts > 0)
+    Row("experts", fmt::format("{}, of which a token goes through {}{}", ffn.n_experts, ffn.n_used,
+                               ffn.n_ff_shared > 0 ? " and a shared one" : ""));
   Row("query heads", fmt::format("{}, {} to a KV head", hp.n_heads, hp.n_heads / hp.n_kv_heads));
   Row("KV heads", fmt::format("{}, head size {}", hp.n_kv_heads, hp.head_size));
   Row("vocabulary", fmt::format("{} tokens", hp.n_vocab));
   Row("trained context", fmt::format("{} tokens", hp.n_ctx_train));
   Row("RoPE", fmt::format("base {:g}, scale {:g}{}", hp.rope.freq_base, hp.rope.freq_scale,
                           hp.rope.ext_factor != 0 ? ", YaRN" : ""));
+  if (const auto none = std::ranges::count(hp.layers, 0, [](const LayerParams& l) { return l.rope.n_dims; });
+      none > 0)
+    Row("layers without RoPE", fmt::format("{}", none));
   Row("fingerprint", model->hash());
 
   const KvShape shape{hp.n_kv_heads, hp.head_size};

@@ -31,7 +31,7 @@ code 130.)";
 struct RunOptions {
   ModelFlags model;
   PlanFlags plan;
-  std::string prompt, file, system;
+  std::string prompt, file, system, template_variables;
   bool has_prompt = false, has_file = false;
   int64_t n_predict = -1, n_ctx = 0, seed = -1;
   SamplerOptions sampler;
@@ -100,18 +100,17 @@ Expected<void> Run(RunOptions& options) {
     SessionOptions session;
     session.n_ctx = limit;
     session.scorer = options.plan.scorer;
-    return Chat(engine, plan, session, generate, options.system);
+    return Chat(engine, plan, session, generate, options.system, options.template_variables);
   }
+  moend::PromptText prompt{std::move(text)};
   if (options.chat) {
     std::vector<ChatMessage> messages;
     if (!options.system.empty()) messages.push_back({"system", options.system});
-    messages.push_back({"user", text});
-    MOEND_ASSIGN(text, tokenizer.ApplyChatTemplate(messages, true));
+    messages.push_back({"user", std::move(prompt.text)});
+    MOEND_ASSIGN(prompt, tokenizer.ApplyChatTemplate(messages, {.variables = options.template_variables}));
+    if (const std::string note = tokenizer.chat_template_note(); !note.empty()) Note(note);
   }
-  // A template may spell out the BOS token that the tokenizer would add.
-  MOEND_ASSIGN(auto tokens, tokenizer.Tokenize(text, true, true));
-  if (tokens.size() > 1 && tokenizer.adds_bos() && tokens[0] == tokens[1] && tokens[0] == tokenizer.bos())
-    tokens.erase(tokens.begin());
+  MOEND_ASSIGN(const auto tokens, tokenizer.TokenizePrompt(prompt, true));
   const auto n_prompt = static_cast<int64_t>(tokens.size());
   if (n_prompt == 0) return Fail(ErrorCode::kInvalidArgument, "the prompt is empty");
   if (n_prompt > limit || (n_prompt == limit && options.n_predict != 0))
@@ -192,6 +191,10 @@ void AddRun(CLI::App& app, int& exit_code) {
   command->add_flag("--chat,--conversation", o.chat,
                     "use the model's chat template; without -p and -f, a conversation");
   command->add_option("--system-prompt", o.system, "with --chat: the system message")->type_name("TEXT");
+  command
+      ->add_option("--chat-template-kwargs", o.template_variables,
+                   "with --chat: variables for the template, {\"enable_thinking\": false}")
+      ->type_name("JSON");
   command->add_flag("--json", o.json, "one JSON object on stdout instead of the text as it comes");
   command->add_flag("--ignore-eos", o.ignore_eos, "go on where the model would end");
   command->add_flag("--special", o.special, "show special tokens in the text");

@@ -200,6 +200,8 @@ Expected<void> Serve(ServeFlags& flags) {
   MOEND_ASSIGN(auto engine, flags.model.Load());
   if (const int64_t trained = engine->model().hparams().n_ctx_train; flags.n_ctx > trained)
     log.Warning("contexts of {} tokens; {} was trained for {}", flags.n_ctx, flags.model.path, trained);
+  if (const std::string note = engine->model().tokenizer().chat_template_note(); !note.empty())
+    log.Warning("{}", note);
   MOEND_ASSIGN(const auto plans, MakePlans(flags, *engine));
   MOEND_ASSIGN(auto backend, serve::MakeEngineBackend(engine, plans));
   MOEND_TRY(CheckBudget(*backend, budget, flags.kv_budget_mib, log));

@@ -62,7 +62,8 @@ Expected<std::unique_ptr<Compute>> Compute::Create(std::shared_ptr<const Model> 
   ggml_backend_cpu_set_n_threads(c->backend_.get(), c->n_threads_);
   ggml_backend_cpu_set_threadpool(c->backend_.get(), c->pool_.get());
   c->block_alloc_.reset(ggml_gallocr_new(ggml_backend_cpu_buffer_type()));
-  c->block_meta_.resize(MetaBytes(kNodesPerLayer + kFixedNodes));
+  c->block_nodes_ = NodesPerLayer(c->model_->hparams()) + kFixedNodes;
+  c->block_meta_.resize(MetaBytes(c->block_nodes_));
   return c;
 }
 
@@ -80,8 +81,7 @@ Expected<void> Compute::Run(ggml_cgraph* graph) {
   const std::unique_ptr<ggml_context, GgmlContextDeleter> owner(ggml_init(init));            \
   if (!owner) return Fail(ErrorCode::kOutOfMemory, "ggml found no memory for a graph");      \
   ggml_context* ctx = owner.get();                                                           \
-  ggml_cgraph* graph =                                                                       \
-      ggml_new_graph_custom(ctx, static_cast<std::size_t>(kNodesPerLayer + kFixedNodes), false)
+  ggml_cgraph* graph = ggml_new_graph_custom(ctx, static_cast<std::size_t>(block_nodes_), false)
 
 Expected<void> Compute::Embed(std::span<const int32_t> tokens, float* hidden) {
   const HyperParams& hp = model_->hparams();
@@ -152,7 +152,7 @@ Expected<std::unique_ptr<Compute::Graph>> Compute::MakeStep(int64_t n, bool head
   auto g = std::make_unique<Graph>();
   g->n = n;
   g->head = head;
-  const int64_t nodes = kNodesPerLayer * hp.n_layers + kFixedNodes;
+  const int64_t nodes = NodesPerLayer(hp) * hp.n_layers + kFixedNodes;
   g->ctx.reset(ggml_init({MetaBytes(nodes), nullptr, /*no_alloc=*/true}));
   if (!g->ctx) return Fail(ErrorCode::kOutOfMemory, "ggml found no memory for a graph");
   ggml_context* ctx = g->ctx.get();
@@ -162,6 +162,7 @@ Expected<std::unique_ptr<Compute::Graph>> Compute::MakeStep(int64_t n, bool head
   g->positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
   ggml_set_input(g->tokens);
   ggml_set_input(g->positions);
+  ggml_build_forward_expand(g->graph, g->positions);  // has memory even if no layer looks at positions
   ggml_tensor* x = BuildEmbedding(ctx, *model_, g->tokens);
   for (int64_t l = 0; l < hp.n_layers; ++l) {
     HookSlot& slot = g->slots[static_cast<std::size_t>(l)];

@@ -83,6 +83,7 @@ class Compute {
   std::unique_ptr<ggml_threadpool, ThreadpoolDeleter> pool_;
   std::unique_ptr<ggml_gallocr, GallocrDeleter> block_alloc_;  // graphs of one block, rebuilt for each
   std::vector<uint8_t> block_meta_;
+  int64_t block_nodes_ = 0;                    // most nodes of such a graph
   std::vector<std::unique_ptr<Graph>> steps_;  // decode graphs, kept, one a batch size and kind
 };
 

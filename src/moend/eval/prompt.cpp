@@ -15,7 +15,8 @@ struct Wrapping {
 
 Expected<Wrapping> ChatWrapping(const Tokenizer& tokenizer) {
   const ChatMessage message{"user", kPlace};
-  MOEND_ASSIGN(const std::string text, tokenizer.ApplyChatTemplate({&message, 1}, true));
+  MOEND_ASSIGN(const PromptText rendered, tokenizer.ApplyChatTemplate({&message, 1}, {}));
+  const std::string& text = rendered.text;
   const std::size_t at = text.find(kPlace);
   if (at == std::string::npos || text.find(kPlace, at + 1) != std::string::npos)
     return Fail(ErrorCode::kUnsupported,
@@ -44,8 +45,6 @@ Expected<PreparedContext> Prepare(const Tokenizer& tokenizer, const Context& con
   PreparedContext out;
   // The template's own special tokens are tokens; what looks like one in a text is not.
   MOEND_ASSIGN(out.context, tokenizer.Tokenize(wrapping.before, true, true));
-  if (out.context.size() > 1 && out.context[0] == tokenizer.bos() && out.context[1] == tokenizer.bos())
-    out.context.erase(out.context.begin());  // the template brings one, the tokenizer adds another
   MOEND_ASSIGN(const auto text, tokenizer.Tokenize(context.text, false, false));
   Append(out.context, text);
   MOEND_ASSIGN(const auto after, tokenizer.Tokenize(wrapping.after, false, true));

@@ -52,6 +52,26 @@ void HashData(Hasher& hash, std::span<const uint8_t> data) {
   }
 }
 
+// What is as in the first architectures adds nothing, so that their hashes stay what files of profiles and
+// plans say.
+void HashLayers(Hasher& hash, const HyperParams& h) {
+  if (h.embedding_scale != 1 || h.logit_scale != 1 || h.query_temperature.scale != 0)
+    for (float f : {h.embedding_scale, h.logit_scale, h.query_temperature.scale,
+                    static_cast<float>(h.query_temperature.every)})
+      hash.Real(f);
+  for (const LayerParams& l : h.layers) {
+    const bool rope = l.rope.n_dims == h.head_size;
+    const bool old_norm = l.qk_norm == (h.architecture_name == "qwen3" ? QkNorm::kHeads : QkNorm::kNone);
+    if (rope && old_norm && !l.post_norms && l.residual_scale == 1 && l.ffn.n_experts == 0 && !l.ffn.fused)
+      continue;
+    for (int64_t n : {int64_t{l.rope.n_dims}, static_cast<int64_t>(l.qk_norm), int64_t{l.post_norms},
+                      l.ffn.n_ff, int64_t{l.ffn.fused}, l.ffn.n_experts, l.ffn.n_used,
+                      int64_t{l.ffn.normalize}, l.ffn.n_ff_shared, int64_t{l.ffn.shared_gate}})
+      hash.Word(static_cast<uint64_t>(n));
+    hash.Real(l.residual_scale);
+  }
+}
+
 }  // namespace
 
 std::string ModelHash(const GgufFile& file, const HyperParams& h) {
@@ -66,6 +86,8 @@ std::string ModelHash(const GgufFile& file, const HyperParams& h) {
     hash.Real(f);
   hash.Word(static_cast<uint64_t>(r.n_ctx_orig));
 
+  HashLayers(hash, h);
+
   // By name, so that the order in the file does not matter.
   std::vector<const GgufTensor*> tensors;
   for (const GgufTensor& t : file.tensors()) tensors.push_back(&t);
@@ -74,8 +96,7 @@ std::string ModelHash(const GgufFile& file, const HyperParams& h) {
     hash.Text(t->name);
     hash.Word(static_cast<uint64_t>(t->type));
     for (int64_t n : t->ne) hash.Word(static_cast<uint64_t>(n));
-    HashData(hash,
-             file.bytes().subspan(static_cast<std::size_t>(t->offset), static_cast<std::size_t>(t->bytes)));
+    HashData(hash, {t->data, static_cast<std::size_t>(t->bytes)});
   }
   return fmt::format("{:016x}", hash.Finish());
 }

@@ -77,7 +77,7 @@ class GgufParser {
  public:
   GgufParser(std::span<const uint8_t> file, const std::string& path) : file_(file), path_(path) {
     out_.path_ = path;
-    out_.file_ = file;
+    out_.parts_ = {file};
   }
 
   Expected<GgufFile> Run() {
@@ -269,6 +269,7 @@ class GgufParser {
         return Bad("is cut off: tensor {} ends at byte {} but the file has {} bytes; download it again",
                    Printable(tensor.name),
                    static_cast<uint64_t>(tensor.offset) + static_cast<uint64_t>(tensor.bytes), file_bytes);
+      tensor.data = file_.data() + tensor.offset;
     }
     return {};
   }
@@ -286,7 +287,8 @@ Expected<GgufFile> GgufFile::Parse(std::span<const uint8_t> file, const std::str
 Expected<GgufFile> GgufFile::Open(const std::string& path) {
   MOEND_ASSIGN(MappedFile mapping, MappedFile::Open(path));
   MOEND_ASSIGN(GgufFile file, Parse(mapping.bytes(), path));
-  file.mapping_ = std::move(mapping);
+  file.mappings_.push_back(std::move(mapping));
+  MOEND_TRY(file.AddParts());
   return file;
 }
 

@@ -54,8 +54,10 @@ struct GgufTensor {
   std::string_view name;
   ggml_type type = GGML_TYPE_F32;
   std::array<int64_t, 4> ne = {1, 1, 1, 1};
-  int64_t offset = 0;  // from the start of the file
+  int64_t offset = 0;  // from the start of its file
   int64_t bytes = 0;
+  int64_t part = 0;               // which of GgufFile::parts() it lies in
+  const uint8_t* data = nullptr;  // [bytes], in the mapping
 };
 
 // Text of the file made fit for a message: printable, cut to a line.
@@ -65,14 +67,17 @@ std::string ShapeText(const std::array<int64_t, 4>& ne);
 
 class GgufFile {
  public:
-  // Maps the file and checks it as a whole. kCorrupt names what contradicts what; kUnsupported for versions
-  // and byte orders that moend does not read.
+  // Maps the file and checks it as a whole; the first of a model's parts (NAME-00001-of-00003.gguf) opens the
+  // others too. kCorrupt names what contradicts what, kNotFound a part that is missing; kUnsupported for
+  // versions and byte orders that moend does not read.
   static Expected<GgufFile> Open(const std::string& path);
   // The same over bytes that the caller keeps alive; `path` is for messages.
   static Expected<GgufFile> Parse(std::span<const uint8_t> file, const std::string& path);
 
   const std::string& path() const { return path_; }
-  std::span<const uint8_t> bytes() const { return file_; }
+  // The bytes of each part; one unless the model is split.
+  std::span<const std::span<const uint8_t>> parts() const { return parts_; }
+  int64_t total_bytes() const;
   std::span<const GgufTensor> tensors() const { return tensors_; }
   const GgufTensor* FindTensor(std::string_view name) const;
   const GgufValue* Find(std::string_view key) const;
@@ -94,9 +99,10 @@ class GgufFile {
  private:
   friend class GgufParser;
   std::string path_;
-  MappedFile mapping_;
-  std::span<const uint8_t> file_;
-  std::unordered_map<std::string_view, GgufValue> values_;  // names and values point into file_
+  Expected<void> AddParts();
+  std::vector<MappedFile> mappings_;
+  std::vector<std::span<const uint8_t>> parts_;
+  std::unordered_map<std::string_view, GgufValue> values_;  // names and values point into parts_
   std::vector<GgufTensor> tensors_;
   std::unordered_map<std::string_view, int64_t> tensor_index_;
 };

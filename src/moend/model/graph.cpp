@@ -1,5 +1,8 @@
 #include "moend/model/graph.h"
 
+#include <algorithm>
+#include <cmath>
+
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
 #endif
@@ -42,9 +45,9 @@ ggml_tensor* Linear(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* bias, g
 }
 
 // x: [head_size, heads, n], rotated by the tokens' positions.
-ggml_tensor* Rope(ggml_context* ctx, const HyperParams& h, ggml_tensor* x, ggml_tensor* positions,
+ggml_tensor* Rope(ggml_context* ctx, const RopeParams& r, ggml_tensor* x, ggml_tensor* positions,
                   ggml_tensor* factors) {
-  const RopeParams& r = h.rope;
+  if (r.n_dims == 0) return x;
   return ggml_rope_ext(ctx, x, positions, factors, r.n_dims, r.mode, r.n_ctx_orig, r.freq_base, r.freq_scale,
                        r.ext_factor, r.attn_factor, r.beta_fast, r.beta_slow);
 }
@@ -90,42 +93,133 @@ ggml_tensor* Attention(ggml_context* ctx, HookSlot* slot, ggml_tensor* q, ggml_t
                         GGML_N_TASKS_MAX, slot);
 }
 
+// dst: f32 [1, 1, n] from positions i32 [n].
+void TemperatureOp(ggml_tensor* dst, int thread, int /*n_threads*/, void* user) {
+  if (thread != 0) return;
+  const auto& t = *static_cast<const QueryTemperature*>(user);
+  const auto* positions = static_cast<const int32_t*>(dst->src[0]->data);
+  auto* out = static_cast<float*>(dst->data);
+  for (int64_t i = 0; i < dst->ne[2]; ++i) {
+    const double turn = std::floor(static_cast<float>(positions[i]) / static_cast<float>(t.every));
+    out[i] = static_cast<float>(std::log(turn + 1.0) * static_cast<double>(t.scale) + 1.0);
+  }
+}
+
+ggml_tensor* Sharpen(ggml_context* ctx, const HyperParams& h, ggml_tensor* q, ggml_tensor* positions) {
+  if (h.query_temperature.scale == 0) return q;
+  // The user data is only read.
+  ggml_tensor* factors =
+      ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, positions->ne[0], 1, &positions, 1, TemperatureOp, 1,
+                     const_cast<QueryTemperature*>(&h.query_temperature));
+  return ggml_mul(ctx, q, factors);
+}
+
+// x: [width of all heads, n]. Returns [head_size, heads, n], normed as `norm` says.
+ggml_tensor* Heads(ggml_context* ctx, const HyperParams& h, ggml_tensor* x, int64_t heads, QkNorm norm,
+                   ggml_tensor* weight) {
+  if (norm == QkNorm::kRow) x = Norm(ctx, h, x, weight);
+  x = ggml_reshape_3d(ctx, x, h.head_size, heads, x->ne[1]);
+  return norm == QkNorm::kHeads ? Norm(ctx, h, x, weight) : x;
+}
+
+ggml_tensor* DenseFfn(ggml_context* ctx, const LayerWeights& w, ggml_tensor* x) {
+  ggml_tensor* gate = Linear(ctx, w.ffn_gate, w.ffn_gate_b, x);
+  ggml_tensor* up = Linear(ctx, w.ffn_up, w.ffn_up_b, x);
+  return Linear(ctx, w.ffn_down, w.ffn_down_b, ggml_swiglu_split(ctx, gate, up));
+}
+
+// x: [n_embd, n]. Each token goes through the experts that the router gives the most weight. The order of the
+// sums is libllama's, so that nothing but the attention rounds otherwise.
+ggml_tensor* ExpertsFfn(ggml_context* ctx, ggml_cgraph* graph, const FfnParams& f, const LayerWeights& w,
+                        ggml_tensor* x) {
+  const int64_t n_embd = x->ne[0], n = x->ne[1];
+  ggml_tensor* probabilities = ggml_soft_max(ctx, ggml_mul_mat(ctx, w.router, x));
+  ggml_tensor* chosen = ggml_argsort_top_k(ctx, probabilities, static_cast<int>(f.n_used));  // [n_used, n]
+  ggml_tensor* weights =
+      ggml_get_rows(ctx, ggml_reshape_3d(ctx, probabilities, 1, f.n_experts, n), chosen);  // [1, n_used, n]
+  if (f.normalize) {
+    constexpr float kLeast = 6.103515625e-5f;  // the smallest normal half float
+    weights = ggml_reshape_2d(ctx, weights, f.n_used, n);
+    ggml_tensor* sum = ggml_clamp(ctx, ggml_sum_rows(ctx, weights), kLeast, INFINITY);
+    weights = ggml_reshape_3d(ctx, ggml_div(ctx, weights, sum), 1, f.n_used, n);
+  }
+  ggml_build_forward_expand(graph, weights);
+
+  ggml_tensor* in = ggml_reshape_3d(ctx, x, n_embd, 1, n);
+  ggml_tensor* up = ggml_mul_mat_id(ctx, w.up_experts, in, chosen);      // [n_ff, n_used, n]
+  ggml_tensor* gate = ggml_mul_mat_id(ctx, w.gate_experts, in, chosen);  // [n_ff, n_used, n]
+  ggml_tensor* each = ggml_mul_mat_id(ctx, w.down_experts, ggml_swiglu_split(ctx, gate, up), chosen);
+  each = ggml_mul(ctx, each, weights);  // [n_embd, n_used, n]
+  ggml_build_forward_expand(graph, each);
+  ggml_tensor* out = nullptr;
+  for (int64_t e = 0; e < f.n_used; ++e) {
+    ggml_tensor* one =
+        ggml_view_2d(ctx, each, n_embd, n, each->nb[2], static_cast<std::size_t>(e) * each->nb[1]);
+    out = out ? ggml_add(ctx, out, one) : one;
+  }
+  if (f.n_used == 1) out = ggml_cont(ctx, out);
+  if (f.n_ff_shared == 0) return out;
+
+  ggml_tensor* shared =
+      ggml_swiglu_split(ctx, ggml_mul_mat(ctx, w.gate_shared, x), ggml_mul_mat(ctx, w.up_shared, x));
+  shared = ggml_mul_mat(ctx, w.down_shared, shared);
+  if (f.shared_gate) shared = ggml_mul(ctx, shared, ggml_sigmoid(ctx, ggml_mul_mat(ctx, w.shared_gate, x)));
+  return ggml_add(ctx, out, shared);
+}
+
+// What a block adds to the stream: normed and scaled where the architecture has it so.
+ggml_tensor* AddToStream(ggml_context* ctx, const HyperParams& h, const LayerParams& p, ggml_tensor* stream,
+                         ggml_tensor* x, ggml_tensor* post_norm) {
+  if (post_norm) x = Norm(ctx, h, x, post_norm);
+  if (p.residual_scale != 1.0f) x = ggml_scale(ctx, x, p.residual_scale);
+  return ggml_add(ctx, x, stream);
+}
+
 }  // namespace
 
+int64_t NodesPerLayer(const HyperParams& h) {
+  constexpr int64_t kDense = 56, kExperts = 40;
+  int64_t most = 0;
+  for (const LayerParams& l : h.layers) most = std::max(most, l.ffn.n_used);
+  return kDense + (most > 0 ? kExperts + 2 * most : 0);
+}
+
 ggml_tensor* BuildEmbedding(ggml_context* ctx, const Model& model, ggml_tensor* tokens) {
-  return ggml_get_rows(ctx, model.weights().tok_embd, tokens);
+  ggml_tensor* x = ggml_get_rows(ctx, model.weights().tok_embd, tokens);
+  const float scale = model.hparams().embedding_scale;
+  return scale == 1.0f ? x : ggml_scale(ctx, x, scale);
 }
 
 ggml_tensor* BuildLayer(ggml_context* ctx, ggml_cgraph* graph, const Model& model, int64_t layer,
                         ggml_tensor* x, ggml_tensor* positions, HookSlot* slot, ggml_tensor** attn_out) {
   const HyperParams& h = model.hparams();
+  const LayerParams& p = h.layers[static_cast<std::size_t>(layer)];
   const LayerWeights& w = model.weights().layers[static_cast<std::size_t>(layer)];
-  const int64_t n = x->ne[1];
 
   ggml_tensor* normed = Norm(ctx, h, x, w.attn_norm);
-  ggml_tensor* q = ggml_reshape_3d(ctx, Linear(ctx, w.wq, w.bq, normed), h.head_size, h.n_heads, n);
-  ggml_tensor* k = ggml_reshape_3d(ctx, Linear(ctx, w.wk, w.bk, normed), h.head_size, h.n_kv_heads, n);
-  ggml_tensor* v = ggml_reshape_3d(ctx, Linear(ctx, w.wv, w.bv, normed), h.head_size, h.n_kv_heads, n);
-  if (w.q_norm) q = Norm(ctx, h, q, w.q_norm);
-  if (w.k_norm) k = Norm(ctx, h, k, w.k_norm);
-  q = Rope(ctx, h, q, positions, w.rope_freqs);
-  k = Rope(ctx, h, k, positions, w.rope_freqs);
+  ggml_tensor* q = Heads(ctx, h, Linear(ctx, w.wq, w.bq, normed), h.n_heads, p.qk_norm, w.q_norm);
+  ggml_tensor* k = Heads(ctx, h, Linear(ctx, w.wk, w.bk, normed), h.n_kv_heads, p.qk_norm, w.k_norm);
+  ggml_tensor* v = Heads(ctx, h, Linear(ctx, w.wv, w.bv, normed), h.n_kv_heads, QkNorm::kNone, nullptr);
+  q = Sharpen(ctx, h, Rope(ctx, p.rope, q, positions, w.rope_freqs), positions);
+  k = Rope(ctx, p.rope, k, positions, w.rope_freqs);
 
   ggml_tensor* attended = Attention(ctx, slot, q, k, v);
   if (attn_out) *attn_out = attended;
-  x = ggml_add(ctx, Linear(ctx, w.wo, w.bo, attended), x);
+  x = AddToStream(ctx, h, p, x, Linear(ctx, w.wo, w.bo, attended), w.attn_post_norm);
 
   normed = Norm(ctx, h, x, w.ffn_norm);
-  ggml_tensor* gate = Linear(ctx, w.ffn_gate, w.ffn_gate_b, normed);
-  ggml_tensor* up = Linear(ctx, w.ffn_up, w.ffn_up_b, normed);
-  x = ggml_add(ctx, Linear(ctx, w.ffn_down, w.ffn_down_b, ggml_swiglu_split(ctx, gate, up)), x);
+  ggml_tensor* ffn =
+      p.ffn.n_experts > 0 ? ExpertsFfn(ctx, graph, p.ffn, w, normed) : DenseFfn(ctx, w, normed);
+  x = AddToStream(ctx, h, p, x, ffn, w.ffn_post_norm);
   ggml_build_forward_expand(graph, x);
   return x;
 }
 
 ggml_tensor* BuildHead(ggml_context* ctx, const Model& model, ggml_tensor* x) {
   const Weights& w = model.weights();
-  return Linear(ctx, w.output, w.output_b, Norm(ctx, model.hparams(), x, w.output_norm));
+  const HyperParams& h = model.hparams();
+  ggml_tensor* logits = Linear(ctx, w.output, w.output_b, Norm(ctx, h, x, w.output_norm));
+  return h.logit_scale == 1.0f ? logits : ggml_scale(ctx, logits, h.logit_scale);
 }
 
 }  // namespace moend

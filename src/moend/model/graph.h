@@ -1,6 +1,6 @@
 // Builds the parts of a transformer as ggml graph nodes, everything but attention itself, which enters as
-// custom operations that call an AttentionHook. One file per architecture difference; the engine composes the
-// parts.
+// custom operations that call an AttentionHook. One graph serves all architectures: LayerParams says what is
+// in a layer.
 #pragma once
 
 #include <ggml.h>
@@ -45,6 +45,6 @@ ggml_tensor* BuildLayer(ggml_context* ctx, ggml_cgraph* graph, const Model& mode
 ggml_tensor* BuildHead(ggml_context* ctx, const Model& model, ggml_tensor* x);
 
 // Upper bound of graph nodes that one layer adds, for sizing ggml contexts.
-inline constexpr int64_t kNodesPerLayer = 48;
+int64_t NodesPerLayer(const HyperParams& h);
 
 }  // namespace moend

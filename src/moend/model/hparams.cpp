@@ -2,35 +2,13 @@
 
 #include <cmath>
 
+#include "moend/model/arch/arch.h"
+
 namespace moend {
 namespace {
 
-constexpr int64_t kMaxLayers = 512;  // libllama's bound
-constexpr int64_t kMaxWidth = 1 << 20;
-constexpr int64_t kMaxContext = 1 << 30;
-
-Expected<Architecture> ReadArchitecture(const GgufFile& file, std::string_view name) {
-  if (name == "llama") return Architecture::kLlama;
-  if (name == "qwen2") return Architecture::kQwen2;
-  if (name == "qwen3") return Architecture::kQwen3;
-  return Fail(ErrorCode::kUnsupported,
-              "{} is a model of architecture \"{}\"; moend runs llama, qwen2 and qwen3", file.path(),
-              Printable(name));
-}
-
-// A key of the architecture: Key("llama", "block_count") is "llama.block_count".
-std::string Key(std::string_view architecture, const char* name) {
-  return fmt::format("{}.{}", architecture, name);
-}
-
-// Features of related models that the three graphs do not have.
-Expected<void> RefuseVariants(const GgufFile& file, const std::string& arch) {
-  MOEND_ASSIGN(const int64_t experts, file.Integer(Key(arch, "expert_count"), 0, INT64_MAX, 0));
-  if (experts > 0)
-    return Fail(
-        ErrorCode::kUnsupported,
-        "{} is a mixture of {} experts; moend runs dense models of the architectures llama, qwen2 and qwen3",
-        file.path(), experts);
+// Features of related models that no graph here has.
+Expected<void> RefuseVariants(const GgufFile& file, const HyperParams& arch) {
   MOEND_ASSIGN(const int64_t predict, file.Integer(Key(arch, "nextn_predict_layers"), 0, INT64_MAX, 0));
   if (predict > 0)
     return Fail(ErrorCode::kUnsupported,
@@ -41,15 +19,14 @@ Expected<void> RefuseVariants(const GgufFile& file, const std::string& arch) {
     return Fail(ErrorCode::kUnsupported,
                 "{} attends to later tokens too (an encoder); moend runs text generators", file.path());
   MOEND_ASSIGN(const int64_t parts, file.Integer("split.count", 0, INT64_MAX, 0));
-  if (parts > 1)
+  if (parts > 1 && parts != std::ssize(file.parts()))
     return Fail(ErrorCode::kUnsupported,
-                "{} is one of {} parts of a model; join them with llama-gguf-split --merge first",
-                file.path(), parts);
+                "{} is one of {} parts of a model, which is opened by its first file", file.path(), parts);
   return {};
 }
 
 Expected<void> ReadHeads(const GgufFile& file, HyperParams& h) {
-  const std::string& arch = h.architecture_name;
+  const HyperParams& arch = h;
   const std::string& path = file.path();
   MOEND_ASSIGN(h.n_heads, file.SameInteger(Key(arch, "attention.head_count"), h.n_layers, 1, kMaxWidth));
   MOEND_ASSIGN(h.n_kv_heads,
@@ -68,11 +45,9 @@ Expected<void> ReadHeads(const GgufFile& file, HyperParams& h) {
   if (h.head_size % 16 != 0 || h.head_size > 256 || h.head_size == 0)
     return Fail(ErrorCode::kUnsupported, "{} has heads of {} channels; moend runs multiples of 16 up to 256",
                 path, h.head_size);
-  if (h.architecture == Architecture::kQwen2 && h.head_size * h.n_heads != h.n_embd)
-    return Fail(ErrorCode::kCorrupt, "{}: {} heads of {} channels do not add up to {}.embedding_length = {}",
-                path, h.n_heads, h.head_size, arch, h.n_embd);
   MOEND_ASSIGN(const float scale, file.Real(Key(arch, "attention.scale"), 0.0f));
-  if (scale < 0) return Fail(ErrorCode::kCorrupt, "{}: {}.attention.scale is {}, below 0", path, arch, scale);
+  if (scale < 0)
+    return Fail(ErrorCode::kCorrupt, "{}: {} is {}, below 0", path, Key(arch, "attention.scale"), scale);
   h.softmax_scale = scale > 0 ? scale : 1.0f / std::sqrt(static_cast<float>(h.head_size));
   return {};
 }
@@ -85,23 +60,27 @@ float YarnMagnitude(float factor) {
   return wanted / (1.0f + 0.1f * log_factor);
 }
 
-Expected<void> ReadRope(const GgufFile& file, HyperParams& h) {
-  const std::string& arch = h.architecture_name;
+Expected<void> ReadRope(const GgufFile& file, const Architecture& architecture, HyperParams& h) {
+  const HyperParams& arch = h;
   const std::string& path = file.path();
   RopeParams& rope = h.rope;
-  rope.mode = h.architecture == Architecture::kLlama ? GGML_ROPE_TYPE_NORMAL : GGML_ROPE_TYPE_NEOX;
+  rope.mode = architecture.rope_mode;
 
   MOEND_ASSIGN(const int64_t n_dims,
                file.Integer(Key(arch, "rope.dimension_count"), 0, kMaxWidth, h.head_size));
-  if (n_dims != h.head_size)
-    return Fail(ErrorCode::kUnsupported,
-                "{} rotates {} of {} channels of a head; moend runs models that rotate "
-                "them all",
-                path, n_dims, h.head_size);
+  if (n_dims != h.head_size && !architecture.partial_rope)
+    return Fail(
+        ErrorCode::kUnsupported,
+        "{} rotates {} of {} channels of a head; moend runs models of the architecture {} that rotate "
+        "them all",
+        path, n_dims, h.head_size, h.architecture_name);
+  if (n_dims > h.head_size || n_dims % 2 != 0 || n_dims == 0)
+    return Fail(ErrorCode::kCorrupt, "{} rotates {} of {} channels of a head, not an even part of them", path,
+                n_dims, h.head_size);
   rope.n_dims = static_cast<int>(n_dims);
   MOEND_ASSIGN(rope.freq_base, file.Real(Key(arch, "rope.freq_base"), 10000.0f));
   if (!(rope.freq_base > 1.0f))
-    return Fail(ErrorCode::kCorrupt, "{}: {}.rope.freq_base is {}, but must be above 1", path, arch,
+    return Fail(ErrorCode::kCorrupt, "{}: {} is {}, but must be above 1", path, Key(arch, "rope.freq_base"),
                 rope.freq_base);
   MOEND_ASSIGN(const int64_t n_ctx_orig, file.Integer(Key(arch, "rope.scaling.original_context_length"), 0,
                                                       kMaxContext, h.n_ctx_train));
@@ -109,14 +88,17 @@ Expected<void> ReadRope(const GgufFile& file, HyperParams& h) {
 
   // A factor without a type means linear scaling (position interpolation), as in files older than the key.
   MOEND_ASSIGN(const std::string_view type, file.String(Key(arch, "rope.scaling.type"), "linear"));
-  if (type != "none" && type != "linear" && type != "yarn")
-    return Fail(ErrorCode::kUnsupported,
-                "{} scales its RoPE by the method \"{}\"; moend knows none, linear and yarn", path,
-                Printable(type));
+  const bool known = type == "none" || type == "linear" || type == "yarn" ||
+                     (type == "longrope" && h.architecture_name == "phi3");
+  if (!known)
+    return Fail(
+        ErrorCode::kUnsupported,
+        "{} scales its RoPE by the method \"{}\"; moend knows none, linear and yarn, and longrope in phi3",
+        path, Printable(type));
   MOEND_ASSIGN(const float old_factor, file.Real(Key(arch, "rope.scale_linear"), 0.0f));
   MOEND_ASSIGN(float factor, file.Real(Key(arch, "rope.scaling.factor"), old_factor));
   if (factor < 0)
-    return Fail(ErrorCode::kCorrupt, "{}: {}.rope.scaling.factor is {}, below 0", path, arch, factor);
+    return Fail(ErrorCode::kCorrupt, "{}: {} is {}, below 0", path, Key(arch, "rope.scaling.factor"), factor);
   if (factor == 0 || type == "none") factor = 1.0f;
   rope.freq_scale = 1.0f / factor;
   MOEND_ASSIGN(rope.attn_factor, file.Real(Key(arch, "rope.scaling.attn_factor"), 1.0f));
@@ -125,8 +107,8 @@ Expected<void> ReadRope(const GgufFile& file, HyperParams& h) {
     rope.attn_factor *= YarnMagnitude(factor);
   }
   if (!std::isfinite(rope.freq_scale) || !std::isfinite(rope.attn_factor))
-    return Fail(ErrorCode::kCorrupt, "{}: {}.rope.scaling.factor is {}, which leaves no usable frequencies",
-                path, arch, factor);
+    return Fail(ErrorCode::kCorrupt, "{}: {} is {}, which leaves no usable frequencies", path,
+                Key(arch, "rope.scaling.factor"), factor);
   return {};
 }
 
@@ -135,22 +117,30 @@ Expected<void> ReadRope(const GgufFile& file, HyperParams& h) {
 Expected<HyperParams> ReadHyperParams(const GgufFile& file) {
   HyperParams h;
   MOEND_ASSIGN(const std::string_view arch, file.String("general.architecture"));
-  MOEND_ASSIGN(h.architecture, ReadArchitecture(file, arch));
+  const Architecture* architecture = FindArchitecture(arch);
+  if (!architecture)
+    return Fail(ErrorCode::kUnsupported, "{} is a model of architecture \"{}\"; moend runs {}", file.path(),
+                Printable(arch), ArchitectureNames());
   h.architecture_name = arch;
-  MOEND_TRY(RefuseVariants(file, h.architecture_name));
+  MOEND_TRY(RefuseVariants(file, h));
   MOEND_ASSIGN(const std::string_view name, file.String("general.name", ""));
   h.name = Printable(name);
 
-  MOEND_ASSIGN(h.n_layers, file.Integer(Key(arch, "block_count"), 1, kMaxLayers));
-  MOEND_ASSIGN(h.n_embd, file.Integer(Key(arch, "embedding_length"), 1, kMaxWidth));
-  MOEND_ASSIGN(h.n_ff, file.SameInteger(Key(arch, "feed_forward_length"), h.n_layers, 1, kMaxWidth));
-  MOEND_ASSIGN(h.n_ctx_train, file.Integer(Key(arch, "context_length"), 1, kMaxContext));
-  MOEND_ASSIGN(h.rms_eps, file.Real(Key(arch, "attention.layer_norm_rms_epsilon")));
+  MOEND_ASSIGN(h.n_layers, file.Integer(Key(h, "block_count"), 1, kMaxLayers));
+  MOEND_ASSIGN(h.n_embd, file.Integer(Key(h, "embedding_length"), 1, kMaxWidth));
+  MOEND_ASSIGN(h.n_ff, file.SameInteger(Key(h, "feed_forward_length"), h.n_layers, 1, kMaxWidth));
+  MOEND_ASSIGN(h.n_ctx_train, file.Integer(Key(h, "context_length"), 1, kMaxContext));
+  MOEND_ASSIGN(h.rms_eps, file.Real(Key(h, "attention.layer_norm_rms_epsilon")));
   if (!(h.rms_eps >= 0.0f && h.rms_eps < 1.0f))
-    return Fail(ErrorCode::kCorrupt, "{}: {}.attention.layer_norm_rms_epsilon is {}, outside 0 to 1",
-                file.path(), arch, h.rms_eps);
+    return Fail(ErrorCode::kCorrupt, "{}: {} is {}, outside 0 to 1", file.path(),
+                Key(h, "attention.layer_norm_rms_epsilon"), h.rms_eps);
   MOEND_TRY(ReadHeads(file, h));
-  MOEND_TRY(ReadRope(file, h));
+  MOEND_TRY(ReadRope(file, *architecture, h));
+  LayerParams layer;
+  layer.rope = h.rope;
+  layer.ffn.n_ff = h.n_ff;
+  h.layers.assign(static_cast<std::size_t>(h.n_layers), layer);
+  MOEND_TRY(architecture->describe(file, h));
   return h;
 }
 

@@ -7,9 +7,9 @@
 
 namespace moend {
 
-// kUnsupported names what moend does not run (architecture, mixture of experts, head size, kind of RoPE
-// scaling) and what it does; kCorrupt names keys that are missing, ill-typed, out of range or contradict
-// each other. RoPE scaling is read the way libllama reads it, so that both compute the same logits.
+// kUnsupported names what moend does not run (architecture, head size, kind of RoPE scaling) and what it
+// does; kCorrupt names keys that are missing, ill-typed, out of range or contradict each other. RoPE scaling
+// is read the way libllama reads it, so that both compute the same logits.
 Expected<HyperParams> ReadHyperParams(const GgufFile& file);
 
 }  // namespace moend

@@ -31,7 +31,7 @@ std::vector<double> RowPower(const GgufFile& file, const std::string& name, int6
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t s = 0; s < spans; s += step) {
       const int64_t begin = s * kSpan, n = std::min(kSpan, width - begin);
-      ReadElements(file, *t, first + r, begin, n, values.data());
+      ReadElements(*t, first + r, begin, n, values.data());
       for (int64_t c = 0; c < n; ++c) {
         const double x = double{values[static_cast<std::size_t>(c)]} * weight[begin + c];
         power[static_cast<std::size_t>(r)] += x * x;
@@ -47,15 +47,16 @@ void AddBias(std::vector<double>& power, const ggml_tensor* bias) {
   for (std::size_t r = 0; r < power.size(); ++r) power[r] += double{b[r]} * b[r];
 }
 
-// A norm over each head comes behind the projection: rows count relative to the others of their head.
-void ApplyHeadNorm(std::vector<double>& power, const ggml_tensor* norm, int64_t head_size) {
+// A norm comes behind the projection, over each head or over all of them: rows count relative to the others
+// that are normed with them.
+void ApplyNorm(std::vector<double>& power, const ggml_tensor* norm) {
   if (!norm) return;
   const auto* weight = static_cast<const float*>(norm->data);
-  for (auto head = power.begin(); head != power.end(); head += head_size) {
+  const int64_t width = norm->ne[0];
+  for (auto head = power.begin(); head != power.end(); head += width) {
     double mean = 0;
-    for (int64_t c = 0; c < head_size; ++c) mean += head[c] / static_cast<double>(head_size);
-    for (int64_t c = 0; c < head_size; ++c)
-      head[c] = (mean > 0 ? head[c] / mean : 1.0) * weight[c] * weight[c];
+    for (int64_t c = 0; c < width; ++c) mean += head[c] / static_cast<double>(width);
+    for (int64_t c = 0; c < width; ++c) head[c] = (mean > 0 ? head[c] / mean : 1.0) * weight[c] * weight[c];
   }
 }
 
@@ -74,8 +75,8 @@ std::vector<float> KeyBalance(const GgufFile& file, const Model& model, int64_t 
       RowPower(file, is_fused ? fused : prefix + "attn_k.weight", is_fused ? q_rows : 0, k_rows, w.attn_norm);
   AddBias(q, w.bq);
   AddBias(k, w.bk);
-  ApplyHeadNorm(q, w.q_norm, d);
-  ApplyHeadNorm(k, w.k_norm, d);
+  ApplyNorm(q, w.q_norm);
+  ApplyNorm(k, w.k_norm);
 
   std::vector<float> balance(static_cast<std::size_t>(k_rows), 1.0f);
   const std::vector<RopePair> pairs = RopePairs(model, layer);

@@ -37,7 +37,7 @@ class LoadedModel final : public Model {
   std::vector<float> OutputGrams(int64_t layer) const override {
     return moend::OutputGrams(file_, *this, layer);
   }
-  int64_t file_bytes() const override { return static_cast<int64_t>(file_.bytes().size()); }
+  int64_t file_bytes() const override { return file_.total_bytes(); }
   int64_t repacked_bytes() const override { return bound_.repacked.bytes; }
 
  private:

@@ -13,38 +13,78 @@
 #include <vector>
 
 #include "moend/base/error.h"
+#include "moend/model/layer_params.h"
 
 namespace moend {
 
-enum class Architecture { kLlama, kQwen2, kQwen3 };
-
-struct RopeParams {
-  int mode = 0;  // GGML_ROPE_TYPE_NORMAL (llama) or GGML_ROPE_TYPE_NEOX (qwen)
-  int n_dims = 0;
-  int n_ctx_orig = 0;  // YaRN
-  float freq_base = 10000.0f, freq_scale = 1.0f, ext_factor = 0.0f, attn_factor = 1.0f, beta_fast = 32.0f,
-        beta_slow = 1.0f;
+// Tensors that files of an architecture may have or lack.
+struct OptionalTensors {
+  bool biases = false;  // of the attention's output and the feed-forward network
+  bool logit_bias = false;
+  bool rope_freqs = false;         // llama-3's frequency factors
+  bool long_rope_factors = false;  // phi3's two lists of them
 };
 
 struct HyperParams {
-  Architecture architecture = Architecture::kLlama;
   std::string architecture_name, name;
-  int64_t n_layers = 0, n_embd = 0, n_heads = 0, n_kv_heads = 0, head_size = 0, n_ff = 0, n_vocab = 0;
-  int64_t n_ctx_train = 0;
+  int64_t n_layers = 0, n_embd = 0, n_ff = 0, n_vocab = 0, n_ctx_train = 0;
+  int64_t n_heads = 0, n_kv_heads = 0, head_size = 0;  // of every layer
   float rms_eps = 1e-5f;
   float softmax_scale = 0;  // 1 / sqrt(head_size) unless the file says otherwise
-  RopeParams rope;
+  float embedding_scale = 1.0f, logit_scale = 1.0f;
+  QueryTemperature query_temperature;
+  RopeParams rope;  // of layers that have RoPE
+  OptionalTensors optional;
+  std::vector<LayerParams> layers;  // [n_layers]
 };
 
-// Weights of a layer; optional ones are null. Names as in GGUF (blk.N.attn_q.weight ...).
+// Weights of a layer; absent ones are null. Names as in GGUF (blk.N.attn_q.weight ...).
 struct LayerWeights {
   ggml_tensor *attn_norm = nullptr, *wq = nullptr, *wk = nullptr, *wv = nullptr, *wo = nullptr;
   ggml_tensor *bq = nullptr, *bk = nullptr, *bv = nullptr, *bo = nullptr;
-  ggml_tensor *q_norm = nullptr, *k_norm = nullptr;  // qwen3
-  ggml_tensor* rope_freqs = nullptr;                 // llama-3 frequency factors
+  ggml_tensor *q_norm = nullptr, *k_norm = nullptr;  // QkNorm
+  ggml_tensor* rope_freqs = nullptr;                 // factors that RoPE's frequencies are divided by
+  ggml_tensor *attn_post_norm = nullptr, *ffn_post_norm = nullptr;
   ggml_tensor *ffn_norm = nullptr, *ffn_gate = nullptr, *ffn_up = nullptr, *ffn_down = nullptr;
-  ggml_tensor *ffn_gate_b = nullptr, *ffn_up_b = nullptr, *ffn_down_b = nullptr;  // llama
+  ggml_tensor *ffn_gate_b = nullptr, *ffn_up_b = nullptr, *ffn_down_b = nullptr;
+  // Experts: [n_embd, n_experts]; [in, out, n_experts]; the shared one; [n_embd].
+  ggml_tensor *router = nullptr, *gate_experts = nullptr, *up_experts = nullptr, *down_experts = nullptr;
+  ggml_tensor *gate_shared = nullptr, *up_shared = nullptr, *down_shared = nullptr, *shared_gate = nullptr;
 };
+
+// Calls fn(const ggml_tensor*) for the weights that a layer has.
+template <class F>
+void ForEachWeight(const LayerWeights& w, F&& fn) {
+  for (const ggml_tensor* t : {w.attn_norm,
+                               w.wq,
+                               w.wk,
+                               w.wv,
+                               w.wo,
+                               w.bq,
+                               w.bk,
+                               w.bv,
+                               w.bo,
+                               w.q_norm,
+                               w.k_norm,
+                               w.attn_post_norm,
+                               w.ffn_post_norm,
+                               w.ffn_norm,
+                               w.ffn_gate,
+                               w.ffn_up,
+                               w.ffn_down,
+                               w.ffn_gate_b,
+                               w.ffn_up_b,
+                               w.ffn_down_b,
+                               w.router,
+                               w.gate_experts,
+                               w.up_experts,
+                               w.down_experts,
+                               w.gate_shared,
+                               w.up_shared,
+                               w.down_shared,
+                               w.shared_gate})
+    if (t) fn(t);
+}
 
 struct Weights {
   ggml_tensor *tok_embd = nullptr, *output_norm = nullptr, *output = nullptr;
@@ -68,21 +108,43 @@ struct ChatMessage {
   std::string role, content;
 };
 
-// Tokenizer and chat template, by libllama (vocabulary-only load of the same file). Thread safe.
+struct ChatOptions {
+  bool add_generation_prompt = true;
+  // Further variables, a JSON object; without "enable_thinking" that is true. Their texts are text, too.
+  std::string variables = {};
+};
+
+// A text in which the template's special tokens are tokens, and what looks like one in a message is text.
+struct PromptText {
+  std::string text;
+  // Offsets, ascending: a special token that one of them lies in (its first byte included) is text.
+  std::vector<int64_t> seams = {};
+};
+
+// Tokenizer, by libllama (vocabulary-only load of the same file), and chat template. Thread safe. No message
+// of an error names the file, since clients of a server may read it.
 class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
-  // add_special: BOS etc. as the model wants; parse_special: "<|...|>" in the text become their tokens.
+  // add_special: BOS etc. as the model wants, BOS once even if the text begins with one; parse_special:
+  // "<|...|>" in the text become their tokens.
   virtual Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special,
                                                   bool parse_special) const = 0;
+  // The same with special tokens parsed but for those that `prompt` says are text; from byte `from` on.
+  virtual Expected<std::vector<int32_t>> TokenizePrompt(const PromptText& prompt, bool add_special,
+                                                        int64_t from = 0) const = 0;
   virtual std::string Piece(int32_t token, bool special) const = 0;
   virtual std::string Detokenize(std::span<const int32_t> tokens, bool special) const = 0;
   virtual bool IsEndOfGeneration(int32_t token) const = 0;
   virtual int32_t bos() const = 0;  // -1: none
   virtual bool adds_bos() const = 0;
   virtual bool has_chat_template() const = 0;
-  virtual Expected<std::string> ApplyChatTemplate(std::span<const ChatMessage> messages,
-                                                  bool add_generation_prompt) const = 0;
+  // The template of the file, which is run as it is. kInvalidArgument where it refuses the messages,
+  // kUnsupported where there is none or it cannot be run.
+  virtual Expected<PromptText> ApplyChatTemplate(std::span<const ChatMessage> messages,
+                                                 const ChatOptions& options) const = 0;
+  // Empty where the template is run as it is; else a sentence on what is done instead. Runs it once.
+  virtual std::string chat_template_note() const = 0;
 };
 
 class Model {

@@ -26,7 +26,7 @@ std::vector<float> OutputGrams(const GgufFile& file, const Model& model, int64_t
   const auto scale = static_cast<float>(t->ne[1]) / static_cast<float>(rows);
   std::vector<float> row(static_cast<std::size_t>(width));
   for (int64_t r = 0; r < rows; ++r) {
-    ReadElements(file, *t, r * t->ne[1] / rows, 0, width, row.data());
+    ReadElements(*t, r * t->ne[1] / rows, 0, width, row.data());
     for (int64_t h = 0; h < hp.n_heads; ++h) {
       const float* x = row.data() + h * d;
       float* gram = grams.data() + h * d * d;

@@ -12,15 +12,22 @@ std::size_t RoundUpTo(std::size_t n, std::size_t unit) {
   return (n + unit - 1) / unit * unit;
 }
 
-// Whether the device multiplies such a matrix when it lies in a buffer of this type.
-bool Multiplies(ggml_backend_dev_t device, ggml_backend_buffer_t buffer, ggml_type type, int64_t ne0,
-                int64_t ne1) {
+// Whether the device multiplies such a matrix, or picks of such matrices, when they lie in a buffer of this
+// type.
+bool Multiplies(ggml_backend_dev_t device, ggml_backend_buffer_t buffer, bool experts, ggml_type type,
+                int64_t ne0, int64_t ne1, int64_t ne2) {
   constexpr std::size_t kTensors = 4;
+  constexpr int64_t kTokens = 512;
   const ggml_context_ptr ctx(ggml_init({ggml_tensor_overhead() * kTensors, nullptr, /*no_alloc=*/true}));
   if (!ctx) return false;
-  ggml_tensor* weight = ggml_new_tensor_2d(ctx.get(), type, ne0, ne1);
-  ggml_tensor* x = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ne0, 512);
-  ggml_tensor* product = ggml_mul_mat(ctx.get(), weight, x);
+  ggml_tensor* weight = ggml_new_tensor_3d(ctx.get(), type, ne0, ne1, ne2);
+  ggml_tensor* product = nullptr;
+  if (experts) {
+    ggml_tensor* x = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, ne0, 1, kTokens);
+    product = ggml_mul_mat_id(ctx.get(), weight, x, ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, kTokens));
+  } else {
+    product = ggml_mul_mat(ctx.get(), weight, ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, ne0, kTokens));
+  }
   weight->buffer = buffer;
   return ggml_backend_dev_supports_op(device, product);
 }
@@ -43,9 +50,19 @@ Repacker::Repacker(int64_t most) {
 }
 
 ggml_tensor* Repacker::Add(ggml_type type, int64_t ne0, int64_t ne1, const void* data, const char* name) {
+  return Place(false, type, ne0, ne1, 1, data, name);
+}
+
+ggml_tensor* Repacker::AddExperts(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, const void* data,
+                                  const char* name) {
+  return Place(true, type, ne0, ne1, ne2, data, name);
+}
+
+ggml_tensor* Repacker::Place(bool experts, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2,
+                             const void* data, const char* name) {
   for (Layout& layout : layouts_) {
-    if (!Multiplies(device_, layout.empty.get(), type, ne0, ne1)) continue;
-    ggml_tensor* tensor = ggml_new_tensor_2d(context_.get(), type, ne0, ne1);
+    if (!Multiplies(device_, layout.empty.get(), experts, type, ne0, ne1, ne2)) continue;
+    ggml_tensor* tensor = ggml_new_tensor_3d(context_.get(), type, ne0, ne1, ne2);
     if (!tensor) return nullptr;
     ggml_set_name(tensor, name);
     layout.copies.push_back({tensor, data});

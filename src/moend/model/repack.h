@@ -27,6 +27,9 @@ class Repacker {
   // any more). Null where ggml has no better layout for it, or no memory. What is returned can be part of a
   // graph when Finish() has succeeded.
   ggml_tensor* Add(ggml_type type, int64_t ne0, int64_t ne1, const void* data, const char* name);
+  // The same for ne2 such matrices, one behind the other, of which a product picks some (experts).
+  ggml_tensor* AddExperts(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, const void* data,
+                          const char* name);
 
   // Allocates and copies all that was added. kOutOfMemory when that many bytes are not there.
   Expected<RepackedWeights> Finish();
@@ -41,6 +44,8 @@ class Repacker {
     ggml_backend_buffer_ptr empty;  // for asking what the type can do
     std::vector<Copy> copies;
   };
+  ggml_tensor* Place(bool experts, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, const void* data,
+                     const char* name);
   ggml_context_ptr context_;
   ggml_backend_dev_t device_ = nullptr;
   std::vector<Layout> layouts_;

@@ -25,7 +25,7 @@ double KeptShare(const RopeParams& r, int64_t pair) {
 
 std::vector<RopePair> RopePairs(const Model& model, int64_t layer) {
   const HyperParams& hp = model.hparams();
-  const RopeParams& r = hp.rope;
+  const RopeParams& r = hp.layers[static_cast<std::size_t>(layer)].rope;
   const ggml_tensor* factors = model.weights().layers[static_cast<std::size_t>(layer)].rope_freqs;
   const int64_t turned = r.n_dims / 2;
   std::vector<RopePair> pairs;

@@ -10,6 +10,8 @@
 #include <new>
 
 #include "moend/model/big_stack.h"
+#include "moend/model/chat_template.h"
+#include "moend/model/special_tokens.h"
 #include "moend/model/vocabulary.h"
 
 namespace moend {
@@ -42,21 +44,27 @@ class LlamaTokenizer final : public Tokenizer {
         vocab_(llama_model_get_vocab(model_.get())),
         path_(std::move(path)),
         splits_by_regex_(splits_by_regex) {
-    if (const char* text = llama_model_chat_template(model_.get(), nullptr)) template_ = text;
+    for (int32_t id = 0; id < llama_vocab_n_tokens(vocab_); ++id)
+      if (llama_vocab_get_attr(vocab_, id) & (LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN))
+        special_.Add(llama_vocab_get_text(vocab_, id), id);
+    special_.Finish();
+    if (const char* text = llama_model_chat_template(model_.get(), nullptr); text && *text)
+      template_ = std::make_unique<ChatTemplate>(text, Piece(llama_vocab_bos(vocab_), true),
+                                                 Piece(llama_vocab_eos(vocab_), true), special_);
   }
 
   Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special,
                                           bool parse_special) const override {
-    const std::size_t limit = splits_by_regex_ ? kMaxRegexText : kMaxText;
-    if (text.size() > limit)
-      return Fail(ErrorCode::kTooLong,
-                  "a text of {} bytes is longer than the {} that the tokenizer of {} takes at once",
-                  text.size(), limit, path_);
-    if (!splits_by_regex_ || text.size() <= kFewBytes) return TokenizeHere(text, add_special, parse_special);
-    Expected<std::vector<int32_t>> tokens;
-    MOEND_TRY(RunWithStack(kBaseStack + kStackPerByte * static_cast<int64_t>(text.size()),
-                           [&] { tokens = TokenizeHere(text, add_special, parse_special); }));
-    return tokens;
+    return Cut(text, {}, add_special, parse_special);
+  }
+
+  Expected<std::vector<int32_t>> TokenizePrompt(const PromptText& prompt, bool add_special,
+                                                int64_t from) const override {
+    std::vector<int64_t> seams;
+    for (const int64_t s : prompt.seams)
+      if (s >= from) seams.push_back(s - from);
+    return Cut(std::string_view(prompt.text).substr(static_cast<std::size_t>(from)), seams, add_special,
+               true);
   }
 
   std::string Piece(int32_t token, bool special) const override {
@@ -95,38 +103,14 @@ class LlamaTokenizer final : public Tokenizer {
   }
   int32_t bos() const override { return llama_vocab_bos(vocab_); }
   bool adds_bos() const override { return llama_vocab_get_add_bos(vocab_); }
-  bool has_chat_template() const override { return !template_.empty(); }
+  bool has_chat_template() const override { return template_ != nullptr; }
+  std::string chat_template_note() const override { return template_ ? template_->Note() : std::string(); }
 
-  Expected<std::string> ApplyChatTemplate(std::span<const ChatMessage> messages,
-                                          bool add_generation_prompt) const override {
-    if (template_.empty())
-      return Fail(ErrorCode::kUnsupported, "{} has no chat template; give it plain text instead", path_);
-    std::vector<llama_chat_message> chat;
-    std::size_t bytes = 0;
-    for (const ChatMessage& m : messages) {
-      // libllama reads up to a zero byte and would drop the rest.
-      if (m.role.find('\0') != std::string::npos || m.content.find('\0') != std::string::npos)
-        return Fail(ErrorCode::kInvalidArgument, "message {} of the chat has a zero byte", chat.size() + 1);
-      chat.push_back({m.role.c_str(), m.content.c_str()});
-      bytes += m.role.size() + m.content.size();
-    }
-    if (bytes > kMaxText)
-      return Fail(ErrorCode::kTooLong, "a chat of {} bytes is longer than the {} that can be formatted",
-                  bytes, kMaxText);
-    try {
-      // The first call only measures.
-      int32_t n = llama_chat_apply_template(template_.c_str(), chat.data(), chat.size(),
-                                            add_generation_prompt, nullptr, 0);
-      if (n < 0)
-        return Fail(ErrorCode::kUnsupported, "{} has a chat template that libllama does not know", path_);
-      std::string text(static_cast<std::size_t>(n) + 1, '\0');
-      n = llama_chat_apply_template(template_.c_str(), chat.data(), chat.size(), add_generation_prompt,
-                                    text.data(), n + 1);
-      text.resize(static_cast<std::size_t>(std::max(n, 0)));
-      return text;
-    } catch (const std::exception& e) {
-      return Fail(ErrorCode::kUnsupported, "{}: its chat template cannot be applied: {}", path_, e.what());
-    }
+  Expected<PromptText> ApplyChatTemplate(std::span<const ChatMessage> messages,
+                                         const ChatOptions& options) const override {
+    if (!template_)
+      return Fail(ErrorCode::kUnsupported, "the model has no chat template; give it plain text instead");
+    return template_->Render(messages, options);
   }
 
   // What libllama would stop the process for when a text is tokenized.
@@ -145,37 +129,86 @@ class LlamaTokenizer final : public Tokenizer {
 
  private:
   static constexpr std::size_t kMaxText = INT_MAX / 4;
+  static constexpr auto kSpace = " \t\n\v\f\r";
   // See SplitsByRegex: measured are 330 bytes of stack for each byte of a word, which the text may be one of.
   static constexpr std::size_t kFewBytes = 1024, kMaxRegexText = 1 << 20;
   static constexpr int64_t kBaseStack = 1 << 20, kStackPerByte = 2048;
 
-  Expected<std::vector<int32_t>> TokenizeHere(std::string_view text, bool add_special,
-                                              bool parse_special) const {
+  // Special tokens are cut out here, in linear time; libllama's own way takes the square of their number.
+  Expected<std::vector<int32_t>> Cut(std::string_view text, std::span<const int64_t> seams, bool add_special,
+                                     bool parse_special) const {
+    if (text.size() > kMaxText)
+      return Fail(ErrorCode::kTooLong, "a text of {} bytes is longer than the {} that are tokenized at once",
+                  text.size(), kMaxText);
+    std::vector<int32_t> out;
+    if (add_special && adds_bos()) out.push_back(bos());
+    std::vector<SpecialMatch> cuts;
+    if (parse_special) cuts = special_.Cut(text, seams);
+    const auto size = static_cast<int64_t>(text.size());
+    cuts.push_back({size, size, -1});
+    int64_t done = 0;
+    bool strip = false;  // the token before eats the space behind it
+    for (const SpecialMatch& cut : cuts) {
+      std::string_view plain =
+          text.substr(static_cast<std::size_t>(done), static_cast<std::size_t>(cut.begin - done));
+      const auto attributes = cut.token < 0 ? 0 : llama_vocab_get_attr(vocab_, cut.token);
+      if (strip) plain.remove_prefix(std::min(plain.size(), plain.find_first_not_of(kSpace)));
+      if (attributes & LLAMA_TOKEN_ATTR_LSTRIP) plain = plain.substr(0, plain.find_last_not_of(kSpace) + 1);
+      if (!plain.empty()) {
+        MOEND_ASSIGN(const auto tokens, TokenizePlain(plain));
+        out.insert(out.end(), tokens.begin(), tokens.end());
+      }
+      if (cut.token >= 0) out.push_back(cut.token);
+      strip = attributes & LLAMA_TOKEN_ATTR_RSTRIP;
+      done = cut.end;
+    }
+    if (add_special && adds_bos() && out.size() > 1 && out[1] == out[0]) out.erase(out.begin());
+    if (add_special && llama_vocab_get_add_eos(vocab_)) out.push_back(llama_vocab_eos(vocab_));
+    return out;
+  }
+
+  // A text without special tokens.
+  Expected<std::vector<int32_t>> TokenizePlain(std::string_view text) const {
+    if (splits_by_regex_ && text.size() > kMaxRegexText)
+      return Fail(ErrorCode::kTooLong,
+                  "a text of {} bytes is longer than the {} that the model's tokenizer takes at once",
+                  text.size(), kMaxRegexText);
+    if (!splits_by_regex_ || text.size() <= kFewBytes) return TokenizeHere(text);
+    Expected<std::vector<int32_t>> tokens;
+    MOEND_TRY(RunWithStack(kBaseStack + kStackPerByte * static_cast<int64_t>(text.size()),
+                           [&] { tokens = TokenizeHere(text); }));
+    return tokens;
+  }
+
+  Expected<std::vector<int32_t>> TokenizeHere(std::string_view text) const {
     try {
       const auto length = static_cast<int32_t>(text.size());
       std::vector<int32_t> tokens(text.size() + 16);  // mostly enough at once
       int32_t n = llama_tokenize(vocab_, text.data(), length, tokens.data(),
-                                 static_cast<int32_t>(tokens.size()), add_special, parse_special);
+                                 static_cast<int32_t>(tokens.size()), false, false);
       if (n < 0 && n != INT_MIN) {
         tokens.resize(static_cast<std::size_t>(-n));
-        n = llama_tokenize(vocab_, text.data(), length, tokens.data(), -n, add_special, parse_special);
+        n = llama_tokenize(vocab_, text.data(), length, tokens.data(), -n, false, false);
       }
       if (n < 0)
-        return Fail(ErrorCode::kInternal, "the tokenizer of {} gave up on a text of {} bytes", path_, length);
+        return Fail(ErrorCode::kInternal, "the model's tokenizer gave up on a text of {} bytes", length);
       tokens.resize(static_cast<std::size_t>(n));
       return tokens;
     } catch (const std::bad_alloc&) {
       return Fail(ErrorCode::kOutOfMemory, "no memory to tokenize a text of {} bytes", text.size());
     } catch (const std::exception& e) {
-      return Fail(ErrorCode::kCorrupt, "the tokenizer of {} lacks a token that a text of {} bytes needs ({})",
-                  path_, text.size(), e.what());
+      return Fail(ErrorCode::kCorrupt,
+                  "the model's tokenizer lacks a token that a text of {} bytes needs ({})", text.size(),
+                  e.what());
     }
   }
 
   llama_model_ptr model_;
   const llama_vocab* vocab_;
-  std::string path_, template_;
+  std::string path_;  // for errors while it is loaded
   bool splits_by_regex_;
+  SpecialTokens special_;
+  std::unique_ptr<ChatTemplate> template_;
 };
 
 }  // namespace

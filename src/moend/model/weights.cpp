@@ -13,9 +13,10 @@ namespace {
 constexpr int64_t kMaxVocab = 1 << 24;
 
 enum class Role {
-  kRows,    // rows are taken of it: any type ggml's CPU back end can multiply
-  kMatrix,  // only multiplied, so that its layout is ggml's to choose; the same types
-  kVector,  // norms, biases and frequency factors: float32
+  kRows,     // rows are taken of it: any type ggml's CPU back end can multiply
+  kMatrix,   // only multiplied, so that its layout is ggml's to choose; the same types
+  kExperts,  // such matrices, one for each expert
+  kVector,   // norms, biases and frequency factors: float32
 };
 
 // Whether ggml's CPU back end has a dot product for rows of this type.
@@ -39,27 +40,30 @@ std::string MultipliedTypes() {
 class Binder {
  public:
   // repacker: null leaves all weights in the file.
-  Binder(const GgufFile& file, ggml_context* context, ggml_backend_buffer_t buffer, Repacker* repacker)
-      : file_(file), context_(context), buffer_(buffer), repacker_(repacker) {}
+  Binder(const GgufFile& file, ggml_context* context, std::span<const ggml_backend_buffer_ptr> buffers,
+         Repacker* repacker)
+      : file_(file), context_(context), buffers_(buffers), repacker_(repacker) {}
 
   // Optional() leaves null where the file has no such tensor.
-  Expected<ggml_tensor*> Optional(const std::string& name, Role role, int64_t ne0, int64_t ne1 = 1) {
+  Expected<ggml_tensor*> Optional(const std::string& name, Role role, int64_t ne0, int64_t ne1 = 1,
+                                  int64_t ne2 = 1) {
     const GgufTensor* t = file_.FindTensor(name);
     if (!t) return nullptr;
-    const std::array<int64_t, 4> wanted = {ne0, ne1, 1, 1};
+    const std::array<int64_t, 4> wanted = {ne0, ne1, ne2, 1};
     if (t->ne != wanted)
       return Fail(ErrorCode::kCorrupt, "{}: tensor {} has the shape {}, but the model's keys call for {}",
                   file_.path(), name, ShapeText(t->ne), ShapeText(wanted));
     MOEND_TRY(CheckType(*t, role));
     used_.insert(t->name);
-    return Place(*t, role, ne0, ne1, 0);
+    return Place(*t, role, ne0, ne1, ne2, 0);
   }
 
-  Expected<ggml_tensor*> Required(const std::string& name, Role role, int64_t ne0, int64_t ne1 = 1) {
-    MOEND_ASSIGN(ggml_tensor * tensor, Optional(name, role, ne0, ne1));
+  Expected<ggml_tensor*> Required(const std::string& name, Role role, int64_t ne0, int64_t ne1 = 1,
+                                  int64_t ne2 = 1) {
+    MOEND_ASSIGN(ggml_tensor * tensor, Optional(name, role, ne0, ne1, ne2));
     if (!tensor)
       return Fail(ErrorCode::kCorrupt, "{} lacks the tensor {} of shape {}", file_.path(), name,
-                  ShapeText({ne0, ne1, 1, 1}));
+                  ShapeText({ne0, ne1, ne2, 1}));
     return tensor;
   }
 
@@ -67,16 +71,16 @@ class Binder {
   ggml_tensor* Repacked(const std::string& name) {
     const GgufTensor& t = *file_.FindTensor(name);
     if (!repacker_) return nullptr;
-    return repacker_->Add(t.type, t.ne[0], t.ne[1], file_.bytes().data() + t.offset, name.c_str());
+    return repacker_->Add(t.type, t.ne[0], t.ne[1], t.data, name.c_str());
   }
 
   // Parts of a tensor that is already checked: rows [first, first + rows) of a matrix, elements of a vector.
   ggml_tensor* Rows(const std::string& name, int64_t first, int64_t rows) {
     const GgufTensor& t = *file_.FindTensor(name);
-    return Place(t, Role::kMatrix, t.ne[0], rows, t.bytes / t.ne[1] * first);
+    return Place(t, Role::kMatrix, t.ne[0], rows, 1, t.bytes / t.ne[1] * first);
   }
   ggml_tensor* Elements(const std::string& name, int64_t first, int64_t count) {
-    return Place(*file_.FindTensor(name), Role::kVector, count, 1,
+    return Place(*file_.FindTensor(name), Role::kVector, count, 1, 1,
                  first * static_cast<int64_t>(sizeof(float)));
   }
 
@@ -104,22 +108,26 @@ class Binder {
     return {};
   }
 
-  ggml_tensor* Place(const GgufTensor& t, Role role, int64_t ne0, int64_t ne1, int64_t skipped_bytes) {
+  ggml_tensor* Place(const GgufTensor& t, Role role, int64_t ne0, int64_t ne1, int64_t ne2,
+                     int64_t skipped_bytes) {
     const std::string name(t.name);
-    const uint8_t* data = file_.bytes().data() + t.offset + skipped_bytes;
+    const uint8_t* data = t.data + skipped_bytes;
     if (repacker_ && role == Role::kMatrix)
       if (ggml_tensor* repacked = repacker_->Add(t.type, ne0, ne1, data, name.c_str())) return repacked;
-    ggml_tensor* tensor = ggml_new_tensor_2d(context_, t.type, ne0, ne1);
+    if (repacker_ && role == Role::kExperts)
+      if (ggml_tensor* repacked = repacker_->AddExperts(t.type, ne0, ne1, ne2, data, name.c_str()))
+        return repacked;
+    ggml_tensor* tensor = ggml_new_tensor_3d(context_, t.type, ne0, ne1, ne2);
     ggml_set_name(tensor, name.c_str());
     // ggml's interface has no read-only tensors; nothing writes to a weight.
     tensor->data = const_cast<uint8_t*>(data);
-    tensor->buffer = buffer_;
+    tensor->buffer = buffers_[static_cast<std::size_t>(t.part)].get();
     return tensor;
   }
 
   const GgufFile& file_;
   ggml_context* context_;
-  ggml_backend_buffer_t buffer_;
+  std::span<const ggml_backend_buffer_ptr> buffers_;  // of the file's parts
   Repacker* repacker_;
   std::unordered_set<std::string_view> used_;
 };
@@ -152,26 +160,70 @@ Expected<void> BindProjections(Binder& bind, const GgufFile& file, const HyperPa
   return {};
 }
 
+// The feed-forward network, or the experts in its place.
+Expected<void> BindFfn(Binder& bind, const HyperParams& h, const FfnParams& f, const std::string& prefix,
+                       LayerWeights& w) {
+  const auto name = [&](const char* what) { return prefix + what; };
+  if (f.n_experts > 0) {
+    MOEND_ASSIGN(w.router, bind.Required(name("ffn_gate_inp.weight"), Role::kMatrix, h.n_embd, f.n_experts));
+    MOEND_ASSIGN(w.gate_experts,
+                 bind.Required(name("ffn_gate_exps.weight"), Role::kExperts, h.n_embd, f.n_ff, f.n_experts));
+    MOEND_ASSIGN(w.up_experts,
+                 bind.Required(name("ffn_up_exps.weight"), Role::kExperts, h.n_embd, f.n_ff, f.n_experts));
+    MOEND_ASSIGN(w.down_experts,
+                 bind.Required(name("ffn_down_exps.weight"), Role::kExperts, f.n_ff, h.n_embd, f.n_experts));
+    if (f.n_ff_shared == 0) return {};
+    MOEND_ASSIGN(w.gate_shared,
+                 bind.Required(name("ffn_gate_shexp.weight"), Role::kMatrix, h.n_embd, f.n_ff_shared));
+    MOEND_ASSIGN(w.up_shared,
+                 bind.Required(name("ffn_up_shexp.weight"), Role::kMatrix, h.n_embd, f.n_ff_shared));
+    MOEND_ASSIGN(w.down_shared,
+                 bind.Required(name("ffn_down_shexp.weight"), Role::kMatrix, f.n_ff_shared, h.n_embd));
+    if (!f.shared_gate) return {};
+    MOEND_ASSIGN(w.shared_gate, bind.Required(name("ffn_gate_inp_shexp.weight"), Role::kMatrix, h.n_embd));
+    return {};
+  }
+  if (f.fused) {
+    MOEND_TRY(bind.Required(name("ffn_up.weight"), Role::kRows, h.n_embd, 2 * f.n_ff));
+    w.ffn_gate = bind.Rows(name("ffn_up.weight"), 0, f.n_ff);
+    w.ffn_up = bind.Rows(name("ffn_up.weight"), f.n_ff, f.n_ff);
+  } else {
+    MOEND_ASSIGN(w.ffn_gate, bind.Required(name("ffn_gate.weight"), Role::kMatrix, h.n_embd, f.n_ff));
+    MOEND_ASSIGN(w.ffn_up, bind.Required(name("ffn_up.weight"), Role::kMatrix, h.n_embd, f.n_ff));
+  }
+  MOEND_ASSIGN(w.ffn_down, bind.Required(name("ffn_down.weight"), Role::kMatrix, f.n_ff, h.n_embd));
+  if (h.optional.biases) {
+    MOEND_ASSIGN(w.ffn_gate_b, bind.Optional(name("ffn_gate.bias"), Role::kVector, f.n_ff));
+    MOEND_ASSIGN(w.ffn_up_b, bind.Optional(name("ffn_up.bias"), Role::kVector, f.n_ff));
+    MOEND_ASSIGN(w.ffn_down_b, bind.Optional(name("ffn_down.bias"), Role::kVector, h.n_embd));
+  }
+  return {};
+}
+
 Expected<void> BindLayer(Binder& bind, const GgufFile& file, const HyperParams& h, int64_t layer,
                          LayerWeights& w) {
+  const LayerParams& p = h.layers[static_cast<std::size_t>(layer)];
   const std::string prefix = fmt::format("blk.{}.", layer);
-  const int64_t q_rows = h.n_heads * h.head_size;
+  const int64_t q_rows = h.n_heads * h.head_size, k_rows = h.n_kv_heads * h.head_size;
   MOEND_ASSIGN(w.attn_norm, bind.Required(prefix + "attn_norm.weight", Role::kVector, h.n_embd));
   MOEND_TRY(BindProjections(bind, file, h, prefix, w));
   MOEND_ASSIGN(w.wo, bind.Required(prefix + "attn_output.weight", Role::kMatrix, q_rows, h.n_embd));
-  if (h.architecture == Architecture::kQwen3) {
-    MOEND_ASSIGN(w.q_norm, bind.Required(prefix + "attn_q_norm.weight", Role::kVector, h.head_size));
-    MOEND_ASSIGN(w.k_norm, bind.Required(prefix + "attn_k_norm.weight", Role::kVector, h.head_size));
+  if (p.qk_norm != QkNorm::kNone) {
+    const bool row = p.qk_norm == QkNorm::kRow;
+    MOEND_ASSIGN(w.q_norm,
+                 bind.Required(prefix + "attn_q_norm.weight", Role::kVector, row ? q_rows : h.head_size));
+    MOEND_ASSIGN(w.k_norm,
+                 bind.Required(prefix + "attn_k_norm.weight", Role::kVector, row ? k_rows : h.head_size));
   }
   MOEND_ASSIGN(w.ffn_norm, bind.Required(prefix + "ffn_norm.weight", Role::kVector, h.n_embd));
-  MOEND_ASSIGN(w.ffn_gate, bind.Required(prefix + "ffn_gate.weight", Role::kMatrix, h.n_embd, h.n_ff));
-  MOEND_ASSIGN(w.ffn_up, bind.Required(prefix + "ffn_up.weight", Role::kMatrix, h.n_embd, h.n_ff));
-  MOEND_ASSIGN(w.ffn_down, bind.Required(prefix + "ffn_down.weight", Role::kMatrix, h.n_ff, h.n_embd));
-  if (h.architecture == Architecture::kLlama) {
+  if (p.post_norms) {
+    MOEND_ASSIGN(w.attn_post_norm,
+                 bind.Required(prefix + "post_attention_norm.weight", Role::kVector, h.n_embd));
+    MOEND_ASSIGN(w.ffn_post_norm, bind.Required(prefix + "post_ffw_norm.weight", Role::kVector, h.n_embd));
+  }
+  MOEND_TRY(BindFfn(bind, h, p.ffn, prefix, w));
+  if (h.optional.biases) {
     MOEND_ASSIGN(w.bo, bind.Optional(prefix + "attn_output.bias", Role::kVector, h.n_embd));
-    MOEND_ASSIGN(w.ffn_gate_b, bind.Optional(prefix + "ffn_gate.bias", Role::kVector, h.n_ff));
-    MOEND_ASSIGN(w.ffn_up_b, bind.Optional(prefix + "ffn_up.bias", Role::kVector, h.n_ff));
-    MOEND_ASSIGN(w.ffn_down_b, bind.Optional(prefix + "ffn_down.bias", Role::kVector, h.n_embd));
     // Rotation tables that old converters stored; they follow from the hyper-parameters.
     bind.Ignore(prefix + "attn_rot_embd.weight");
   }
@@ -183,8 +235,23 @@ Expected<void> CheckFactors(const GgufFile& file, const ggml_tensor* factors) {
   const auto* f = static_cast<const float*>(factors->data);
   for (int64_t i = 0; i < factors->ne[0]; ++i)
     if (!std::isfinite(f[i]) || f[i] <= 0)
-      return Fail(ErrorCode::kCorrupt, "{}: tensor rope_freqs.weight holds {} at {}; factors are above 0",
-                  file.path(), f[i], i);
+      return Fail(ErrorCode::kCorrupt, "{}: tensor {} holds {} at {}; factors are above 0", file.path(),
+                  factors->name, f[i], i);
+  return {};
+}
+
+Expected<void> BindRopeFactors(Binder& bind, const GgufFile& file, const HyperParams& h, Weights& w) {
+  const int64_t pairs = h.rope.n_dims / 2;
+  if (h.optional.rope_freqs) {
+    MOEND_ASSIGN(w.rope_freqs, bind.Optional("rope_freqs.weight", Role::kVector, pairs));
+  }
+  if (h.optional.long_rope_factors) {
+    // A model of long contexts is run with the factors for them, whatever the length at hand.
+    MOEND_ASSIGN(ggml_tensor * far, bind.Optional("rope_factors_long.weight", Role::kVector, pairs));
+    MOEND_ASSIGN(ggml_tensor * near, bind.Optional("rope_factors_short.weight", Role::kVector, pairs));
+    w.rope_freqs = h.n_ctx_train > h.rope.n_ctx_orig ? far : near;
+  }
+  if (w.rope_freqs) MOEND_TRY(CheckFactors(file, w.rope_freqs));
   return {};
 }
 
@@ -204,13 +271,16 @@ Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool re
   const auto descriptions = file.tensors().size() * 3 + 8;
   Repacker repacker(static_cast<int64_t>(descriptions));
   out.context.reset(ggml_init({ggml_tensor_overhead() * descriptions, nullptr, /*no_alloc=*/true}));
-  const std::span<const uint8_t> bytes = file.bytes();
-  if (out.context)
-    out.buffer.reset(ggml_backend_cpu_buffer_from_ptr(const_cast<uint8_t*>(bytes.data()), bytes.size()));
-  if (!out.buffer) return Fail(ErrorCode::kOutOfMemory, "{}: no memory to describe its tensors", file.path());
-  ggml_backend_buffer_set_usage(out.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+  for (const std::span<const uint8_t> bytes : file.parts()) {
+    if (out.context)
+      out.buffers.emplace_back(
+          ggml_backend_cpu_buffer_from_ptr(const_cast<uint8_t*>(bytes.data()), bytes.size()));
+    if (out.buffers.empty() || !out.buffers.back())
+      return Fail(ErrorCode::kOutOfMemory, "{}: no memory to describe its tensors", file.path());
+    ggml_backend_buffer_set_usage(out.buffers.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+  }
 
-  Binder bind(file, out.context.get(), out.buffer.get(), repack ? &repacker : nullptr);
+  Binder bind(file, out.context.get(), out.buffers, repack ? &repacker : nullptr);
   Weights& w = out.weights;
   MOEND_ASSIGN(w.tok_embd, bind.Required("token_embd.weight", Role::kRows, h.n_embd, h.n_vocab));
   MOEND_ASSIGN(w.output_norm, bind.Required("output_norm.weight", Role::kVector, h.n_embd));
@@ -219,13 +289,10 @@ Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool re
   // Rows are taken of a tied embedding, so that it stays as it is; products may gain from a repacked copy.
   if (w.tied) w.output = bind.Repacked("token_embd.weight");
   if (!w.output) w.output = w.tok_embd;
-  if (h.architecture == Architecture::kQwen2) {
+  if (h.optional.logit_bias) {
     MOEND_ASSIGN(w.output_b, bind.Optional("output.bias", Role::kVector, h.n_vocab));
   }
-  if (h.architecture == Architecture::kLlama) {
-    MOEND_ASSIGN(w.rope_freqs, bind.Optional("rope_freqs.weight", Role::kVector, h.head_size / 2));
-    if (w.rope_freqs) MOEND_TRY(CheckFactors(file, w.rope_freqs));
-  }
+  MOEND_TRY(BindRopeFactors(bind, file, h, w));
   for (int64_t layer = 0; layer < h.n_layers; ++layer) {
     LayerWeights weights;
     MOEND_TRY(BindLayer(bind, file, h, layer, weights));

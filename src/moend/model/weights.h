@@ -14,8 +14,8 @@ namespace moend {
 // Weights and what keeps their descriptions alive; the data belongs to the GgufFile, which must outlive this.
 struct BoundWeights {
   ggml_context_ptr context;
-  ggml_backend_buffer_ptr buffer;  // the whole mapping, read-only
-  RepackedWeights repacked;        // those that ggml multiplies faster so
+  std::vector<ggml_backend_buffer_ptr> buffers;  // the mapping of each part, read-only
+  RepackedWeights repacked;                      // those that ggml multiplies faster so
   Weights weights;
 };
 

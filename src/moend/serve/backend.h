@@ -51,9 +51,9 @@ class Backend {
   virtual std::string Detokenize(std::span<const int32_t> tokens) const = 0;
   virtual bool IsEndOfGeneration(int32_t token) const = 0;
   // The tokens of a chat as the model was trained on it; with the generation prompt, what follows is the
-  // assistant's answer.
+  // assistant's answer. What looks like a special token in a message is text.
   virtual Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages,
-                                                    bool add_generation_prompt) const = 0;
+                                                    const ChatOptions& options) const = 0;
 
   // From here on: one thread, the scheduler's.
   virtual Expected<std::unique_ptr<Context>> NewContext() = 0;

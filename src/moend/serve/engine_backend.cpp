@@ -37,10 +37,7 @@ int64_t CountParameters(const Weights& weights) {
   add(weights.tok_embd);
   add(weights.output_norm);
   if (!weights.tied) add(weights.output);
-  for (const LayerWeights& l : weights.layers)
-    for (const ggml_tensor* t : {l.attn_norm, l.wq, l.wk, l.wv, l.wo, l.bq, l.bk, l.bv, l.bo, l.q_norm,
-                                 l.k_norm, l.ffn_norm, l.ffn_gate, l.ffn_up, l.ffn_down})
-      add(t);
+  for (const LayerWeights& l : weights.layers) ForEachWeight(l, add);
   return n;
 }
 
@@ -85,19 +82,11 @@ class EngineBackend : public Backend {
   bool IsEndOfGeneration(int32_t token) const override { return tokenizer().IsEndOfGeneration(token); }
 
   Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages,
-                                            bool add_generation_prompt) const override {
-    std::string text;
-    if (tokenizer().has_chat_template()) {
-      MOEND_ASSIGN(text, tokenizer().ApplyChatTemplate(messages, add_generation_prompt));
-    } else {
-      text = PlainChat(messages, add_generation_prompt);
-    }
-    MOEND_ASSIGN(auto tokens, tokenizer().Tokenize(text, true, true));
-    // A template may spell out the BOS token that the tokenizer adds.
-    if (tokens.size() > 1 && tokenizer().adds_bos() && tokens[0] == tokens[1] &&
-        tokens[0] == tokenizer().bos())
-      tokens.erase(tokens.begin());
-    return tokens;
+                                            const ChatOptions& options) const override {
+    if (!tokenizer().has_chat_template())
+      return tokenizer().Tokenize(PlainChat(messages, options.add_generation_prompt), true, false);
+    MOEND_ASSIGN(const PromptText prompt, tokenizer().ApplyChatTemplate(messages, options));
+    return tokenizer().TokenizePrompt(prompt, true);
   }
 
   Expected<std::unique_ptr<Context>> NewContext() override {

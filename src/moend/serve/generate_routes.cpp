@@ -56,18 +56,19 @@ ApiResult<std::shared_ptr<Job>> Server::MakeJob(const Ready& ready, GenerationRe
   const char* field = r.chat ? "messages" : "prompt";
   int64_t boundary = 0;
   if (r.chat) {
-    auto tokens = backend.ChatTokens(r.messages, true);
+    auto tokens = backend.ChatTokens(r.messages, {.variables = r.template_variables});
     if (!tokens) return std::unexpected(FromError(tokens.error()));
     job->prompt = std::move(*tokens);
     if (r.messages.size() > 1) {
       // Where the last message begins: what a next request with another last message will share.
-      auto before = backend.ChatTokens(std::span(r.messages).first(r.messages.size() - 1), false);
+      auto before = backend.ChatTokens(std::span(r.messages).first(r.messages.size() - 1),
+                                       {.add_generation_prompt = false, .variables = r.template_variables});
       if (before) boundary = CommonPrefix(*before, job->prompt);
     }
   } else if (!r.prompt_tokens.empty()) {
     job->prompt = std::move(r.prompt_tokens);
   } else {
-    auto tokens = backend.Tokenize(r.prompt, true, true);
+    auto tokens = backend.Tokenize(r.prompt, true, r.parse_special);
     if (!tokens) return std::unexpected(FromError(tokens.error()));
     job->prompt = std::move(*tokens);
   }

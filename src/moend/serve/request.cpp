@@ -195,6 +195,12 @@ ApiResult<GenerationRequest> ParseChatRequest(const Json& body, const Limits& li
     r.messages.push_back(std::move(m));
   }
 
+  if (const Json* variables = f.Find("chat_template_kwargs")) {
+    if (!variables->is_object())
+      return Bad("chat_template_kwargs", "chat_template_kwargs must be an object", "invalid_type");
+    r.template_variables = variables->dump();
+  }
+
   MOEND_API_ASSIGN(const auto logprobs, f.Boolean("logprobs"));
   MOEND_API_ASSIGN(const auto top, f.Integer("top_logprobs", 0, limits.top_logprobs));
   if (top && !logprobs.value_or(false))
@@ -212,6 +218,8 @@ ApiResult<GenerationRequest> ParseCompletionRequest(const Json& body, const Limi
   MOEND_API_ASSIGN(const auto best_of, f.Integer("best_of", 1, 20));
   if (best_of.value_or(1) != 1) return Bad("best_of", "best_of must be 1", "unsupported");
 
+  MOEND_API_ASSIGN(const auto parse_special, f.Boolean("parse_special"));
+  r.parse_special = parse_special.value_or(true);
   const Json* prompt = f.Find("prompt");
   if (!prompt) return Bad("prompt", "prompt is missing", "missing");
   if (prompt->is_array() && prompt->size() == 1 && ((*prompt)[0].is_string() || (*prompt)[0].is_array()))

@@ -24,8 +24,10 @@ struct PickOptions {
 struct GenerationRequest {
   bool chat = false;
   std::vector<ChatMessage> messages;   // chat
+  std::string template_variables;      // chat: a JSON object, as ChatOptions has it
   std::string prompt;                  // completion: text,
   std::vector<int32_t> prompt_tokens;  // or tokens
+  bool parse_special = true;           // completion: "<|...|>" in the text become their tokens
   bool stream = false;
   bool include_usage = false;  // stream: a last chunk with the usage
   int64_t max_tokens = -1;     // -1: not given

@@ -1,0 +1,92 @@
+#include "moend/model/arch/arch.h"
+
+#include <array>
+
+namespace moend {
+namespace {
+
+constexpr int kNormal = GGML_ROPE_TYPE_NORMAL, kNeox = GGML_ROPE_TYPE_NEOX;
+
+constexpr std::array kArchitectures = {
+    Architecture{"llama", kNormal, false, DescribeLlama},
+    Architecture{"qwen2", kNeox, false, DescribeQwen2},
+    Architecture{"qwen2moe", kNeox, false, DescribeQwen2Moe},
+    Architecture{"qwen3", kNeox, false, DescribeQwen3},
+    Architecture{"qwen3moe", kNeox, false, DescribeQwen3Moe},
+    Architecture{"olmoe", kNeox, false, DescribeOlmoe},
+    Architecture{"phi3", kNeox, true, DescribePhi3},
+    Architecture{"smollm3", kNormal, false, DescribeSmollm3},
+    Architecture{"granite", kNormal, false, DescribeGranite},
+    Architecture{"granitemoe", kNormal, false, DescribeGranite},
+    Architecture{"mistral3", kNormal, false, DescribeMistral3},
+    Architecture{"glm4", kNormal, true, DescribeGlm4},
+};
+
+}  // namespace
+
+std::span<const Architecture> Architectures() {
+  return kArchitectures;
+}
+
+const Architecture* FindArchitecture(std::string_view name) {
+  for (const Architecture& a : kArchitectures)
+    if (a.name == name) return &a;
+  return nullptr;
+}
+
+std::string ArchitectureNames() {
+  std::string out;
+  for (std::size_t i = 0; i < kArchitectures.size(); ++i)
+    out += fmt::format("{}{}",
+                       i == 0                           ? ""
+                       : i + 1 == kArchitectures.size() ? " and "
+                                                        : ", ",
+                       kArchitectures[i].name);
+  return out;
+}
+
+std::string Key(const HyperParams& h, const char* name) {
+  return fmt::format("{}.{}", h.architecture_name, name);
+}
+
+Expected<void> ReadExperts(const GgufFile& file, HyperParams& h, bool required) {
+  MOEND_ASSIGN(const int64_t count, file.Integer(Key(h, "expert_count"), 0, kMaxExperts, 0));
+  MOEND_ASSIGN(const int64_t used,
+               file.SameInteger(Key(h, "expert_used_count"), h.n_layers, 0, kMaxExperts, 0));
+  if (count == 0 && !required) return {};
+  if (count == 0 || used == 0 || used > count)
+    return Fail(ErrorCode::kCorrupt, "{} has {} experts of which {} are used at once", file.path(), count,
+                used);
+  if (used > kMaxUsedExperts)
+    return Fail(ErrorCode::kUnsupported, "{} uses {} experts at once; moend runs models that use up to {}",
+                file.path(), used, kMaxUsedExperts);
+  MOEND_ASSIGN(const int64_t n_ff,
+               file.SameInteger(Key(h, "expert_feed_forward_length"), h.n_layers, 0, kMaxWidth, 0));
+  for (LayerParams& layer : h.layers) {
+    layer.ffn.n_experts = count;
+    layer.ffn.n_used = used;
+    if (n_ff > 0) layer.ffn.n_ff = n_ff;
+  }
+  return {};
+}
+
+Expected<void> ReadSharedExpert(const GgufFile& file, HyperParams& h, int64_t fallback, bool gate) {
+  MOEND_ASSIGN(int64_t n_ff, file.Integer(Key(h, "expert_shared_feed_forward_length"), 0, kMaxWidth, 0));
+  if (n_ff == 0) n_ff = fallback;
+  for (LayerParams& layer : h.layers) {
+    layer.ffn.n_ff_shared = n_ff;
+    layer.ffn.shared_gate = gate;
+  }
+  return {};
+}
+
+Expected<void> RefuseExperts(const GgufFile& file, const HyperParams& h) {
+  MOEND_ASSIGN(const int64_t count, file.Integer(Key(h, "expert_count"), 0, INT64_MAX, 0));
+  if (count > 0)
+    return Fail(ErrorCode::kUnsupported,
+                "{} is a mixture of {} experts; moend runs the architecture {} only without experts",
+                file.path(), count, h.architecture_name);
+  return {};
+}
+
+}  // namespace moend

@@ -1,0 +1,52 @@
+// What the layers of a model are made of. The three graphs of old (llama, qwen2, qwen3) and all others are
+// one graph over this description (graph.h); arch/ says how a file's keys become it.
+#pragma once
+
+#include <cstdint>
+
+namespace moend {
+
+struct RopeParams {
+  int mode = 0;  // GGML_ROPE_TYPE_NORMAL (channels 2p and 2p + 1 are a pair) or GGML_ROPE_TYPE_NEOX (p and p
+                 // + n / 2)
+  int n_dims = 0;      // channels of a head that are turned, its first ones; 0: no RoPE
+  int n_ctx_orig = 0;  // YaRN
+  float freq_base = 10000.0f, freq_scale = 1.0f, ext_factor = 0.0f, attn_factor = 1.0f, beta_fast = 32.0f,
+        beta_slow = 1.0f;
+};
+
+// An RMS norm over Q and K, before RoPE.
+enum class QkNorm {
+  kNone,
+  kHeads,  // each head by itself, with the same weights
+  kRow,    // all heads of a token together
+};
+
+// down(silu(gate(x)) * up(x)); with experts, the router takes the softmax of its logits and the n_used
+// largest.
+struct FfnParams {
+  int64_t n_ff = 0;          // of the dense network, or of one expert
+  bool fused = false;        // gate and up are the halves of one matrix
+  int64_t n_experts = 0;     // 0: dense
+  int64_t n_used = 0;        // experts a token goes through
+  bool normalize = false;    // the weights of those used add up to 1
+  int64_t n_ff_shared = 0;   // of an expert that all tokens go through beside; 0: none
+  bool shared_gate = false;  // whose output is weighed by a sigmoid
+};
+
+struct LayerParams {
+  RopeParams rope;
+  QkNorm qk_norm = QkNorm::kNone;
+  bool post_norms =
+      false;  // norms behind attention and feed-forward too, before they are added to the stream
+  float residual_scale = 1.0f;  // of what is added to the stream
+  FfnParams ffn;
+};
+
+// Queries far behind the trained context are made sharper: times 1 + scale * ln(1 + floor(position / every)).
+struct QueryTemperature {
+  float scale = 0;  // 0: none
+  int64_t every = 0;
+};
+
+}  // namespace moend
