@@ -142,13 +142,13 @@ function orders(kind) {
 function register(kind) {
   const n = kind === "uuid" ? 26 : 70;
   const entries = kind === "uuid" ? repeat(n, () => [uuid(), uuid()])
-    : kind === "lines" ? distinct(n, () => digits(4)).map((k) => [`line ${k}`, digits(5)])
+    : kind === "lines" ? distinct(n, () => digits(4)).map((k) => [`parcel ${k}`, digits(5)])
     : distinct(n, () => `${pick(["north", "south", "upper", "lower", "old", "new", "red", "grey"])} ${pick(["gate", "cellar", "tower", "mill", "quay", "barn", "vault", "annex"])} ${1 + below(40)}`).map((k) => [k, digits(6)]);
-  const text = kind === "uuid" ? `{${entries.map(([k, v]) => `"${k}": "${v}"`).join(",\n ")}}`
-    : kind === "lines" ? entries.map(([k, v]) => `${k}: REGISTER_CONTENT is <${v}>`).join("\n")
-    : entries.map(([k, v]) => `The access code of the ${k} is ${v}.`).join(" ");
-  return { text, asked: take(entries, 5).map(([k, v]) => [kind === "uuid" ? `Which value belongs to the key "${k}"?`
-    : kind === "lines" ? `What is the REGISTER_CONTENT in ${k}?` : `What is the access code of the ${k}?`, v]) };
+  const text = kind === "uuid" ? `${entries.map(([k, v]) => `${k} -> ${v}`).join("\n")}`
+    : kind === "lines" ? entries.map(([k, v]) => `${k}  weight ${v} g`).join("\n")
+    : entries.map(([k, v]) => `In the ${k} lie ${v} nails.`).join(" ");
+  return { text, asked: take(entries, 5).map(([k, v]) => [kind === "uuid" ? `To what does ${k} point?`
+    : kind === "lines" ? `How heavy is ${k}?` : `How many nails lie in the ${k}?`, v]) };
 }
 
 // ---- a conversation of several people -----------------------------------------------------------------------------
@@ -182,25 +182,25 @@ function meeting() {
 }
 
 // ---- labels from examples -----------------------------------------------------------------------------------------
-const intents = {
-  lost_card: ["I cannot find my card anywhere", "my card must have slipped out of my pocket", "I left the card in a taxi", "the card is gone since yesterday"],
-  card_arrival: ["when will the new card come", "I am still waiting for the card in the post", "how long does delivery of a card take", "my card was sent two weeks ago and is not here"],
-  exchange_rate: ["which rate do you use for dollars", "the rate on my statement looks wrong", "how is the exchange rate worked out", "do you change money at the weekend rate"],
-  pin_blocked: ["I typed the wrong PIN three times", "the machine says my PIN is blocked", "how do I unlock the PIN", "my PIN does not work any longer"],
-  refund_missing: ["the shop says it has sent the money back", "my refund does not show up", "I returned the shoes a month ago and see no money", "where is the refund for the cancelled flight"],
-  top_up_failed: ["adding money did not work", "my top-up was declined", "why can I not load the account", "the top-up has gone through twice or not at all"],
-  verify_identity: ["which papers do you need to know who I am", "the photo of my passport was refused", "why do I have to prove my identity", "the check of my documents takes forever"],
-  cash_withdrawal: ["the machine kept my money", "I was charged for taking out cash", "the amount of cash is not what I asked for", "how much may I withdraw in a day"],
-  close_account: ["please delete my account", "I want to leave the bank", "how do I end the contract", "what happens to the rest of the money when I close"],
-  change_address: ["I have moved house", "my street is spelled wrong", "update my place of residence", "the letters still go to my old flat"],
+const topics = {
+  frost: ["the leaves turned black overnight", "how cold may it get for the young beans", "should I cover the beds this week", "the buds of the pear tree are brown"],
+  watering: ["how often do the tomatoes want water", "the soil is dry again by noon", "is it too much if the pots stand in water", "the hose does not reach the last bed"],
+  slugs: ["something eats the lettuce at night", "there is slime on the boards", "do beer traps work at all", "half of the seedlings are gone this morning"],
+  pruning: ["when do I cut back the roses", "the apple tree has grown into the wires", "which of the shoots should stay", "my saw is too short for that branch"],
+  compost: ["the heap smells like eggs", "may orange peel go in there", "it has not grown warm this year", "how long until I can spread it"],
+  seeds: ["the packet says two years, are they still good", "none of the carrots came up", "how deep do broad beans go", "can I keep those of my own pumpkins"],
+  fence: ["the deer came in again", "two posts are rotten", "my neighbour wants it moved", "which wire keeps rabbits out"],
+  fees: ["what does a half plot cost a year", "I have paid twice", "until when must it be paid", "is the water in it"],
+  keys: ["the lock of the shed is stuck", "I left mine at home on Sunday", "who has the one to the pump house", "may I have another made"],
+  bees: ["there is a swarm in the plum tree", "who takes honeycombs off the wall", "the hives stand too near to the path", "they do not fly although it is warm"],
 };
-const endings = ["", "", ", please help", " and it is urgent", ", what now", " since Monday", ", can you look", " although I called already", ", thanks"];
+const endings = ["", "", ", any ideas", " and it is getting worse", ", what now", " since Monday", ", could someone come", " although I asked before", ", thanks"];
 function labels() {
   const codes = random() < 0.5;
-  const name = Object.fromEntries(Object.keys(intents).map((k, i) => [k, codes ? `${pick(["blue", "green", "amber", "violet"])}_${10 + i * 7 + below(6)}` : k]));
-  const all = shuffle(Object.entries(intents).flatMap(([k, texts]) => texts.flatMap((t) => repeat(2, () => [t + pick(endings), name[k]]))));
+  const name = Object.fromEntries(Object.keys(topics).map((k, i) => [k, codes ? `${pick(["blue", "green", "amber", "violet"])}_${10 + i * 7 + below(6)}` : k]));
+  const all = shuffle(Object.entries(topics).flatMap(([k, texts]) => texts.flatMap((t) => repeat(2, () => [t + pick(endings), name[k]]))));
   const shown = all.slice(0, 60), asked = all.slice(60, 68);
-  return `%%% text\n${[...shown, ...asked].map(([t, l]) => `Text: ${t}\nIntent: ${l}\n`).join("\n")}`;
+  return `%%% text\n${[...shown, ...asked].map(([t, l]) => `"${t}" goes to ${l}\n`).join("\n")}`;
 }
 
 // ---- a chain that is worked out from facts spread over a text ------------------------------------------------------

@@ -19,12 +19,12 @@ std::string_view WithoutLastNewline(std::string_view text) {
 Expected<void> Close(std::vector<ChatMessage>& turns, const Tokenizer& tokenizer, std::string& out) {
   if (turns.empty()) return {};
   if (tokenizer.has_chat_template()) {
-    auto rendered = tokenizer.ApplyChatTemplate(turns, false);
+    auto rendered = tokenizer.ApplyChatTemplate(turns, {.add_generation_prompt = false});
     // A template that nobody but the model's own makers can render must not keep the model from being
     // calibrated.
     if (!rendered && rendered.error().code != ErrorCode::kUnsupported) return Forward(rendered);
     if (rendered) {
-      out += *rendered;
+      out += rendered->text;
       if (!out.ends_with('\n')) out += '\n';
       turns.clear();
       return {};
