@@ -153,10 +153,16 @@ std::vector<uint32_t> Every(uint32_t step, uint32_t n) {
   return kept;
 }
 
+// Two threads' numbers, one after the other.
+const Parallel kSerial{2, [](int64_t n, const std::function<void(int64_t, int)>& fn) -> Expected<void> {
+                         for (int64_t i = 0; i < n; ++i) fn(i, static_cast<int>(i % 2));
+                         return {};
+                       }};
+
 TEST(RefitValues, BringsAttentionBackToWhatItWas) {
   const Head head(300, 32, 1200, 3);
   const auto kept = Every(3, 300);
-  const auto refit = RefitValues(head.view(), kept, head.Keys(kept), {head.q.data(), 1200, 2});
+  const auto refit = RefitValues(head.view(), kept, head.Keys(kept), {head.q.data(), 1200, 2}, kSerial);
   ASSERT_TRUE(refit);
   ASSERT_EQ(refit->v.size(), kept.size() * 32);
   EXPECT_LT(refit->after, 0.5 * refit->before);
@@ -170,14 +176,14 @@ TEST(RefitValues, LeavesValuesAloneWhereItCannotKnowOrNeedNot) {
   const auto keys = head.Keys(kept);
   // Too few queries, none, and nothing that is missing.
   for (const int64_t rows : {0, 2, 198}) {
-    const auto refit = RefitValues(head.view(), kept, keys, {head.q.data(), rows, 2});
+    const auto refit = RefitValues(head.view(), kept, keys, {head.q.data(), rows, 2}, kSerial);
     ASSERT_TRUE(refit);
     EXPECT_TRUE(refit->v.empty()) << rows;
   }
-  const auto none = RefitValues(head.view(), {}, {}, {head.q.data(), 1200, 2});
+  const auto none = RefitValues(head.view(), {}, {}, {head.q.data(), 1200, 2}, kSerial);
   ASSERT_TRUE(none);
   EXPECT_TRUE(none->v.empty());
-  const auto full = RefitValues(head.view(), all, head.Keys(all), {head.q.data(), 1200, 2});
+  const auto full = RefitValues(head.view(), all, head.Keys(all), {head.q.data(), 1200, 2}, kSerial);
   ASSERT_TRUE(full);
   EXPECT_LT(full->before, 1e-5);
 }

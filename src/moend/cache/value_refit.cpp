@@ -45,11 +45,15 @@ class Kept {
   Buffer<uint16_t> k_, v_;
 };
 
+constexpr int64_t kRowsAtOnce = 192;  // of queries, to a thread at a time
+constexpr int64_t kPagesAtOnce = 4;   // of kept tokens, likewise
+
 // Some of the reference queries, and what the kernels need beside them.
 class Queries {
  public:
-  static Expected<Queries> Create(const QueryRows& all, int64_t head_size, bool held_out) {
-    Queries q;
+  static Expected<Queries> Create(const QueryRows& all, int64_t head_size, bool held_out,
+                                  const Parallel& parallel) {
+    Queries q(parallel);
     q.d_ = head_size;
     for (int64_t token = 0; token < all.rows / all.group; ++token) {
       if ((token % kHeldOut == kHeldOut - 1) != held_out) continue;
@@ -58,42 +62,67 @@ class Queries {
     }
     q.rows_ = static_cast<int64_t>(q.q_.size()) / head_size;
     q.state_.resize(static_cast<std::size_t>(q.rows_ * 2));
-    MOEND_ASSIGN(q.workspace_, Buffer<float>::Create(nullptr, WorkspaceFloats(head_size, q.rows_)));
+    for (int i = 0; i < parallel.n_threads; ++i) {
+      MOEND_ASSIGN(auto workspace, Buffer<float>::Create(nullptr, WorkspaceFloats(head_size, q.rows_)));
+      q.workspaces_.push_back(std::move(workspace));
+    }
     return q;
   }
   int64_t rows() const { return rows_; }
 
   // f32 [rows][head_size]: attention to all of kv. The softmax of the last call is what Transposed() uses.
-  std::vector<float> Attend(const DenseView& kv) {
+  Expected<std::vector<float>> Attend(const DenseView& kv) {
     std::vector<float> out(static_cast<std::size_t>(rows_ * d_));
-    const SoftmaxState state{out.data(), state_.data(), state_.data() + rows_};
-    ResetState(state, rows_, d_);
-    simd::AttendCausal(kv, kv.n_tokens - 1, all_see(), state, workspace_.data());
-    simd::Finish(state, rows_, d_);
+    ResetState({out.data(), state_.data(), state_.data() + rows_}, rows_, d_);
+    MOEND_TRY(parallel_.run((rows_ + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t i, int thread) {
+      const int64_t first = i * kRowsAtOnce, rows = std::min(kRowsAtOnce, rows_ - first);
+      const SoftmaxState state{out.data() + first * d_, state_.data() + first, state_.data() + rows_ + first};
+      simd::AttendCausal(kv, kv.n_tokens - 1, AllSee(first, rows), state, workspace(thread));
+      simd::Finish(state, rows, d_);
+    }));
     return out;
   }
   // f32 [tokens of kv][head_size]: the sum of `rows` by what each gave to a token.
-  std::vector<float> Transposed(const DenseView& kv, std::span<const float> rows) {
+  Expected<std::vector<float>> Transposed(const DenseView& kv, std::span<const float> rows) {
     std::vector<float> out(static_cast<std::size_t>(kv.n_tokens * d_), 0.0f);
-    simd::ColumnOutputsCausal(kv, kv.n_tokens - 1, all_see(), state_.data(), state_.data() + rows_,
-                              rows.data(), out.data(), workspace_.data());
+    MOEND_TRY(ForTokens(kv, [&](const DenseView& part, int64_t first, int thread) {
+      simd::ColumnOutputsCausal(part, part.n_tokens - 1, AllSee(0, rows_), state_.data(),
+                                state_.data() + rows_, rows.data(), out.data() + first * d_,
+                                workspace(thread));
+    }));
     return out;
   }
   // What each token of kv received.
-  std::vector<float> Received(const DenseView& kv) {
+  Expected<std::vector<float>> Received(const DenseView& kv) {
     std::vector<float> out(static_cast<std::size_t>(kv.n_tokens), 0.0f);
-    simd::ColumnSumsCausal(kv, kv.n_tokens - 1, 0, kv.n_tokens, all_see(), state_.data(),
-                           state_.data() + rows_, out.data(), workspace_.data());
+    MOEND_TRY(ForTokens(kv, [&](const DenseView& part, int64_t first, int thread) {
+      simd::ColumnSumsCausal(part, part.n_tokens - 1, 0, part.n_tokens, AllSee(0, rows_), state_.data(),
+                             state_.data() + rows_, out.data() + first, workspace(thread));
+    }));
     return out;
   }
 
  private:
+  explicit Queries(const Parallel& parallel) : parallel_(parallel) {}
   // As one token's rows, all of them see all tokens.
-  QueryRows all_see() const { return {q_.data(), rows_, std::max<int64_t>(rows_, 1)}; }
+  QueryRows AllSee(int64_t first, int64_t rows) const {
+    return {q_.data() + first * d_, rows, std::max<int64_t>(rows, 1)};
+  }
+  float* workspace(int thread) { return workspaces_[static_cast<std::size_t>(thread)].data(); }
+  template <class Body>
+  Expected<void> ForTokens(const DenseView& kv, const Body& body) {
+    constexpr int64_t kTokens = kPagesAtOnce * kPageTokens;
+    return parallel_.run((kv.n_tokens + kTokens - 1) / kTokens, [&](int64_t i, int thread) {
+      const int64_t first = i * kTokens;
+      const DenseView part{d_, kv.k + first * d_, kv.v + first * d_, std::min(kTokens, kv.n_tokens - first)};
+      body(part, first, thread);
+    });
+  }
 
+  const Parallel& parallel_;
   int64_t d_ = 0, rows_ = 0;
   std::vector<float> q_, state_;  // [rows][head_size]; max [rows], sum [rows]
-  Buffer<float> workspace_;
+  std::vector<Buffer<float>> workspaces_;
 };
 
 double Squares(std::span<const float> x) {
@@ -117,14 +146,15 @@ std::vector<double> Dots(std::span<const float> a, std::span<const float> b, int
 }  // namespace
 
 Expected<ValueRefit> RefitValues(const DenseView& full, std::span<const uint32_t> kept,
-                                 std::span<const float> keys, const QueryRows& reference) {
+                                 std::span<const float> keys, const QueryRows& reference,
+                                 const Parallel& parallel) {
   const int64_t d = full.head_size;
   const auto t = static_cast<int64_t>(kept.size());
   ValueRefit result;
   if (t == 0 || reference.rows < kRowsPerToken * t) return result;
   MOEND_ASSIGN(Kept stored, Kept::Create(d, keys));
-  MOEND_ASSIGN(Queries train, Queries::Create(reference, d, false));
-  MOEND_ASSIGN(Queries held, Queries::Create(reference, d, true));
+  MOEND_ASSIGN(Queries train, Queries::Create(reference, d, false, parallel));
+  MOEND_ASSIGN(Queries held, Queries::Create(reference, d, true, parallel));
   if (held.rows() == 0) return result;
 
   std::vector<float> values(static_cast<std::size_t>(t * d));
@@ -133,16 +163,19 @@ Expected<ValueRefit> RefitValues(const DenseView& full, std::span<const uint32_t
       values[static_cast<std::size_t>(i * d + c)] =
           HalfToFloat(full.v[static_cast<int64_t>(kept[static_cast<std::size_t>(i)]) * d + c]);
   // What attention to the kept tokens lacks.
-  std::vector<float> lacks = train.Attend(full), held_lacks = held.Attend(full);
+  MOEND_ASSIGN(std::vector<float> lacks, train.Attend(full));
+  MOEND_ASSIGN(std::vector<float> held_lacks, held.Attend(full));
   const double norm = Squares(held_lacks);
-  Subtract(lacks, train.Attend(stored.With(values)));
-  Subtract(held_lacks, held.Attend(stored.view()));
+  MOEND_ASSIGN(const auto has, train.Attend(stored.With(values)));
+  MOEND_ASSIGN(const auto held_has, held.Attend(stored.view()));
+  Subtract(lacks, has);
+  Subtract(held_lacks, held_has);
   if (!(norm > 0)) return result;
   result.before = result.after = Squares(held_lacks) / norm;
 
   // X'X is at most the diagonal of what the tokens receive (its rows add up to that, and nothing in it is
   // negative), which therefore conditions it.
-  const std::vector<float> received = train.Received(stored.view());
+  MOEND_ASSIGN(const std::vector<float> received, train.Received(stored.view()));
   double mean = 0;
   for (const float x : received) mean += x / static_cast<double>(t);
   const auto ridge = static_cast<float>(kRidge * mean);
@@ -153,12 +186,12 @@ Expected<ValueRefit> RefitValues(const DenseView& full, std::span<const uint32_t
     return z;
   };
   std::vector<float> moved(values.size(), 0.0f), best;
-  std::vector<float> r = train.Transposed(stored.view(), lacks);
+  MOEND_ASSIGN(std::vector<float> r, train.Transposed(stored.view(), lacks));
   std::vector<float> z = condition(r), p = z;
   std::vector<double> rz = Dots(r, z, d);
   for (int64_t step = 1; step <= kMostSteps; ++step) {
-    const std::vector<float> xp = train.Attend(stored.With(p));
-    std::vector<float> ap = train.Transposed(stored.view(), xp);
+    MOEND_ASSIGN(const std::vector<float> xp, train.Attend(stored.With(p)));
+    MOEND_ASSIGN(std::vector<float> ap, train.Transposed(stored.view(), xp));
     for (std::size_t i = 0; i < ap.size(); ++i) ap[i] += ridge * p[i];
     const std::vector<double> pap = Dots(p, ap, d);
     for (std::size_t i = 0; i < r.size(); ++i) {
@@ -168,7 +201,8 @@ Expected<ValueRefit> RefitValues(const DenseView& full, std::span<const uint32_t
       r[i] -= static_cast<float>(alpha * ap[i]);
     }
     std::vector<float> left = held_lacks;
-    Subtract(left, held.Attend(stored.With(moved)));
+    MOEND_ASSIGN(const auto gains, held.Attend(stored.With(moved)));
+    Subtract(left, gains);
     const double error = Squares(left) / norm;
     if (!(error < result.after)) break;
     result.after = error;

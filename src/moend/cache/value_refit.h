@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -22,9 +23,17 @@ struct ValueRefit {
   int64_t steps = 0;
 };
 
-// full: the whole context. kept: ascending positions. keys: f32 [kept][head_size], those keys as stored.
-// reference: scaled queries that come after the context; fewer than two rows a kept token refit nothing.
+// Calls a function for 0 <= i < n, on several threads if it has them, which it numbers from 0.
+struct Parallel {
+  int n_threads = 1;
+  std::function<Expected<void>(int64_t n, const std::function<void(int64_t i, int thread)>&)> run;
+};
+
+// full: the whole context. kept: positions, in the order of `keys`: f32 [kept][head_size], as they are
+// stored. reference: scaled queries that come after the context; fewer than two rows a kept token refit
+// nothing. The result does not depend on the number of threads.
 Expected<ValueRefit> RefitValues(const DenseView& full, std::span<const uint32_t> kept,
-                                 std::span<const float> keys, const QueryRows& reference);
+                                 std::span<const float> keys, const QueryRows& reference,
+                                 const Parallel& parallel);
 
 }  // namespace moend

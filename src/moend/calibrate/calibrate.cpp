@@ -228,7 +228,7 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   const bool by_logits = options.method == ProfileMethod::kLogits;
   if (options.experts.empty()) options.experts = by_logits ? DefaultExperts() : ReconstructionExperts();
   if (!by_logits) options.heads = true;
-  if (!by_logits && options.scorer == kAutoScorer) options.scorer = "reconstruct";
+  if (!by_logits && options.scorer == kAutoScorer) options.scorer = kReconstructScorer;
   std::sort(options.experts.begin(), options.experts.end());
   Profile wanted;
   wanted.model = engine->fingerprint();

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <filesystem>
 #include <limits>
+#include <optional>
 
 #include "moend/base/file.h"
 #include "moend/calibrate/calibrate.h"
@@ -35,6 +36,10 @@ every chunk; after Ctrl-C, or with more --chunks, the same command goes on where
 the relative L2 error of each layer's attention output, tokens being evicted at random. Its profile is for
 moend solve --metric l2, with -c for the length that the budget is for.)";
 
+// What ProfileMethod::kReconstruction reads where nothing is asked for: more kinds of text say more than
+// longer ones.
+constexpr int64_t kRepeatedLength = 4096, kRepeatedChunks = 6;
+
 struct CalibrateFlags {
   ModelFlags model;
   std::vector<std::string> files;
@@ -42,6 +47,7 @@ struct CalibrateFlags {
   CalibrateOptions options;
   std::vector<double> keeps;
   std::vector<std::string> bits;
+  std::optional<int64_t> chunks;
   std::string method = Name(ProfileMethod::kReconstruction);
   bool restart = false, paper = false;
 };
@@ -132,7 +138,10 @@ Expected<void> Run(CalibrateFlags& flags) {
   MOEND_ASSIGN(Profile profile, Unfinished(flags));
   MOEND_ASSIGN(auto engine, flags.model.Load());
   const int64_t trained = engine->model().hparams().n_ctx_train;
-  if (flags.options.length == 0) flags.options.length = std::min(CalibrateOptions().length, trained);
+  const bool by_logits = flags.options.method == ProfileMethod::kLogits;
+  if (flags.options.length == 0)
+    flags.options.length = std::min(by_logits ? CalibrateOptions().length : kRepeatedLength, trained);
+  flags.options.chunks = flags.chunks.value_or(by_logits ? CalibrateOptions().chunks : kRepeatedChunks);
   if (flags.options.length > trained)
     return Fail(ErrorCode::kInvalidArgument, "chunks of {} tokens are not possible; {} was trained for {}",
                 flags.options.length, flags.model.path, trained);
@@ -187,12 +196,18 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
       ->type_name("TEXT...");
   command->add_option("-o,--output", f.output, "the profile")->required()->type_name("PROFILE.json");
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  command->add_option("-c,--ctx-size", f.options.length, "tokens of a chunk; 0: 8192, or what the model has")
+  command
+      ->add_option("-c,--ctx-size", f.options.length,
+                   fmt::format("tokens of a chunk; 0: {}, with --method logits {}, or what the model has",
+                               kRepeatedLength, CalibrateOptions().length))
       ->capture_default_str()
       ->check(CLI::Range(int64_t{0}, kMost))
       ->type_name("LENGTH");
-  command->add_option("--chunks", f.options.chunks, "how many chunks; 0: all that the texts give")
-      ->capture_default_str()
+  command
+      ->add_option(
+          "--chunks", f.chunks,
+          fmt::format("how many chunks; 0: all that the texts give; default: {}, with --method logits {}",
+                      kRepeatedChunks, CalibrateOptions().chunks))
       ->check(CLI::Range(int64_t{0}, kMost))
       ->type_name("N");
   command

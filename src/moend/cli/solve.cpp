@@ -31,6 +31,7 @@ struct SolveFlags {
   std::string profile, output;
   double compression = 0, budget_mib = 0;
   std::optional<double> min_keep;
+  bool no_refit = false;
   int64_t context_length = 0;
   std::string solver = "exact", metric = "kl", variant, scorer;
   MeasureFlags measure;
@@ -46,6 +47,7 @@ Expected<void> Run(const SolveFlags& flags) {
   MOEND_ASSIGN(request.solver, ParseSolver(flags.solver));
   MOEND_ASSIGN(request.metric, ParseMetric(flags.metric));
   MOEND_ASSIGN(request.variant, VariantOf(flags.variant, profile));
+  request.refit = !flags.no_refit;
   if (!flags.scorer.empty()) profile.scorer = flags.scorer;
   MOEND_ASSIGN(const auto scorer, MakeScorer(profile.scorer));
   // In a file only where somebody will read them.
@@ -123,6 +125,10 @@ void AddSolve(CLI::App& app, int& exit_code) {
       ->check(CLI::IsMember(ScorerNames()))
       ->type_name("NAME");
   AddMinKeep(*command, f.min_keep);
+  command->add_flag(
+      "--no-refit", f.no_refit,
+      "leave the values of kept tokens as they are; else the scorer reconstruct moves them so that "
+      "they make up for what is gone");
   command->add_option("-o,--output", f.output, "the plan; without it, it is only shown")
       ->type_name("PLAN.json");
   f.measure.AddTo(*command);

@@ -61,10 +61,13 @@ std::vector<float> StoredKeys(const LayerCache& cache) {
 }
 
 // The cache once more with values that make up for what is gone, where that helps.
-Expected<LayerCache> Refit(LayerCache cache, const Filling& with, const DenseView& view,
+Expected<LayerCache> Refit(Compute& compute, LayerCache cache, const Filling& with, const DenseView& view,
                            const QueryRows& reference) {
   const std::vector<uint32_t> positions = cache.positions(0);
-  MOEND_ASSIGN(const ValueRefit refit, RefitValues(view, positions, StoredKeys(cache), reference));
+  MOEND_ASSIGN(const ValueRefit refit, RefitValues(view, positions, StoredKeys(cache), reference,
+                                                   {compute.n_threads(), [&](int64_t n, const auto& fn) {
+                                                      return compute.ParallelFor(n, fn);
+                                                    }}));
   if (refit.v.empty()) return cache;
   const int64_t d = view.head_size;
   std::vector<uint16_t> values(view.v, view.v + view.n_tokens * d);
@@ -122,30 +125,38 @@ Expected<std::vector<LayerCache>> CompressScratch(
     const int64_t score_bytes = scorer.scorer.needs().accumulated ? 4 : 0;
     MOEND_ASSIGN(experts, SplitHeads(*scores, experts[0], guard, scratch.shape().head_size, score_bytes));
   }
+  std::vector<std::vector<uint32_t>> kept(experts.size());
+  std::vector<std::vector<float>> feedback(experts.size());
+  const auto filling = [&](std::size_t h) {
+    const bool keep_scores = scorer.scorer.needs().accumulated && experts[h].keep < 1;
+    return Filling{ledger,
+                   experts[h],
+                   guard,
+                   keep_scores,
+                   rotations[h],
+                   kept[h],
+                   scratch.accumulated(static_cast<int64_t>(h)),
+                   feedback[h]};
+  };
   std::vector<Expected<LayerCache>> made_caches;
   for (int64_t h = 0; h < heads; ++h)
     made_caches.push_back(Fail(ErrorCode::kInternal, "KV head {} was not compressed", h));
   MOEND_TRY(compute.ParallelFor(heads, [&](int64_t h, int) {
     const auto hi = static_cast<std::size_t>(h);
-    std::vector<uint32_t> kept;
     if (evicts(experts[hi]))
-      kept = SelectKept((*scores)[hi], guard, KeptTokens(experts[hi].keep, guard, n_tokens));
-    const DenseView view = scratch.view(h, n_tokens);
-    std::vector<float> feedback;
+      kept[hi] = SelectKept((*scores)[hi], guard, KeptTokens(experts[hi].keep, guard, n_tokens));
     if (experts[hi].k_bits < 16 && !scratch.moment(h).empty())
-      feedback = FeedbackFactors(scratch.moment(h), scratch.shape().head_size, rotations[hi]->head(0));
-    const bool keep_scores = scorer.scorer.needs().accumulated && experts[hi].keep < 1;
-    const Filling filling{
-        ledger, experts[hi], guard, keep_scores, rotations[hi], kept, scratch.accumulated(h), feedback};
-    auto cache = MakeCache(filling, view);
-    if (cache && scorer.refit && experts[hi] != Expert{})
-      cache = Refit(std::move(*cache), filling, view, scratch.reference(h));
-    made_caches[hi] = std::move(cache);
+      feedback[hi] = FeedbackFactors(scratch.moment(h), scratch.shape().head_size, rotations[hi]->head(0));
+    made_caches[hi] = MakeCache(filling(hi), scratch.view(h, n_tokens));
   }));
   std::vector<LayerCache> caches;
-  for (auto& cache : made_caches) {
-    if (!cache) return Forward(cache);
-    caches.push_back(std::move(*cache));
+  for (std::size_t h = 0; h < made_caches.size(); ++h) {
+    if (!made_caches[h]) return Forward(made_caches[h]);
+    caches.push_back(std::move(*made_caches[h]));
+    if (!scorer.refit || experts[h] == Expert{}) continue;
+    const auto head = static_cast<int64_t>(h);
+    MOEND_ASSIGN(caches[h], Refit(compute, std::move(caches[h]), filling(h), scratch.view(head, n_tokens),
+                                  scratch.reference(head)));
   }
   return caches;
 }

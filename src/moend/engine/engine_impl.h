@@ -79,7 +79,7 @@ struct Session::Impl {
   LayerScorer scorer_of(int64_t layer) const {
     LayerScorer of(scorer->of_layer(layer), queries ? queries->layer(layer) : std::span<const HeadQueries>());
     of.shares = plan.adaptive_heads;
-    of.refit = plan.refit;
+    of.refit = plan.refit && scorer->needs().repetition;
     return of;
   }
   // Once a prompt is read, plans of adaptive heads say what each of them got.

@@ -20,6 +20,8 @@ namespace moend {
 // compression: 4k facts and records with one plan of 28x: keydiff 0.37, streaming 0.17, snapkv 0.08, expected
 // attention 0.01.
 inline constexpr const char* kDefaultScorer = "keydiff";
+// The scorer that reads a prompt twice, and whose second reading a refit needs.
+inline constexpr const char* kReconstructScorer = "reconstruct";
 
 // Tells models apart: a Plan or Profile is refused by any other model.
 struct Fingerprint {

@@ -71,7 +71,8 @@ class Job {
     plan.scorer = profile.scorer;
     plan.metric = Name(request.metric);
     plan.guard = profile.guard;
-    plan.refit = request.refit;
+    const bool routed = request.variant == Variant::k2dHetero || request.variant == Variant::k2dHeads;
+    plan.refit = request.refit && routed && profile.scorer == kReconstructScorer;
     plan.queries = profile.queries;
     plan.context_length = request.context_length;
     plan.budget_bytes = request.budget_bytes;
