@@ -55,11 +55,12 @@ TEST(Prompt, ChatTemplateWrapsTheWholePrompt) {
   const auto prepared = PrepareSuite(tokenizer, suite, 4096, {});
   ASSERT_TRUE(prepared) << prepared.error().message;
   std::vector<int32_t> all = prepared->contexts[0].context;
-  all.insert(all.end(), prepared->contexts[0].questions[1].begin(), prepared->contexts[0].questions[1].end());
+  const auto& question = prepared->contexts[0].questions[1];
+  all.insert(all.end(), question.begin(), question.end());
   const std::string prompt = suite.contexts[0].text + suite.contexts[0].questions[1].prompt;
   const ChatMessage message{"user", prompt};
   EXPECT_EQ(tokenizer.Detokenize(all, true),
-            tokenizer.Piece(tokenizer.bos(), true) + *tokenizer.ApplyChatTemplate({&message, 1}, true));
+            tokenizer.Piece(tokenizer.bos(), true) + tokenizer.ApplyChatTemplate({&message, 1}, {})->text);
   // The text's own "<|im_end|>" is text, not the token.
   const auto end = *tokenizer.Tokenize("<|im_end|>", false, true);
   ASSERT_EQ(end.size(), 1u);

@@ -218,6 +218,7 @@ CalibrateOptions Options() {
   CalibrateOptions options;
   options.method = ProfileMethod::kReconstruction;
   options.scorer = kAutoScorer;
+  options.most_copy_loss = 100;  // random weights repeat nothing
   options.length = 1200;
   options.chunks = 0;
   return options;
@@ -265,6 +266,17 @@ TEST(CalibrateByRepetition, MeasuresEveryHeadWithTwoReadings) {
   const auto solved = Solve(*profile, request);
   ASSERT_TRUE(solved) << solved.error().message;
   EXPECT_TRUE(std::isfinite(solved->expected_kl));
+}
+
+TEST(CalibrateByRepetition, AModelThatDoesNotRepeatIsNotMeasuredByIt) {
+  const Tiny tiny;
+  const std::vector<std::vector<int32_t>> chunks = {test::RandomTokens(600, 1)};
+  CalibrateOptions options = Options();
+  options.most_copy_loss = CalibrateOptions().most_copy_loss;
+  const auto refused = Calibrate(tiny.engine, chunks, options, {}, {}, {});
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kUnsupported);
+  EXPECT_NE(refused.error().message.find("logits"), std::string::npos);
 }
 
 TEST(CalibrateByRepetition, GoesOnWhereItWasInterrupted) {

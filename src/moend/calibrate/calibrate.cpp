@@ -277,7 +277,8 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
     } else {
       const bool last = c + 1 == n_chunks;
       const double share = last ? kMeasureShare : 1;
-      MOEND_TRY(MeasureReconstruction(*engine, chunk, sums, [&](double done) { return tick(share * done); }));
+      MOEND_TRY(MeasureReconstruction(*engine, chunk, options.most_copy_loss, sums,
+                                      [&](double done) { return tick(share * done); }));
     }
     MixIn(profile.cells, sums.cells, profile.chunks);
     MixIn(profile.head_cells, sums.head_cells, profile.chunks);

@@ -32,6 +32,10 @@ struct CalibrateOptions {
   // kReconstruction reads each chunk twice whatever the number of experts, and always fills head_cells;
   // kLogits runs the model for every layer and expert.
   ProfileMethod method = ProfileMethod::kLogits;
+  // Of kReconstruction: nats a token by which a model may miss a text that it is asked to repeat. One that
+  // does repeat gives each token nearly all of the probability; beyond this, what it attends to means
+  // nothing.
+  double most_copy_loss = 1;
   std::string scorer = kDefaultScorer;  // a name of MakeScorer(), or kAutoScorer: "reconstruct" for the first
   Protected guard;
   int64_t length = 8192;        // tokens of a chunk; fewer when the text is shorter

@@ -173,8 +173,8 @@ std::vector<Expert> ReconstructionExperts() {
   return experts;
 }
 
-Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> tokens, Profile& profile,
-                                     const std::function<bool(double)>& tick) {
+Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> tokens, double most_copy_loss,
+                                     Profile& profile, const std::function<bool(double)>& tick) {
   Engine::Impl& machine = engine.impl();
   const HyperParams& hp = machine.model->hparams();
   const auto n = static_cast<int64_t>(tokens.size());
@@ -233,8 +233,16 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
     return {};
   };
   hooks.end = [&](int64_t l, LayerScratch&) -> Expected<void> { return measure(l); };
+  double copy_loss = 0;
+  hooks.copy_loss = &copy_loss;
   std::vector<float> logits;
   MOEND_TRY(machine.ReadLayerByLayer(tokens, 0, hooks, logits, tick));
+  if (!(copy_loss < most_copy_loss))
+    return Fail(
+        ErrorCode::kUnsupported,
+        "asked to repeat a text, the model misses it by {:.2g} nats a token; {:g} are the most for what it "
+        "attends to then to mean anything: measure it by logits",
+        copy_loss, most_copy_loss);
   Normalize(profile);
   profile.queries = MergeQueryStats(profile.queries, tap.Take());
   return {};

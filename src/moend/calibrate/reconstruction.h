@@ -22,10 +22,11 @@ std::vector<Expert> ReconstructionExperts();
 
 // Fills profile.cells and head_cells, which are zeros and have the size of profile.experts, with a text's
 // losses; those of experts of 16 bits add up to 1, so that all texts count alike. The scorer is
-// profile.scorer; one that does not repeat (ScorerNeeds) is measured on the same queries. kCancelled when
-// `tick`, which gets the share done, returns false. The caller holds the machine.
-Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> tokens, Profile& profile,
-                                     const std::function<bool(double)>& tick);
+// profile.scorer; one that does not repeat (ScorerNeeds) is measured on the same queries. kUnsupported when
+// the model misses the text that it is asked to repeat by most_copy_loss nats a token or more; kCancelled
+// when `tick`, which gets the share done, returns false. The caller holds the machine.
+Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> tokens, double most_copy_loss,
+                                     Profile& profile, const std::function<bool(double)>& tick);
 
 // Solves for some compressions at the length of `chunk` and measures the plans on what the model says when it
 // is asked for a part of the chunk again: fills profile.checks.

@@ -40,6 +40,8 @@ moend solve --metric l2, with -c for the length that the budget is for.)";
 // longer ones.
 constexpr int64_t kRepeatedLength = 4096, kRepeatedChunks = 6;
 
+constexpr const char* kAutoMethod = "auto";
+
 struct CalibrateFlags {
   ModelFlags model;
   std::vector<std::string> files;
@@ -48,7 +50,7 @@ struct CalibrateFlags {
   std::vector<double> keeps;
   std::vector<std::string> bits;
   std::optional<int64_t> chunks;
-  std::string method = Name(ProfileMethod::kReconstruction);
+  std::string method = kAutoMethod;
   bool restart = false, paper = false;
 };
 
@@ -129,14 +131,10 @@ Expected<void> RunPaper(const CalibrateFlags& flags) {
   return {};
 }
 
-Expected<void> Run(CalibrateFlags& flags) {
-  if (flags.paper) return RunPaper(flags);
-  flags.options.method =
-      flags.method == Name(ProfileMethod::kLogits) ? ProfileMethod::kLogits : ProfileMethod::kReconstruction;
+Expected<void> RunMethod(CalibrateFlags flags, ProfileMethod method, const std::shared_ptr<Engine>& engine,
+                         Profile profile) {
+  flags.options.method = method;
   MOEND_ASSIGN(flags.options.experts, Experts(flags));
-  MOEND_TRY(CheckWritable(flags.output));
-  MOEND_ASSIGN(Profile profile, Unfinished(flags));
-  MOEND_ASSIGN(auto engine, flags.model.Load());
   const int64_t trained = engine->model().hparams().n_ctx_train;
   const bool by_logits = flags.options.method == ProfileMethod::kLogits;
   if (flags.options.length == 0)
@@ -182,6 +180,23 @@ Expected<void> Run(CalibrateFlags& flags) {
   if (!finished) return Forward(finished);
   fmt::print("{}", DescribeProfile(*finished, OutputStyle()));
   return {};
+}
+
+Expected<void> Run(const CalibrateFlags& flags) {
+  if (flags.paper) return RunPaper(flags);
+  MOEND_TRY(CheckWritable(flags.output));
+  MOEND_ASSIGN(Profile profile, Unfinished(flags));
+  MOEND_ASSIGN(const auto engine, flags.model.Load());
+  const bool started = !profile.cells.empty();
+  ProfileMethod method = started ? profile.method : ProfileMethod::kReconstruction;
+  if (flags.method != kAutoMethod)
+    method = flags.method == Name(ProfileMethod::kLogits) ? ProfileMethod::kLogits
+                                                          : ProfileMethod::kReconstruction;
+  auto done = RunMethod(flags, method, engine, std::move(profile));
+  const bool in_vain = !done && done.error().code == ErrorCode::kUnsupported;
+  if (flags.method != kAutoMethod || started || method == ProfileMethod::kLogits || !in_vain) return done;
+  Note(fmt::format("{}, which is done now", done.error().message));
+  return RunMethod(flags, ProfileMethod::kLogits, engine, {});
 }
 
 }  // namespace
@@ -243,9 +258,12 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
       ->add_option(
           "--method", f.method,
           "how: by what is lost of the attention of a model that repeats the text, for each KV head at "
-          "once; or by the logits of a run for each layer (and, with --heads, KV head) and compression")
+          "once; or by the logits of a run for each layer (and, with --heads, KV head) and compression; "
+          "auto: the "
+          "first, if the model repeats")
       ->capture_default_str()
-      ->check(CLI::IsMember({Name(ProfileMethod::kReconstruction), Name(ProfileMethod::kLogits)}))
+      ->check(CLI::IsMember({std::string(kAutoMethod), std::string(Name(ProfileMethod::kReconstruction)),
+                             std::string(Name(ProfileMethod::kLogits))}))
       ->type_name("NAME");
   command->add_flag("--heads", f.options.heads, "with --method logits: measure each KV head too");
   command

@@ -130,6 +130,9 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
     if (repetition) MOEND_TRY(repetition->Layer(l, *scratch, ValueGrams(l), *prefill, go_on));
     MOEND_TRY(hooks.end(l, *scratch));
   }
+  if (repetition && hooks.copy_loss) {
+    MOEND_ASSIGN(*hooks.copy_loss, repetition->CopyLoss());
+  }
   if (hidden_out) MOEND_TRY(AppendFloats(*hidden_out, hidden.data(), n * hp.n_embd));
   logits.resize(static_cast<std::size_t>(hp.n_vocab));
   return compute->Head(hidden.data() + (n - 1) * hp.n_embd, 1, logits.data());

@@ -48,6 +48,7 @@ struct Engine::Impl {
     std::function<Expected<void>(int64_t layer, std::span<const LayerCache>* past, LayerScratch** scratch)>
         begin;
     std::function<Expected<void>(int64_t layer, LayerScratch& scratch)> end;
+    double* copy_loss = nullptr;  // gets Repetition::CopyLoss(), if there is a repetition
     AttentionHook* listener =
         nullptr;  // stands before `prefill`, to which it hands everything on; may be null
   };

@@ -1,6 +1,7 @@
 #include "moend/engine/repetition.h"
 
 #include <algorithm>
+#include <cmath>
 #include <string_view>
 
 #include "moend/base/half.h"
@@ -86,6 +87,7 @@ Expected<Repetition> Repetition::Create(Compute& compute, std::shared_ptr<Ledger
     longest = std::max<int64_t>(longest, std::ssize(part));
   }
   r.tokens_ = static_cast<int64_t>(tokens.size());
+  r.ids_ = tokens;
   MOEND_ASSIGN(r.hidden_, Buffer<float>::Create(ledger, r.tokens_ * hp.n_embd));
   MOEND_ASSIGN(r.scratch_, LayerScratch::Create(ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, longest, 0,
                                                 ScorerNeeds()));
@@ -119,6 +121,35 @@ Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, std::span
     ScaleByValues(context.view(h, n_context_), grams.data() + h * shape.head_size * shape.head_size, scale,
                   context.needed(h));
   });
+}
+
+Expected<double> Repetition::CopyLoss() {
+  constexpr int64_t kRows = 32;  // of a part
+  const HyperParams& hp = compute_->model().hparams();
+  std::vector<float> rows, logits(static_cast<std::size_t>(kRows * hp.n_vocab));
+  double sum = 0;
+  int64_t n = 0;
+  for (const Part& part : parts_) {
+    const int64_t half = part.tokens / 2, count = std::min(kRows, half - 1);
+    if (count < 1) continue;
+    rows.clear();
+    std::vector<int32_t> next;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = part.begin + half + i * (half - 1) / count;
+      rows.insert(rows.end(), hidden_.data() + at * hp.n_embd, hidden_.data() + (at + 1) * hp.n_embd);
+      next.push_back(ids_[static_cast<std::size_t>(at + 1)]);
+    }
+    MOEND_TRY(compute_->Head(rows.data(), count, logits.data()));
+    for (int64_t i = 0; i < count; ++i) {
+      const float* row = logits.data() + i * hp.n_vocab;
+      const double most = *std::max_element(row, row + hp.n_vocab);
+      double total = 0;
+      for (int64_t v = 0; v < hp.n_vocab; ++v) total += std::exp(row[v] - most);
+      sum += most + std::log(total) - row[next[static_cast<std::size_t>(i)]];
+    }
+    n += count;
+  }
+  return n > 0 ? sum / static_cast<double>(n) : 0;
 }
 
 }  // namespace moend

@@ -40,6 +40,10 @@ class Repetition {
   Expected<void> Layer(int64_t layer, LayerScratch& context, std::span<const float> grams, PrefillHook& hook,
                        const std::function<bool()>& go_on);
 
+  // How badly the model repeats, once all layers went through: the mean over some tokens, from the second
+  // half of each part, of minus the logarithm of the probability that it gave the token.
+  Expected<double> CopyLoss();
+
   int64_t tokens() const { return tokens_; }  // all parts with what asks for them
 
  private:
@@ -50,6 +54,7 @@ class Repetition {
   Compute* compute_ = nullptr;
   int64_t n_context_ = 0, tokens_ = 0;
   std::vector<Part> parts_;
+  std::vector<int32_t> ids_;    // [tokens_]
   Buffer<float> hidden_;        // f32 [tokens_][n_embd]
   LayerScratch scratch_;        // a part's own K/V
   std::vector<float> weights_;  // 1 / |x|^2 of each token
