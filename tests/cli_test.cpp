@@ -89,7 +89,7 @@ TEST(Usage, WrongUsageIsExitCodeTwo) {
       {"run", "-m", kModel, "-p", "a", "--plan", "x", "--profile", "y", "--compression", "4"},
       {"run", "-m", kModel, "-p", "a", "--scorer", "magic"},
       {"run", "-m", kModel, "-p", "a", "-ngl", "99"},
-      {"calibrate", "-m", kModel, "-o", "x"},
+      {"calibrate", "-m", kModel},
       {"calibrate", "-m", kModel, "-f", "x"},
       {"solve"},
       {"solve", "x"},
