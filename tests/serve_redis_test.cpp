@@ -3,11 +3,15 @@
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
+#include <cstring>
 #include <filesystem>
+#include <thread>
 
 #include "moend/serve/kv_store.h"
 #include "tests/support/process.h"
@@ -108,6 +112,87 @@ TEST(RedisStore, LogsInAndChoosesADatabase) {
   EXPECT_EQ(open("default:p%40ss", "/3")->Get("a").value(), "b");
   EXPECT_EQ(open(":p%40ss", "")->Get("a").error().code, ErrorCode::kNotFound);
   EXPECT_EQ(open(":p%40ss", "/99")->Get("a").error().code, ErrorCode::kIo);
+}
+
+// A server that says what it is told to. Each answer is sent when so many commands have come.
+struct ScriptedServer {
+  struct Answer {
+    int commands;
+    std::string text;
+  };
+  explicit ScriptedServer(std::vector<Answer> answers) : path(folder.path("redis.sock")) {
+    listening = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_un a{};
+    a.sun_family = AF_UNIX;
+    std::memcpy(a.sun_path, path.data(), path.size());
+    EXPECT_EQ(bind(listening, reinterpret_cast<sockaddr*>(&a), sizeof a), 0);
+    EXPECT_EQ(listen(listening, 8), 0);
+    thread = std::thread([this, answers = std::move(answers)] {
+      const int fd = accept(listening, nullptr, nullptr);
+      std::size_t next = 0;
+      int64_t commands = 0;
+      char bytes[4096];
+      for (ssize_t n; (n = recv(fd, bytes, sizeof bytes, 0)) > 0;) {
+        commands += std::count(bytes, bytes + n, '*');
+        for (; next < answers.size() && commands >= answers[next].commands; ++next) {
+          commands -= answers[next].commands;
+          [[maybe_unused]] const auto sent =
+              send(fd, answers[next].text.data(), answers[next].text.size(), MSG_NOSIGNAL);
+        }
+      }
+      close(fd);
+    });
+  }
+  ~ScriptedServer() {
+    shutdown(listening, SHUT_RDWR);
+    thread.join();
+    close(listening);
+  }
+  TemporaryFolder folder;
+  std::string path;
+  int listening = -1;
+  std::thread thread;
+};
+
+// An error among the answers takes none of the others' places.
+TEST(RedisStore, AnErrorDoesNotShiftTheAnswers) {
+  ScriptedServer server({{3, "-LOADING the data\r\n:1\r\n:0\r\n"}, {1, "$2\r\nv1\r\n"}, {2, ":0\r\n:1\r\n"}});
+  const auto store = OpenRedisStore("unix://" + server.path, 0).value();
+  const std::vector<std::string> three = {"k0", "k1", "k2"}, two = {"k0", "k1"};
+  const auto first = store->FirstPresent(three);
+  ASSERT_FALSE(first);
+  EXPECT_NE(first.error().message.find("LOADING"), std::string::npos);
+  EXPECT_EQ(store->Get("k1").value(), "v1");
+  EXPECT_EQ(store->FirstPresent(two).value(), 1);
+}
+
+TEST(RedisStore, BelievesNoSizeThatNoAnswerHas) {
+  for (const std::string answer :
+       {"*1000000000\r\n", "$2147483648\r\n", "$99999999999999999999\r\n", "*0\r\n", "%3\r\n", "\r\n"}) {
+    ScriptedServer server({{1, answer}});
+    const auto store = OpenRedisStore("unix://" + server.path, 0).value();
+    const auto got = store->Get("k");
+    ASSERT_FALSE(got) << answer;
+    EXPECT_EQ(got.error().code, ErrorCode::kIo) << got.error().message;
+    EXPECT_EQ(got.error().message.find("in time"), std::string::npos) << answer << got.error().message;
+  }
+  // More than a number or a word can have, where one of these is the answer.
+  ScriptedServer server({{1, "$100000\r\n"}});
+  const std::string name = "k";
+  const auto present = OpenRedisStore("unix://" + server.path, 0).value()->FirstPresent({&name, 1});
+  ASSERT_FALSE(present);
+  EXPECT_NE(present.error().message.find("announced"), std::string::npos);
+}
+
+TEST(RedisStore, GivesUpOnOneThatIsSilent) {
+  for (const std::string begun : {"", "$5\r\nab"}) {
+    ScriptedServer server({{1, begun}});
+    const auto store = OpenRedisStore("unix://" + server.path, 0).value();
+    const auto got = store->Get("k");
+    ASSERT_FALSE(got);
+    EXPECT_NE(got.error().message.find("in time"), std::string::npos) << got.error().message;
+    EXPECT_NE(store->Get("k").error().message.find("not asked again yet"), std::string::npos);
+  }
 }
 
 TEST(RedisStore, UnderstandsAddresses) {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -13,22 +14,29 @@ namespace moend::serve::test {
 
 // Looking for names waits until `answers` is true.
 struct SlowStore : KvStore {
+  std::mutex mutex;
   std::map<std::string, std::string>& values;
   std::atomic<bool>& answers;
   SlowStore(std::map<std::string, std::string>& v, std::atomic<bool>& a) : values(v), answers(a) {}
   std::string description() const override { return "map"; }
   Expected<std::optional<int64_t>> FirstPresent(std::span<const std::string> names) override {
     answers.wait(false);
+    const std::lock_guard lock(mutex);
     for (std::size_t i = 0; i < names.size(); ++i)
       if (values.contains(names[i])) return static_cast<int64_t>(i);
     return std::nullopt;
   }
-  Expected<std::string> Get(const std::string& name) override { return values.at(name); }
+  Expected<std::string> Get(const std::string& name) override {
+    const std::lock_guard lock(mutex);
+    return values.at(name);
+  }
   Expected<void> Put(const std::string& name, std::string_view bytes) override {
+    const std::lock_guard lock(mutex);
     values[name] = bytes;
     return {};
   }
   Expected<void> Remove(const std::string& name) override {
+    const std::lock_guard lock(mutex);
     values.erase(name);
     return {};
   }

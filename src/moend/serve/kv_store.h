@@ -13,6 +13,7 @@
 
 namespace moend::serve {
 
+// Thread safe: one thread may save while another one loads.
 class KvStore {
  public:
   virtual ~KvStore() = default;
@@ -29,8 +30,9 @@ class KvStore {
 Expected<std::unique_ptr<KvStore>> OpenDiskStore(const std::string& dir, int64_t max_bytes);
 
 // redis://[user:password@]host[:port][/database] or unix:///path/to.sock. Values expire `ttl_seconds` after
-// their last use. Connects when first needed and again after errors; every operation is bounded in time.
-// kInvalidArgument for a URL that is none.
+// their last use. Connects when first needed and again after errors. A server that lets 200 ms pass without a
+// byte, or 5 s with an answer incomplete, counts as dead for some seconds; so does one that announces or
+// sends more than an answer of ours can have. kInvalidArgument for a URL that is none.
 Expected<std::unique_ptr<KvStore>> OpenRedisStore(const std::string& url, int64_t ttl_seconds);
 
 }  // namespace moend::serve

@@ -10,7 +10,10 @@ constexpr int64_t kMaxWaitingBytes = int64_t{256} << 20;
 }  // namespace
 
 PrefixStore::PrefixStore(std::vector<std::unique_ptr<KvStore>> stores, Log log)
-    : stores_(std::move(stores)), log_(std::move(log)), thread_([this] { Run(); }) {}
+    : stores_(std::move(stores)), log_(std::move(log)) {
+  loader_.thread = std::thread([this] { Run(loader_); });
+  saver_.thread = std::thread([this] { Run(saver_); });
+}
 
 PrefixStore::~PrefixStore() {
   {
@@ -18,40 +21,43 @@ PrefixStore::~PrefixStore() {
     stop_ = true;
   }
   changed_.notify_all();
-  thread_.join();
+  loader_.thread.join();
+  saver_.thread.join();
 }
 
-void PrefixStore::Run() {
+void PrefixStore::Run(Worker& worker) {
   std::unique_lock lock(mutex_);
   for (;;) {
-    changed_.wait(lock, [&] { return stop_ || !loads_.empty() || !saves_.empty(); });
-    auto& tasks = loads_.empty() ? saves_ : loads_;
-    if (tasks.empty()) return;  // stopping, and all is done
-    const auto task = std::move(tasks.front());
-    tasks.pop_front();
-    busy_ = true;
+    changed_.wait(lock, [&] { return stop_ || !worker.tasks.empty(); });
+    if (worker.tasks.empty()) return;  // stopping, and all is done
+    const auto task = std::move(worker.tasks.front());
+    worker.tasks.pop_front();
+    worker.busy = true;
     lock.unlock();
     task();
     lock.lock();
-    busy_ = false;
+    worker.busy = false;
     changed_.notify_all();
   }
 }
 
 void PrefixStore::Flush() {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return !busy_ && loads_.empty() && saves_.empty(); });
+  const auto idle = [](const Worker& w) { return !w.busy && w.tasks.empty(); };
+  changed_.wait(lock, [&] { return idle(loader_) && idle(saver_); });
 }
 
 void PrefixStore::Load(std::string cache_id, std::string scope, std::vector<int32_t> tokens,
-                       std::vector<int64_t> lengths, std::function<void(std::optional<SavedPrefix>)> done) {
+                       std::vector<int64_t> lengths, std::function<void(std::optional<SavedPrefix>)> done,
+                       std::function<bool(bool found)> wanted) {
   {
     const std::lock_guard lock(mutex_);
-    loads_.push_back([this, cache_id = std::move(cache_id), scope = std::move(scope),
-                      tokens = std::move(tokens), lengths = std::move(lengths), done = std::move(done)] {
+    loader_.tasks.push_back([this, cache_id = std::move(cache_id), scope = std::move(scope),
+                             tokens = std::move(tokens), lengths = std::move(lengths), done = std::move(done),
+                             wanted = std::move(wanted)] {
       std::optional<SavedPrefix> found;
       try {
-        found = DoLoad(cache_id, scope, tokens, lengths);
+        if (!wanted || wanted(false)) found = DoLoad(cache_id, scope, tokens, lengths, wanted);
       } catch (const std::exception& e) {  // memory
         log_.Warning("a saved prefix could not be loaded: {}", e.what());
       }
@@ -72,7 +78,7 @@ void PrefixStore::Save(SavedPrefix prefix) {
     }
     waiting_bytes_ += bytes;
     auto shared = std::make_shared<SavedPrefix>(std::move(prefix));
-    saves_.push_back([this, shared, bytes] {
+    saver_.tasks.push_back([this, shared, bytes] {
       try {
         DoSave(*shared);
       } catch (const std::exception& e) {
@@ -101,7 +107,8 @@ void PrefixStore::DoSave(const SavedPrefix& prefix) {
 
 std::optional<SavedPrefix> PrefixStore::DoLoad(const std::string& cache_id, const std::string& scope,
                                                const std::vector<int32_t>& tokens,
-                                               const std::vector<int64_t>& lengths) {
+                                               const std::vector<int64_t>& lengths,
+                                               const std::function<bool(bool)>& wanted) {
   std::vector<std::string> names = PrefixNames(cache_id, scope, tokens, lengths);
   std::ranges::reverse(names);  // longest first
   for (const auto& store : stores_) {
@@ -115,6 +122,7 @@ std::optional<SavedPrefix> PrefixStore::DoLoad(const std::string& cache_id, cons
       if (!*present) break;
       const std::string& name = left[static_cast<std::size_t>(**present)];
       left = left.subspan(static_cast<std::size_t>(**present) + 1);
+      if (wanted && !wanted(true)) return std::nullopt;
       auto bytes = store->Get(name);
       if (!bytes) {
         if (bytes.error().code != ErrorCode::kNotFound)
