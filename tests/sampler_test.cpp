@@ -91,6 +91,23 @@ TEST(Sampler, MinPIsRelativeToTheLargest) {
   EXPECT_FALSE(counts.contains(2));
 }
 
+// Probabilities 0.5, 0.2, 0.2, 0.1: an entropy of 1.22 nats; surprises of 0.69, 1.61, 1.61, 2.30. The order
+// by distance is 0.2, 0.2, 0.5, 0.1.
+TEST(Sampler, TypicalPKeepsWhatIsAsSurprisingAsExpected) {
+  const auto kept = [](float typical_p) {
+    SamplerOptions o = Plain();
+    o.typical_p = typical_p;
+    std::set<int32_t> tokens;
+    for (const auto& [token, n] : Draw(o, Logs({0.5f, 0.2f, 0.2f, 0.1f}), 2000)) tokens.insert(token);
+    return tokens;
+  };
+  EXPECT_EQ(kept(0.1f), (std::set<int32_t>{1}));
+  EXPECT_EQ(kept(0.3f), (std::set<int32_t>{1, 2}));
+  EXPECT_EQ(kept(0.5f), (std::set<int32_t>{0, 1, 2}));
+  EXPECT_EQ(kept(0.95f), (std::set<int32_t>{0, 1, 2, 3}));
+  EXPECT_EQ(kept(1.0f), (std::set<int32_t>{0, 1, 2, 3}));
+}
+
 TEST(Sampler, TheSeedDecidesTheSequence) {
   SamplerOptions o = Plain();
   const std::vector<float> flat(50, 0.0f);

@@ -41,9 +41,11 @@ int32_t Sampler::Sample(std::span<const float> logits) {
   const int64_t k = options_.top_k > 0 ? std::min(options_.top_k, n) : n;
   std::partial_sort(candidates_.begin(), candidates_.begin() + k, candidates_.end(), better);
   candidates_.resize(static_cast<std::size_t>(k));
-  const float top = candidates_.empty() ? 0 : candidates_[0].logit;
-  if (!std::isfinite(top)) return candidates_.empty() ? 0 : candidates_[0].token;
+  if (candidates_.empty() || !std::isfinite(candidates_[0].logit))
+    return candidates_.empty() ? 0 : candidates_[0].token;
+  if (options_.typical_p < 1) KeepTypical();
 
+  const float top = candidates_[0].logit;
   if (options_.top_p < 1) {
     double total = 0;
     for (const Candidate& c : candidates_) total += std::exp(double{c.logit} - top);
@@ -70,6 +72,36 @@ int32_t Sampler::Sample(std::span<const float> logits) {
     if (left < 0) return c.token;
   }
   return candidates_[0].token;  // rounding ate the last sliver
+}
+
+// Locally typical sampling (Meister et al., 2022): the tokens whose surprise is nearest to the expected one,
+// until their probabilities exceed typical_p.
+void Sampler::KeepTypical() {
+  struct Ranked {
+    double distance, p;
+    Candidate candidate;
+  };
+  std::vector<Ranked> ranked;
+  ranked.reserve(candidates_.size());
+  const double top = candidates_[0].logit;
+  double total = 0, entropy = 0;
+  for (const Candidate& c : candidates_) total += std::exp(double{c.logit} - top);
+  for (const Candidate& c : candidates_) {
+    const double p = std::exp(double{c.logit} - top) / total;
+    if (p > 0) entropy -= p * std::log(p);
+    ranked.push_back({0, p, c});
+  }
+  for (Ranked& r : ranked)
+    r.distance = r.p > 0 ? std::abs(-std::log(r.p) - entropy) : std::numeric_limits<double>::infinity();
+  std::ranges::stable_sort(ranked, {}, &Ranked::distance);
+  double sum = 0;
+  std::size_t kept = 0;
+  while (kept < ranked.size() && (kept == 0 || sum <= double{options_.typical_p})) sum += ranked[kept++].p;
+  candidates_.clear();
+  for (std::size_t i = 0; i < kept; ++i) candidates_.push_back(ranked[i].candidate);
+  std::ranges::sort(candidates_, [](const Candidate& a, const Candidate& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+  });
 }
 
 }  // namespace moend

@@ -1,4 +1,5 @@
-// Picks the next token from logits, with llama.cpp's parameters and order: top-k, top-p, min-p, temperature.
+// Picks the next token from logits, with llama.cpp's parameters and order: top-k, typical-p, top-p, min-p,
+// temperature.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@ namespace moend {
 struct SamplerOptions {
   float temperature = 0.8f;  // <= 0: greedy
   int64_t top_k = 40;        // <= 0: all
+  float typical_p = 1.0f;    // >= 1: off
   float top_p = 0.95f;       // >= 1: off
   float min_p = 0.05f;       // <= 0: off
   uint64_t seed = 0;
@@ -28,6 +30,7 @@ class Sampler {
     int32_t token;
     float logit;
   };
+  void KeepTypical();
   std::vector<Candidate> candidates_;
 };
 

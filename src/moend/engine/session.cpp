@@ -5,13 +5,10 @@
 #include "moend/engine/engine.h"
 #include "moend/engine/engine_impl.h"
 #include "moend/engine/queries.h"
+#include "moend/engine/session_state.h"
 
 namespace moend {
 namespace {
-
-// While generating, scorers that observe queries look at this many of the newest tokens: their queries must
-// be kept for every layer, so a long window would cost more memory than the tokens it judges.
-constexpr int64_t kDecodeObserved = 16;
 
 Expected<void> CheckPlan(const Plan& plan, const Engine& engine) {
   const Fingerprint model = engine.fingerprint();

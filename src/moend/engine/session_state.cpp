@@ -115,6 +115,7 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
   if (n_caches != std::ssize(s.caches))
     return Fail(ErrorCode::kMismatch, "{} has {} KV heads in all, the model {}", kSource, n_caches,
                 s.caches.size());
+  int64_t kept = 0, allowed = 0;  // tokens of a layer's heads together
   for (int64_t i = 0; i < n_caches; ++i) {
     LayerCache& cache = s.caches[static_cast<std::size_t>(i)];
     const int64_t heads = plan.model.shape.n_kv_heads;
@@ -124,11 +125,24 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
     MOEND_ASSIGN(LayerCache restored,
                  DeserializeCache(s.ledger, blob, kSource, rotations[static_cast<std::size_t>(i % heads)]));
     Expert expert = cache.expert();
+    kept += KeptTokens(restored.expert().keep, cache.guard(), n);
+    allowed += KeptTokens(expert.keep, cache.guard(), n);
     if (plan.adaptive_heads) expert.keep = restored.expert().keep;  // as it was dealt out then
     if (restored.shape() != cache.shape() || restored.expert() != expert ||
         restored.guard() != cache.guard() || restored.tokens_seen() != n)
       return Fail(ErrorCode::kMismatch, "{} was made with another plan, or its layers differ in length",
                   kSource);
+    // What a head holds beyond its share came since the last eviction, but for part of a page; and heads that
+    // share their layer's tokens do not have more of them together, but for a page each.
+    if (restored.Excess(0) > s.since_eviction + kPageTokens - 1)
+      return Fail(ErrorCode::kCorrupt, "{} holds {} tokens of a KV head more than its plan allows", kSource,
+                  restored.Excess(0));
+    if ((i + 1) % heads == 0) {
+      if (kept > allowed + heads * kPageTokens)
+        return Fail(ErrorCode::kCorrupt, "{} keeps {} tokens of a layer's heads where its plan allows {}",
+                    kSource, kept, allowed);
+      kept = allowed = 0;
+    }
     cache = std::move(restored);
   }
   s.NoteHeads();

@@ -2,6 +2,7 @@
 // process.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -9,6 +10,10 @@
 #include "moend/engine/engine.h"
 
 namespace moend {
+
+// While generating, scorers that observe queries look at this many of the newest tokens: their queries must
+// be kept for every layer, so a long window would cost more memory than the tokens it judges.
+inline constexpr int64_t kDecodeObserved = 16;
 
 // Re-packs every layer for `plan`, which should want no more bits and tokens of a layer than the session's
 // own: what is gone does not come back. Eviction to the new ratios takes place at once. kMismatch for a plan
@@ -21,7 +26,7 @@ Expected<void> RecompressSession(Session& session, const Plan& plan);
 Expected<std::string> SaveSession(const Session& session);
 
 // `plan` is the one that the saved session had. kCorrupt or kMismatch for bytes that are not of this model
-// and plan.
+// and plan, or that hold more tokens than it allows.
 Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& plan,
                                  const SessionOptions& options, std::string_view bytes);
 

@@ -83,6 +83,7 @@ std::string TextStream::Release(bool all) {
   }
   std::string text = held_.substr(0, end);
   held_.erase(0, end);
+  given_ += static_cast<int64_t>(text.size());
   return text;
 }
 

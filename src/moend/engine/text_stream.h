@@ -2,6 +2,7 @@
 // part of a stop string.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -19,6 +20,10 @@ class TextStream {
   // What was held back, when nothing follows any more.
   std::string Finish();
 
+  // Bytes of text that Push() and Finish() returned so far, and these with what is held back.
+  int64_t given() const { return given_; }
+  int64_t taken() const { return given_ + static_cast<int64_t>(held_.size()); }
+
   bool stopped() const { return stopped_; }  // a stop string was met; nothing comes any more
 
  private:
@@ -27,6 +32,7 @@ class TextStream {
   std::vector<std::string> stop_;
   std::string bytes_;  // a character that is not complete yet
   std::string held_;   // whole characters that may begin a stop string
+  int64_t given_ = 0;
   bool stopped_ = false;
 };
 
