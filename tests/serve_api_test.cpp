@@ -11,6 +11,7 @@ namespace {
 using nlohmann::json;
 using test::Ask;
 using test::Client;
+using test::Events;
 using test::Eventually;
 using test::FakeOptions;
 using test::Get;
@@ -22,17 +23,6 @@ using namespace std::chrono_literals;
 
 constexpr const char* kChat = "/v1/chat/completions";
 constexpr const char* kComplete = "/v1/completions";
-
-std::vector<json> Events(const std::string& body) {
-  std::vector<json> events;
-  for (std::size_t at = 0; (at = body.find("data: ", at)) != std::string::npos;) {
-    const auto end = body.find("\n\n", at);
-    const std::string data = body.substr(at + 6, end - at - 6);
-    events.push_back(data == "[DONE]" ? json("[DONE]") : json::parse(data, nullptr, false));
-    at = end;
-  }
-  return events;
-}
 
 TEST(Api, Completes) {
   Running s;

@@ -1,8 +1,12 @@
 // moend serve as its operator meets it: how it starts, ends, and what it says to wrong flags.
 #include <gtest/gtest.h>
 
+#include <sys/stat.h>
+
 #include <algorithm>
+#include <cctype>
 #include <csignal>
+#include <filesystem>
 
 #include "tests/support/process.h"
 #include "tests/support/serve_client.h"
@@ -98,6 +102,52 @@ TEST(ServeCommand, SaysWhatIsWrong) {
               {"--profile alone is no plan"});
   ExpectError(Serve({"-m", model.path, "--profile", folder.path("p.json"), "--compression", "8"}), 1,
               {"p.json"});
+}
+
+// A secret that was not set must not leave the server open, nor a plan that was not set the cache whole.
+TEST(ServeCommand, RefusesEmptyValues) {
+  const SmallModel model;
+  const std::vector<std::string> flags = {
+      "--api-key", "--api-key-file", "--plan",   "--profile", "--kv-dir",   "--kv-store", "--host",
+      "--alias",   "--cors-origin",  "--scorer", "--port",    "--ctx-size", "--temp"};
+  for (const std::string& f : flags) {
+    ExpectError(Serve({"-m", model.path, f, ""}), 2, {f});
+    ExpectError(Serve({"-m", model.path, f + "="}), 2, {f, "empty"});  // and not the next word
+    std::string name = "MOEND_ARG_" + f.substr(2);
+    for (char& c : name) c = c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+    ProcessOptions options;
+    options.environment.emplace_back(name, "");
+    ExpectError(Serve({"-m", model.path}, options), 2, {name, "empty"});
+  }
+  ProcessOptions options;
+  options.environment.emplace_back("MOEND_ARG_METRICS", "");  // a switch, too
+  ExpectError(Serve({"-m", model.path}, options), 2, {"MOEND_ARG_METRICS", "empty"});
+  ExpectError(Serve({"-m", ""}), 2, {"--model"});
+}
+
+// Loading may take long, or wait for a file for ever.
+TEST(ServeCommand, SignalsEndItBeforeItIsReady) {
+  const SmallModel model;
+  const TemporaryFolder folder;
+  const std::string fifo = folder.path("fifo"), socket = folder.path("sock");
+  ASSERT_EQ(mkfifo(fifo.c_str(), 0600), 0);
+  for (const int signal : {SIGINT, SIGTERM}) {
+    ProcessOptions options;
+    options.signal = signal;
+    options.when = "listening on unix:" + socket;
+    const auto r = Serve({"-m", model.path, "--plan", fifo, "--host", "unix:" + socket}, options);
+    EXPECT_EQ(r.code, 128 + signal) << r.err;
+    EXPECT_FALSE(Contains(r.err, "ready"));
+    EXPECT_FALSE(std::filesystem::exists(socket));
+  }
+}
+
+TEST(ServeCommand, NamesOriginsAndWarnsOfAll) {
+  const SmallModel model;
+  ExpectError(Serve({"-m", model.path, "--cors-origin", "example.org"}), 1, {"example.org", "origin"});
+  const auto all = StartAndStop({"-m", model.path, "--cors-origin", "https://a.example,*"});
+  EXPECT_EQ(all.code, 0) << all.err;
+  EXPECT_TRUE(Contains(all.err, "warning: every web page")) << all.err;
 }
 
 TEST(ServeCommand, APortThatIsTaken) {

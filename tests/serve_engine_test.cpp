@@ -3,9 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
+#include <cstring>
 #include <random>
+#include <set>
 
 #include "moend/engine/session_state.h"
+#include "moend/plan/query_stats.h"
 #include "moend/serve/engine_backend.h"
 #include "moend/serve/sha256.h"
 #include "tests/support/serve_client.h"
@@ -223,12 +227,89 @@ TEST(EngineBackend, DamagedSavedContextsAreRefused) {
   EXPECT_EQ(backend->live_bytes(), context->bytes());
 }
 
+// Makes a saved session say that `plan` made it. Its format is in session_state.cpp and serialize.cpp.
+void ReplaceKeepRatios(std::string& bytes, const Plan& plan) {
+  const auto number = [&](std::size_t at) {
+    int64_t n;
+    std::memcpy(&n, bytes.data() + at, sizeof n);
+    return n;
+  };
+  const auto checksum = [](std::string_view blob) {
+    uint64_t state = 0x9E3779B97F4A7C15u * (blob.size() + 1);
+    for (std::size_t i = 0; i < blob.size(); i += 8) {
+      uint64_t word = 0;
+      std::memcpy(&word, blob.data() + i, std::min<std::size_t>(8, blob.size() - i));
+      state = std::rotl(state ^ word, 29) * 0xBF58476D1CE4E5B9u;
+    }
+    return state ^ (state >> 32);
+  };
+  constexpr std::size_t kKeep = 32;  // in the header of a cache
+  std::size_t at = 8 + 8 + 8;        // magic, since the last eviction, of the first prompt
+  at += 8 + 4 * static_cast<std::size_t>(number(at));
+  const int64_t n_caches = number(at), heads = plan.model.shape.n_kv_heads;
+  at += 8;
+  for (int64_t i = 0; i < n_caches; ++i) {
+    const auto size = static_cast<std::size_t>(number(at));
+    at += 8;
+    const double keep = plan.expert(i / heads, i % heads).keep;
+    std::memcpy(bytes.data() + at + kKeep, &keep, sizeof keep);
+    const uint64_t sum = checksum(std::string_view(bytes).substr(at, size - 8));
+    std::memcpy(bytes.data() + at + size - 8, &sum, sizeof sum);
+    at += size;
+  }
+  ASSERT_EQ(at, bytes.size());
+}
+
+// A store may hold what another plan made: well formed, but with more tokens than this one allows.
+TEST(EngineBackend, RefusesASavedContextThatExceedsItsPlan) {
+  const World world;
+  Plan whole = world.plan;
+  for (Expert& e : whole.layers) e.keep = 1;
+  const auto session = [&](const Plan& plan) {
+    auto s = Session::Create(world.engine, plan, {.n_ctx = 4096}).value();
+    EXPECT_TRUE(s.Prefill(moend::test::RandomTokens(1500, 1), {}));
+    return s;
+  };
+  const auto restore = [&](const Plan& plan, const std::string& bytes) {
+    return RestoreSession(world.engine, plan, {.n_ctx = 4096}, bytes);
+  };
+  EXPECT_TRUE(restore(world.plan, SaveSession(session(world.plan)).value()));
+  // The plan's own experts around caches that were never evicted: what a hostile store would send.
+  std::string bytes = SaveSession(session(whole)).value();
+  ASSERT_TRUE(restore(whole, bytes));
+  ReplaceKeepRatios(bytes, world.plan);
+  const auto forged = restore(world.plan, bytes);
+  ASSERT_FALSE(forged);
+  EXPECT_EQ(forged.error().code, ErrorCode::kCorrupt);
+  EXPECT_NE(forged.error().message.find("more than its plan allows"), std::string::npos)
+      << forged.error().message;
+  // Between two evictions a context does hold more; that comes back.
+  auto decoded = session(world.plan);
+  for (int i = 0; i < 100; ++i) ASSERT_TRUE(decoded.Decode(5));
+  EXPECT_TRUE(restore(world.plan, SaveSession(decoded).value()));
+}
+
+TEST(EngineBackend, TheCacheIdTellsPlansApart) {
+  const World world;
+  const auto id = [](const Plan& plan) { return CacheId(plan, plan.scorer, plan.model.hash); };
+  Plan adaptive = world.plan;
+  adaptive.adaptive_heads = true;
+  Plan trig = world.plan, other = world.plan;
+  QueryStats stats{.tokens = 1, .n_heads = 1, .n_pairs = 1, .pairs = {{1, 0, 1}}};
+  trig.queries = std::make_shared<QueryStats>(stats);
+  stats.pairs[0].im = 0.5;
+  other.queries = std::make_shared<QueryStats>(stats);
+  const std::set<std::string> ids = {id(world.plan), id(adaptive), id(trig), id(other)};
+  EXPECT_EQ(ids.size(), 4u);
+}
+
 TEST(EngineBackend, SpeaksTheModelsChatTemplate) {
   const World world;
   const auto backend = world.Make();
   const std::vector<ChatMessage> chat = {{"system", "be brief"}, {"user", "hello"}};
-  const auto whole = backend->ChatTokens(chat, {}).value();
-  const auto before = backend->ChatTokens(std::span(chat).first(1), {.add_generation_prompt = false}).value();
+  const auto whole = backend->ChatTokens(chat, {}, {}).value();
+  const auto before =
+      backend->ChatTokens(std::span(chat).first(1), {.add_generation_prompt = false}, {}).value();
   ASSERT_LT(before.size(), whole.size());
   EXPECT_TRUE(std::equal(before.begin(), before.end(), whole.begin()));
   EXPECT_NE(backend->Detokenize(whole).find("hello"), std::string::npos);

@@ -2,9 +2,16 @@
 // and vanishing clients.
 #include <gtest/gtest.h>
 
+#include <sys/un.h>
+
+#include <filesystem>
+#include <new>
+
 #include "moend/serve/auth.h"
+#include "moend/serve/cors.h"
 #include "moend/serve/sha256.h"
 #include "moend/serve/transport.h"
+#include "tests/support/process.h"
 #include "tests/support/serve_client.h"
 
 namespace moend::serve {
@@ -137,24 +144,38 @@ TEST(ApiKeys, GiveEachKeyItsScope) {
   EXPECT_FALSE(ApiKeys::ParseFile("# nothing\n\n", "f"));
 }
 
-// A transport whose only route says how long the body was.
+// A transport that says how long the body was.
 struct Echo {
-  explicit Echo(const Limits& limits) : transport(limits, [](const RequestHead&) { return std::nullopt; }) {
-    transport.routes().Post("/", [](const httplib::Request& q, httplib::Response& r) {
-      r.set_content(std::to_string(q.body.size()), "text/plain");
-    });
-    transport.routes().Post("/wait", [this](const httplib::Request&, httplib::Response& r) {
-      waiting = true;
-      gone = Eventually([] { return ClientGone(); }, 5);
-      r.set_content("late", "text/plain");
-    });
-    transport.routes().Get("/large", [](const httplib::Request&, httplib::Response& r) {
-      r.set_content(std::string(64 << 20, 'x'), "text/plain");
-    });
-    port = transport.Listen("127.0.0.1", 0).value();
+  explicit Echo(const Limits& limits, const std::string& host = "127.0.0.1")
+      : transport(limits, {.handle = [this](const HttpRequest& q, HttpResponse& r) { Handle(q, r); },
+                           .check = [this](const RequestHead&) -> std::optional<ApiError> {
+                             if (throws) throw std::bad_alloc();
+                             return std::nullopt;
+                           },
+                           .headers = {},
+                           .refused = [this](int status) { refused = status; }}) {
+    port = transport.Listen(host, 0).value();
     transport.Start();
   }
-  std::atomic<bool> waiting{false}, gone{false};
+  void Handle(const HttpRequest& q, HttpResponse& r) {
+    if (q.path == "/wait") {
+      waiting = true;
+      gone = Eventually([] { return ClientGone(); }, 5);
+      r.SetContent("late", "text/plain");
+    } else if (q.path == "/large") {
+      r.SetContent(std::string(64 << 20, 'x'), "text/plain");
+    } else if (q.path == "/stream") {
+      r.stream = [](BodyWriter& out) { return out.Write("one ") && out.Write("two"); };
+    } else if (q.path == "/broken") {
+      r.stream = [](BodyWriter& out) { return out.Write("half") && false; };
+    } else if (q.path == "/throws") {
+      throw std::bad_alloc();
+    } else {
+      r.SetContent(std::to_string(q.body.size()), "text/plain");
+    }
+  }
+  std::atomic<bool> waiting{false}, gone{false}, throws{false};
+  std::atomic<int> refused{0};
   Transport transport;
   int port = 0;
 };
@@ -225,6 +246,121 @@ TEST(Transport, BoundsTheSumOfBodies) {
   }));
 }
 
+TEST(Transport, WritesAnswersOfUnknownLength) {
+  Echo echo({});
+  const std::string raw = [&] {
+    Client c(echo.port);
+    c.Send("GET /stream HTTP/1.1\r\nConnection: close\r\n\r\n");
+    return c.ReadAll();
+  }();
+  EXPECT_TRUE(raw.ends_with("\r\n\r\n4\r\none \r\n3\r\ntwo\r\n0\r\n\r\n")) << raw;
+  // HTTP/1.0 knows no chunks: the end of the connection is the end of the text.
+  Client old(echo.port);
+  old.Send("GET /stream HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
+  EXPECT_TRUE(old.ReadAll().ends_with("\r\n\r\none two"));
+  EXPECT_TRUE(old.closed());
+  // Half an answer never looks like a whole one.
+  Client half(echo.port);
+  half.Send("GET /broken HTTP/1.1\r\n\r\n");
+  const std::string text = half.ReadAll();
+  EXPECT_TRUE(half.closed());
+  EXPECT_TRUE(text.ends_with("4\r\nhalf\r\n")) << text;
+  // A question for the head alone.
+  Client head(echo.port);
+  head.Send("HEAD /x HTTP/1.1\r\nConnection: close\r\n\r\n");
+  const std::string only = head.ReadAll();
+  EXPECT_TRUE(only.find("Content-Length: 1\r\n") != std::string::npos && only.ends_with("\r\n\r\n")) << only;
+}
+
+// Wherever memory ends, the client hears of it.
+TEST(Transport, ShortOfMemoryItSays503) {
+  Echo echo({});
+  for (const char* request :
+       {"GET /throws HTTP/1.1\r\n\r\n", "POST /throws HTTP/1.1\r\nContent-Length: 1\r\n\r\nx"}) {
+    const auto r = test::Ask(echo.port, request);
+    EXPECT_EQ(r.status, 503);
+    EXPECT_EQ(r.json()["error"]["code"], "out_of_memory") << r.body;
+  }
+  echo.throws = true;
+  // The body is still on its way when the answer comes.
+  const auto r =
+      test::Ask(echo.port, "POST / HTTP/1.1\r\nContent-Length: 500000\r\n\r\n" + std::string(400000, 'x'));
+  EXPECT_EQ(r.status, 503);
+  EXPECT_NE(r.head.find("Retry-After"), std::string::npos);
+  EXPECT_EQ(echo.refused, 503);
+}
+
+TEST(Transport, ShortOfThreadsItSays503) {
+  Limits limits;
+  limits.stack_bytes = int64_t{1} << 46;  // no system gives a thread so much
+  Echo echo(limits);
+  std::vector<std::unique_ptr<Client>> clients;
+  for (int i = 0; i < 100; ++i) {  // more than are remembered while they read
+    clients.push_back(std::make_unique<Client>(echo.port));
+    clients.back()->Send("POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\nx");
+  }
+  for (const auto& c : clients) EXPECT_EQ(ParseReply(c->ReadAll()).status, 503);
+  EXPECT_EQ(echo.transport.open_connections(), 0);
+}
+
+TEST(Transport, ListensOnAUnixSocket) {
+  const moend::test::TemporaryFolder folder;
+  const std::string path = folder.path("sock");
+  const auto ask = [&] {
+    Client c(path);
+    c.Send("POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc");
+    return ParseReply(c.ReadAll()).body;
+  };
+  {
+    Echo echo({}, "unix:" + path);
+    EXPECT_EQ(echo.port, 0);
+    EXPECT_EQ(ask(), "3");
+    Transport second({}, {.handle = [](const HttpRequest&, HttpResponse&) {}});
+    const auto taken = second.Listen("unix:" + path, 0);
+    ASSERT_FALSE(taken);
+    EXPECT_NE(taken.error().message.find(path), std::string::npos);
+    EXPECT_EQ(ask(), "3");  // the attempt did it no harm
+  }
+  EXPECT_FALSE(std::filesystem::exists(path));
+  // One that a killed server left behind.
+  const int left = socket(AF_UNIX, SOCK_STREAM, 0);
+  sockaddr_un a{};
+  a.sun_family = AF_UNIX;
+  std::memcpy(a.sun_path, path.data(), path.size());
+  ASSERT_EQ(bind(left, reinterpret_cast<sockaddr*>(&a), sizeof a), 0);
+  close(left);
+  Echo again({}, "unix:" + path);
+  EXPECT_EQ(ask(), "3");
+  // Another file in the way is left alone.
+  const std::string file = folder.Write("file", "x");
+  Transport third({}, {.handle = [](const HttpRequest&, HttpResponse&) {}});
+  EXPECT_FALSE(third.Listen("unix:" + file, 0));
+  EXPECT_EQ(moend::test::ReadAll(file), "x");
+  EXPECT_FALSE(third.Listen("unix:" + std::string(200, 'x'), 0));
+  EXPECT_FALSE(third.Listen("unix:", 0));
+}
+
+TEST(Cors, AllowsWhatWasNamed) {
+  const auto allows = [](const std::vector<std::string>& origins, std::string_view origin) {
+    return Cors::Create(origins)->Allows(origin);
+  };
+  EXPECT_FALSE(Cors().enabled());
+  EXPECT_TRUE(allows({"*"}, "https://any.example"));
+  EXPECT_TRUE(allows({"https://a.example", "http://b.example:81"}, "http://b.example:81"));
+  EXPECT_TRUE(allows({"https://A.example"}, "https://a.example"));
+  EXPECT_FALSE(allows({"https://a.example"}, "http://a.example"));
+  EXPECT_FALSE(allows({"https://a.example"}, "https://a.example.evil"));
+  EXPECT_FALSE(allows({"https://a.example"}, "null"));
+  EXPECT_FALSE(allows({"*"}, ""));
+  for (const char* local : {"http://localhost", "http://localhost:5173", "https://127.0.0.1:1",
+                            "http://[::1]:80", "http://[::1]"})
+    EXPECT_TRUE(allows({"localhost"}, local)) << local;
+  for (const char* other : {"http://localhost.evil", "http://evil:80", "localhost", "http://[::2]"})
+    EXPECT_FALSE(allows({"localhost"}, other)) << other;
+  for (const char* bad : {"", "a.example", "ftp://a", "https://", "https://a/", "https://*.a", "https://a b"})
+    EXPECT_FALSE(Cors::Create({bad})) << bad;
+}
+
 TEST(Transport, BoundsConnectionsInFavourOfNewOnes) {
   Limits limits;
   limits.connections = 4;
@@ -236,6 +372,37 @@ TEST(Transport, BoundsConnectionsInFavourOfNewOnes) {
   EXPECT_EQ(test::Ask(echo.port, request).status, 503);  // all of them are young
   std::this_thread::sleep_for(std::chrono::milliseconds(1100));
   EXPECT_EQ(test::Ask(echo.port, request).status, 200);  // the one that dawdled longest had to go
+}
+
+// A burst neither passes the bound nor sacrifices one connection for all of them.
+TEST(Transport, ABurstKeepsTheBound) {
+  Limits limits;
+  limits.connections = 4;
+  Echo echo(limits);
+  std::vector<std::unique_ptr<Client>> old;
+  for (int i = 0; i < 4; ++i) old.push_back(std::make_unique<Client>(echo.port));
+  ASSERT_TRUE(Eventually([&] { return echo.transport.open_connections() == 4; }));
+  std::this_thread::sleep_for(std::chrono::milliseconds(1100));
+  std::atomic<bool> done{false};
+  int64_t most = 0;
+  std::thread watch([&] {
+    while (!done) most = std::max(most, echo.transport.open_connections());
+  });
+  std::vector<std::unique_ptr<Client>> fresh;
+  for (int i = 0; i < 4; ++i) {
+    fresh.push_back(std::make_unique<Client>(echo.port));
+    fresh.back()->Send("POST /wait HTTP/1.1\r\nContent-Length: 0\r\n\r\n");
+  }
+  int closed = 0;
+  for (const auto& c : old) {
+    c->ReadAll(5);
+    closed += c->closed();
+  }
+  done = true;
+  watch.join();
+  EXPECT_EQ(closed, 4);
+  EXPECT_LE(most, 4);
+  EXPECT_TRUE(Eventually([&] { return echo.transport.open_connections() == 4; }));  // all the new ones are in
 }
 
 TEST(Transport, NoticesThatAClientLeft) {
@@ -270,7 +437,7 @@ TEST(Transport, StopsIdleConnectionsAtOnceAndBusyOnesWhenDone) {
 }
 
 TEST(Transport, ListenNamesABadAddress) {
-  Transport t({}, [](const RequestHead&) { return std::nullopt; });
+  Transport t({}, {.handle = [](const HttpRequest&, HttpResponse&) {}});
   const auto r = t.Listen("256.0.0.1", 0);
   ASSERT_FALSE(r);
   EXPECT_NE(r.error().message.find("256.0.0.1"), std::string::npos);

@@ -13,6 +13,7 @@
 #include "moend/serve/prefix_cache.h"
 #include "moend/serve/prefix_split.h"
 #include "moend/serve/prefix_store.h"
+#include "moend/serve/respell.h"
 #include "moend/serve/sha256.h"
 #include "tests/support/process.h"
 #include "tests/support/serve_client.h"
@@ -112,6 +113,53 @@ TEST(PrefixCache, OldestPrefersUnforkedOnesAndKeepsTheBetterCopy) {
   cache.Insert("s", Bare({2}), 3);
   EXPECT_EQ(fork->level, 1);
   EXPECT_EQ(cache.size(), 2);
+}
+
+// Letters, pairs of them, and a control token without text.
+struct Letters : test::FakeBackend {
+  static constexpr int32_t kAb = 200, kBc = 201, kAbc = 202, kControl = 203;
+  std::string Piece(int32_t token) const override {
+    switch (token) {
+      case kAb:
+        return "ab";
+      case kBc:
+        return "bc";
+      case kAbc:
+        return "abc";
+      case kControl:
+        return "";
+      default:
+        return FakeBackend::Piece(token);
+    }
+  }
+};
+
+TEST(Respell, PutsKeptTokensInThePlaceOfTheirText) {
+  const Letters backend;
+  using Tokens = std::vector<int32_t>;
+  constexpr auto kAb = Letters::kAb, kBc = Letters::kBc, kAbc = Letters::kAbc, kEnd = Letters::kControl;
+  const auto respell = [&](const Tokens& prompt, const Tokens& kept, const Tokens& tail = {},
+                           int64_t least = 0) {
+    const auto r = Respell(prompt, kept, tail, least, backend);
+    return r ? std::optional(std::pair(r->tokens, r->replaced)) : std::nullopt;
+  };
+  using R = std::pair<Tokens, int64_t>;
+  EXPECT_EQ(respell({'x', 'a', 'b', 'c', kEnd, 'y'}, {'x', kAb, 'c'}), (R{{'x', kAb, 'c', kEnd, 'y'}, 4}));
+  EXPECT_EQ(respell({'x', kAbc, kEnd, 'y'}, {'x', kAb, 'c', kEnd}), (R{{'x', kAb, 'c', kEnd, 'y'}, 3}));
+  EXPECT_EQ(respell({kAb, 'c', 'y'}, {'a', kBc}), (R{{'a', kBc, 'y'}, 2}));
+  // The last token was picked but never read.
+  EXPECT_EQ(respell({'a', 'b', 'c', 'y'}, {'a'}, {kBc}), (R{{'a', kBc, 'y'}, 3}));
+  // The kept ones end within a token: its rest is tokenized anew.
+  EXPECT_EQ(respell({'a', 'b', kAbc, 'y'}, {kAb, 'a'}), (R{{kAb, 'a', 'b', 'c', 'y'}, 3}));
+  // The prompt's own tokens, another text, another control token, too little, nothing left to read.
+  EXPECT_FALSE(respell({'a', 'b', 'c'}, {'a', 'b'}));
+  EXPECT_FALSE(respell({'a', 'b', 'x'}, {kAb, 'c'}));
+  EXPECT_FALSE(respell({'a', 'b', 'c', 'y'}, {kAb, kEnd}));
+  EXPECT_FALSE(respell({'a', 'b', kEnd, 'c', 'y'}, {kAb, 'c'}));
+  EXPECT_FALSE(respell({'a', 'b', 'c'}, {kAb}, {}, 2));
+  EXPECT_FALSE(respell({'a', 'b'}, {kAb}));
+  EXPECT_FALSE(respell({'a'}, {kAb}));
+  EXPECT_FALSE(respell({'x', 'a', 'b', 'y'}, {kAb}));
 }
 
 TEST(FairQueue, TakesTurnsAndHoldsItsBounds) {

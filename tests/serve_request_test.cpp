@@ -95,7 +95,7 @@ TEST(Completion, ReadsEveryField) {
   const auto r = ParseCompletionRequest(
       Object(
           R"({"model":"any","prompt":"hello","max_tokens":7,"temperature":0.5,"top_p":0.25,"top_k":3,"min_p":0.125,
-                 "seed":-1,"stop":["a","bc"],"stream":true,"stream_options":{"include_usage":true},"logprobs":2,
+                 "seed":-2,"stop":["a","bc"],"stream":true,"stream_options":{"include_usage":true},"logprobs":2,
                  "frequency_penalty":0.5,"presence_penalty":-1,"logit_bias":{"12":-100,"999":5.5},"n":1,"user":"me",
                  "cache_prompt":false,"echo":false,"suffix":null,"best_of":1})"),
       kLimits, kDefaults);
@@ -107,7 +107,7 @@ TEST(Completion, ReadsEveryField) {
   EXPECT_EQ(r->pick.sampler.top_p, 0.25f);
   EXPECT_EQ(r->pick.sampler.top_k, 3);
   EXPECT_EQ(r->pick.sampler.min_p, 0.125f);
-  EXPECT_EQ(r->pick.sampler.seed, UINT64_MAX);
+  EXPECT_EQ(r->pick.sampler.seed, UINT64_MAX - 1);
   EXPECT_EQ(r->stop, (std::vector<std::string>{"a", "bc"}));
   EXPECT_TRUE(r->stream && r->include_usage);
   EXPECT_EQ(r->pick.top_logprobs, 2);
@@ -140,6 +140,12 @@ TEST(Completion, TwoRequestsWithoutSeedDiffer) {
     return ParseCompletionRequest(Object(R"({"prompt":"x"})"), kLimits, kDefaults)->pick.sampler.seed;
   };
   EXPECT_NE(seed(), seed());
+  // -1 is llama.cpp's word for a random one.
+  const auto minus_one = [] {
+    return ParseCompletionRequest(Object(R"({"prompt":"x","seed":-1})"), kLimits, kDefaults)
+        ->pick.sampler.seed;
+  };
+  EXPECT_NE(minus_one(), minus_one());
 }
 
 // Each field with values of every wrong kind: an error that names the field, never anything else.

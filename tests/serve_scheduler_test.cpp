@@ -4,10 +4,8 @@
 
 #include <map>
 
-#include "moend/serve/prefix_split.h"
-#include "moend/serve/scheduler.h"
 #include "tests/support/serve_client.h"
-#include "tests/support/serve_store.h"
+#include "tests/support/serve_jobs.h"
 
 namespace moend::serve {
 namespace {
@@ -17,51 +15,11 @@ using test::FakeBackend;
 using test::FakeOptions;
 using namespace std::chrono_literals;
 
-struct Machine {
-  explicit Machine(const FakeOptions& fake = {}, const SchedulerOptions& options = {},
-                   const Limits& limits = {}, PrefixStore* store = nullptr)
-      : backend(fake), scheduler(backend, store, limits, options, metrics, Log()) {}
-  FakeBackend backend;
-  Metrics metrics;
-  Scheduler scheduler;
-};
-
-std::shared_ptr<Job> MakeJob(const std::string& prompt, int64_t max_tokens, const std::string& scope = "s") {
-  auto job = std::make_shared<Job>();
-  job->scope = scope;
-  job->prompt = {FakeBackend::kBegin};
-  for (const char c : prompt) job->prompt.push_back(static_cast<unsigned char>(c));
-  job->split = SplitLength(std::ssize(job->prompt), 0, 256);
-  job->max_tokens = max_tokens;
-  job->pick.sampler.temperature = 0;
-  return job;
-}
-
-struct Result {
-  std::string text;
-  Outcome outcome;
-};
-
-Result Finish(Job& job) {
-  Result r;
-  for (int i = 0; i < 200; ++i) {
-    auto event = job.Wait(100ms);
-    r.text += event.delta.text;
-    if (event.outcome) {
-      r.outcome = *event.outcome;
-      return r;
-    }
-  }
-  ADD_FAILURE() << "a request never ended";
-  return r;
-}
-
-std::string Letters(int64_t n, unsigned seed) {
-  std::mt19937 random(seed);
-  std::string s;
-  for (int64_t i = 0; i < n; ++i) s += static_cast<char>('A' + random() % 26);
-  return s;
-}
+using test::Finish;
+using test::Letters;
+using test::Machine;
+using test::MakeJob;
+using test::Result;
 
 TEST(Scheduler, AnswersAsTheModelAloneWould) {
   Machine m;
@@ -422,58 +380,6 @@ TEST(Scheduler, DrainCancelsWhatTakesTooLong) {
 }
 
 // --- with a store
-
-TEST(SchedulerStore, APrefixOutlivesItsServer) {
-  std::map<std::string, std::string> values;
-  std::atomic<bool> answers = true;
-  const std::string document = Letters(1000, 9);
-  {
-    const auto store = test::MakeSlowStore(values, answers);
-    Machine m({}, {}, {}, store.get());
-    auto job = MakeJob(document + "one", 5);
-    ASSERT_TRUE(m.scheduler.Submit(job));
-    Finish(*job);
-    EXPECT_EQ(m.metrics.prefixes_saved, 1);
-  }
-  ASSERT_EQ(values.size(), 1u);
-  const auto store = test::MakeSlowStore(values, answers);
-  Machine m({}, {}, {}, store.get());
-  auto foreign = MakeJob(document + "two", 5, "other key");
-  ASSERT_TRUE(m.scheduler.Submit(foreign));
-  EXPECT_EQ(Finish(*foreign).outcome.cached_tokens, 0);
-  auto job = MakeJob(document + "two", 5);
-  ASSERT_TRUE(m.scheduler.Submit(job));
-  const Result r = Finish(*job);
-  EXPECT_EQ(r.outcome.cached_tokens, job->split);
-  EXPECT_EQ(r.text, m.backend.Expect(job->prompt, 5));
-  EXPECT_EQ(m.backend.restored, 1);
-}
-
-TEST(SchedulerStore, ASlowOneHoldsUpNobodyElse) {
-  std::map<std::string, std::string> values;
-  std::atomic<bool> answers = false;
-  const auto store = test::MakeSlowStore(values, answers);
-  FakeOptions fake;
-  fake.step = 1ms;
-  Machine m(fake, {}, {}, store.get());
-  auto stream = MakeJob("x", 4000);
-  ASSERT_TRUE(m.scheduler.Submit(stream));
-  ASSERT_TRUE(Eventually([&] { return stream->phase == Phase::kDecode; }));
-  auto asking = MakeJob(Letters(1000, 10), 5);
-  ASSERT_TRUE(m.scheduler.Submit(asking));
-  const int64_t before = m.backend.steps;
-  EXPECT_TRUE(Eventually([&] { return m.backend.steps - before > 30; }, 30));
-  EXPECT_EQ(asking->phase, Phase::kQueued);
-  // Its client leaves while the store still thinks; the next one is answered properly.
-  asking->Cancel();
-  EXPECT_TRUE(Finish(*asking).outcome.error);
-  answers = true;
-  answers.notify_all();
-  auto next = MakeJob(Letters(1000, 11), 5);
-  ASSERT_TRUE(m.scheduler.Submit(next));
-  EXPECT_EQ(Finish(*next).text, m.backend.Expect(next->prompt, 5));
-  stream->Cancel();
-}
 
 }  // namespace
 }  // namespace moend::serve

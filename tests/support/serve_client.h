@@ -5,14 +5,18 @@
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <thread>
+#include <vector>
 
 #include "moend/serve/server.h"
 #include "tests/support/serve_fake.h"
@@ -36,6 +40,13 @@ class Client {
     a.sin_family = AF_INET;
     a.sin_port = htons(static_cast<uint16_t>(port));
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    connected_ = connect(fd_, reinterpret_cast<sockaddr*>(&a), sizeof a) == 0;
+  }
+  explicit Client(const std::string& path) {  // of a Unix socket
+    fd_ = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_un a{};
+    a.sun_family = AF_UNIX;
+    std::memcpy(a.sun_path, path.data(), std::min(path.size(), sizeof a.sun_path - 1));
     connected_ = connect(fd_, reinterpret_cast<sockaddr*>(&a), sizeof a) == 0;
   }
   ~Client() { Close(); }
@@ -123,6 +134,19 @@ inline Reply Ask(int port, const std::string& request, double seconds = 20) {
   Client c(port);
   c.Send(request);
   return ParseReply(c.ReadAll(seconds));
+}
+
+// The events of a stream, "[DONE]" as a string.
+inline std::vector<nlohmann::json> Events(const std::string& body) {
+  std::vector<nlohmann::json> events;
+  for (std::size_t at = 0; (at = body.find("data: ", at)) != std::string::npos;) {
+    const auto end = body.find("\n\n", at);
+    const std::string data = body.substr(at + 6, end - at - 6);
+    events.push_back(data == "[DONE]" ? nlohmann::json("[DONE]")
+                                      : nlohmann::json::parse(data, nullptr, false));
+    at = end;
+  }
+  return events;
 }
 
 struct Running {

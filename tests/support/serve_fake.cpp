@@ -73,13 +73,20 @@ FakeBackend::FakeBackend(const FakeOptions& options) : options_(options) {
            .n_vocab = kVocab,
            .n_ctx = options.n_ctx,
            .n_ctx_train = options.n_ctx,
+           .longest_token = 1,
            .levels = options.levels};
 }
 
-Expected<std::vector<int32_t>> FakeBackend::Tokenize(std::string_view text, bool add_special, bool) const {
+Expected<std::vector<int32_t>> FakeBackend::Tokenize(std::string_view text, bool add_special, bool,
+                                                     const std::function<bool()>& stop) const {
   std::vector<int32_t> tokens;
   if (add_special) tokens.push_back(kBegin);
-  for (const char c : text) tokens.push_back(static_cast<unsigned char>(c));
+  for (const char c : text) {
+    if (stop && stop()) return Fail(ErrorCode::kCancelled, "stopped");
+    if (options_.tokenize_byte.count() > 0) std::this_thread::sleep_for(options_.tokenize_byte);
+    ++tokenized;
+    tokens.push_back(static_cast<unsigned char>(c));
+  }
   return tokens;
 }
 
@@ -94,11 +101,12 @@ std::string FakeBackend::Detokenize(std::span<const int32_t> tokens) const {
 }
 
 Expected<std::vector<int32_t>> FakeBackend::ChatTokens(std::span<const ChatMessage> messages,
-                                                       const ChatOptions& options) const {
+                                                       const ChatOptions& options,
+                                                       const std::function<bool()>& stop) const {
   std::string text;
   for (const ChatMessage& m : messages) text += m.role + ": " + m.content + "\n";
   if (options.add_generation_prompt) text += "assistant:\n";
-  return Tokenize(text, true, true);
+  return Tokenize(text, true, true, stop);
 }
 
 Expected<std::unique_ptr<Context>> FakeBackend::NewContext() {

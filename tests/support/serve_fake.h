@@ -22,6 +22,7 @@ struct FakeOptions {
   int levels = 0;                // level l takes bytes / (l + 1)
   int64_t block_tokens = 16;
   std::chrono::microseconds prefill_block{0}, step{0};  // how long they take
+  std::chrono::microseconds tokenize_byte{0};
 };
 
 class FakeBackend : public Backend {
@@ -31,12 +32,13 @@ class FakeBackend : public Backend {
   explicit FakeBackend(const FakeOptions& options = {});
 
   const BackendInfo& info() const override { return info_; }
-  Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special, bool) const override;
+  Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special, bool,
+                                          const std::function<bool()>& stop) const override;
   std::string Piece(int32_t token) const override;
   std::string Detokenize(std::span<const int32_t> tokens) const override;
   bool IsEndOfGeneration(int32_t token) const override { return token == kEnd; }
-  Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages,
-                                            const ChatOptions& options) const override;
+  Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages, const ChatOptions& options,
+                                            const std::function<bool()>& stop) const override;
   Expected<std::unique_ptr<Context>> NewContext() override;
   Expected<void> Prefill(Context& context, std::span<const int32_t> tokens,
                          const std::function<bool(double)>& between) override;
@@ -57,6 +59,7 @@ class FakeBackend : public Backend {
   std::string Expect(const std::vector<int32_t>& prompt, int64_t n) const;
 
   // What happened.
+  mutable std::atomic<int64_t> tokenized{0};  // bytes that Tokenize() has seen
   std::atomic<int64_t> prefilled{0}, steps{0}, largest_batch{0}, compressed{0}, forks{0}, restored{0};
   std::atomic<bool> fail_decode{false}, fail_prefill{false}, throw_in_prefill{false};
 

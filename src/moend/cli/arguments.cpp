@@ -48,6 +48,10 @@ Expected<std::vector<std::string>> TranslateArguments(int argc, const char* cons
     const std::string_view word = argv[i];
     arguments.emplace_back(word);
     if (i > 1 && TakesText(argv[i - 1])) continue;
+    // CLI11 would take the next word for the value, be it another flag.
+    if (word.starts_with("--") && word.find('=') == word.size() - 1)
+      return Fail(ErrorCode::kInvalidArgument, "the value of {} may not be empty",
+                  word.substr(0, word.size() - 1));
     for (const Translation& t : kTranslations) {
       if (word != t.given) continue;
       if (t.ours.empty()) return Fail(ErrorCode::kInvalidArgument, "there is no flag {}: {}", word, t.why);

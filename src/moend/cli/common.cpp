@@ -56,13 +56,28 @@ int FlushOutput() {
 }
 
 void AddEnvironment(CLI::App& app) {
+  const CLI::Validator not_empty(
+      [](std::string& text) {
+        return text.empty() ? std::string("The value may not be empty") : std::string();
+      },
+      "");
   for (CLI::Option* option : app.get_options()) {
+    if (option->get_items_expected_max() > 0) option->check(not_empty);
     if (option->get_lnames().empty() || option->get_lnames()[0] == "help") continue;
     std::string name = "MOEND_ARG_" + option->get_lnames()[0];
     std::transform(name.begin(), name.end(), name.begin(),
                    [](unsigned char c) { return c == '-' ? '_' : static_cast<char>(std::toupper(c)); });
     option->envname(name);
   }
+}
+
+std::string EmptyVariable(const CLI::App& app) {
+  for (const CLI::Option* option : app.get_options()) {
+    const std::string name = option->get_envname();
+    const char* value = name.empty() ? nullptr : std::getenv(name.c_str());
+    if (value && !*value) return name;
+  }
+  return {};
 }
 
 void ModelFlags::AddTo(CLI::App& app) {

@@ -31,8 +31,12 @@ void Note(const std::string& text);
 int FlushOutput();
 
 // Every long flag --some-name also answers to the environment variable MOEND_ARG_SOME_NAME, the way
-// llama.cpp's do to LLAMA_ARG_*. Call when all flags of a command are declared.
+// llama.cpp's do to LLAMA_ARG_*. Empty values are refused: mostly they are variables that were never set, and
+// what they stand for (a key, a plan) would silently be missing. Call when all flags of a command are
+// declared.
 void AddEnvironment(CLI::App& app);
+// The first of these variables that is set and empty; empty when none is.
+std::string EmptyVariable(const CLI::App& app);
 
 // -m, -t, --no-repack
 struct ModelFlags {

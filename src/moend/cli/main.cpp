@@ -54,6 +54,10 @@ int Run(int argc, const char* const* argv) {
   const auto named_so = [&](const CLI::App* command) { return command->get_name() == first; };
   if (first[0] != '-' && app.get_subcommands(named_so).empty())
     return UsageError(fmt::format("there is no command '{}'", first), nullptr);
+  for (const CLI::App* command : app.get_subcommands(named_so))
+    if (const std::string name = EmptyVariable(*command); !name.empty())
+      return UsageError(
+          fmt::format("the environment variable {} is empty; give it a value or unset it", name), command);
   try {
     std::reverse(arguments->begin(), arguments->end());  // as CLI11 wants a vector
     app.parse(std::move(*arguments));

@@ -1,18 +1,16 @@
 // moend serve: an HTTP server with OpenAI's routes.
 #include <fmt/format.h>
 #include <malloc.h>
-#include <pthread.h>
 #include <sys/resource.h>
 
 #include <charconv>
-#include <csignal>
 #include <cstdio>
 #include <limits>
-#include <thread>
 
 #include "moend/base/file.h"
 #include "moend/cli/commands.h"
 #include "moend/cli/common.h"
+#include "moend/cli/stop_signal.h"
 #include "moend/serve/engine_backend.h"
 #include "moend/serve/server.h"
 
@@ -27,7 +25,8 @@ Examples:
 
 Routes: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /slots, /metrics,
 and a page to chat with at /. With --profile, idle contexts are compressed further when memory is short.
-SIGTERM or Ctrl-C finishes the accepted requests and ends; a second one ends at once.)";
+SIGTERM or Ctrl-C finishes the accepted requests and ends; a second one, or one that comes before the server is
+ready, ends at once.)";
 
 struct ServeFlags {
   ModelFlags model;
@@ -35,7 +34,7 @@ struct ServeFlags {
   serve::ServerOptions server;
   int64_t n_ctx = 0;
   double kv_budget_mib = 0, drain_seconds = 60;
-  std::vector<std::string> api_keys;
+  std::vector<std::string> api_keys, cors_origins;
   std::string api_key_file, kv_dir, kv_store;
   int64_t kv_dir_mib = 4096, kv_store_ttl = 86400;
   bool no_prefix_cache = false, no_page = false;
@@ -47,31 +46,6 @@ void Write(serve::LogLevel level, const std::string& text) {
                                                             : "error: ";
   fmt::print(stderr, "moend: {}{}\n", prefix, text);
 }
-
-// SIGINT and SIGTERM as something to wait for. Made before any other thread, so that all of them inherit the
-// mask.
-class StopSignal {
- public:
-  StopSignal() {
-    sigemptyset(&set_);
-    sigaddset(&set_, SIGINT);
-    sigaddset(&set_, SIGTERM);
-    pthread_sigmask(SIG_BLOCK, &set_, nullptr);
-    std::signal(SIGPIPE, SIG_IGN);
-  }
-  bool Arrived() const {
-    const timespec now{};
-    return sigtimedwait(&set_, nullptr, &now) > 0;
-  }
-  // False when none came within the time.
-  bool Wait(time_t seconds) const {
-    const timespec time{.tv_sec = seconds, .tv_nsec = 0};
-    return sigtimedwait(&set_, nullptr, &time) > 0;
-  }
-
- private:
-  sigset_t set_;
-};
 
 // A thread a connection would otherwise leave up to eight heaps a core behind, each with holes of its own.
 void FewHeaps() {
@@ -179,11 +153,16 @@ Expected<serve::ApiKeys> LoadKeys(const ServeFlags& flags) {
 }
 
 Expected<void> Serve(ServeFlags& flags) {
-  const StopSignal stop;
+  StopSignal stop;
   RaiseDescriptorLimit();
   FewHeaps();
   const serve::Log log(Write);
   MOEND_ASSIGN(flags.server.keys, LoadKeys(flags));
+  MOEND_ASSIGN(flags.server.cors, serve::Cors::Create(flags.cors_origins));
+  if (flags.server.cors.any() && !flags.server.keys.required())
+    log.Warning(
+        "every web page that a browser on this network opens can use the server: --cors-origin * "
+        "without an API key");
   MOEND_ASSIGN(auto store, OpenStores(flags, log));
   flags.server.prefix_cache = !flags.no_prefix_cache;
   flags.server.page = !flags.no_page;
@@ -194,7 +173,10 @@ Expected<void> Serve(ServeFlags& flags) {
   const std::string host = flags.server.host;
   serve::Server server(std::move(flags.server), log);
   MOEND_ASSIGN(const int port, server.Start());
-  log.Info("listening on http://{}:{}, loading {}", host.contains(':') ? "[" + host + "]" : host, port,
+  const bool is_unix = host.starts_with("unix:");
+  if (is_unix) stop.RemoveAtEnd(host.substr(5));
+  log.Info("listening on {}, loading {}",
+           is_unix ? host : fmt::format("http://{}:{}", host.contains(':') ? "[" + host + "]" : host, port),
            flags.model.path);
 
   MOEND_ASSIGN(auto engine, flags.model.Load());
@@ -208,22 +190,17 @@ Expected<void> Serve(ServeFlags& flags) {
   const serve::BackendInfo info = backend->info();
   const int64_t context = backend->ContextBound(info.n_ctx);
   server.Serve(std::move(backend), std::move(store));
+  stop.Ready();
   log.Info("ready: {}, plan {}, context {} tokens of at most {:.1f} MiB, K/V budget {:.4g} MiB, {} threads",
            info.model_name, info.plan_name, info.n_ctx, MiB(context), MiB(server.gauges().kv_budget_bytes),
            engine->n_threads());
 
-  constexpr time_t kTrimInterval = 10;  // seconds
+  constexpr int kTrimInterval = 10;  // seconds
   while (!stop.Wait(kTrimInterval)) {
     const serve::Gauges now = server.gauges();
     if (now.slots_busy == 0 && now.queued == 0) TrimHeaps();
   }
   log.Info("finishing the accepted requests");
-  std::jthread second([&](const std::stop_token& done) {
-    while (!done.stop_requested()) {
-      if (stop.Arrived()) std::_Exit(kExitInterrupted);
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
-    }
-  });
   server.Drain(std::chrono::duration<double>(flags.drain_seconds));
   return {};
 }
@@ -306,7 +283,7 @@ void AddServe(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->check(CLI::Range(int64_t{1}, int64_t{1024}))
       ->type_name("N");
-  command->add_option("--host", f.server.host, "address to listen on")
+  command->add_option("--host", f.server.host, "address to listen on, or unix:PATH for a Unix socket")
       ->capture_default_str()
       ->type_name("ADDR");
   command->add_option("--port", f.server.port, "0: any free one")
@@ -316,6 +293,13 @@ void AddServe(CLI::App& app, int& exit_code) {
   command->add_option("--api-key", f.api_keys, "a key that clients must have; may be given several times")
       ->type_name("KEY");
   command->add_option("--api-key-file", f.api_key_file, "the same, one a line")->type_name("FILE");
+  command
+      ->add_option(
+          "--cors-origin,--cors-origins", f.cors_origins,
+          "let web pages of this origin use the server: https://host[:port], localhost (any port of this "
+          "machine) or *; several, with commas between, too")
+      ->delimiter(',')
+      ->type_name("ORIGIN");
   command->add_option("-a,--alias", f.server.alias, "the model's name in answers")->type_name("NAME");
   command->add_flag("--metrics", f.server.metrics, "answer /metrics, for Prometheus");
   command->add_flag("--no-page", f.no_page, "do not answer /");

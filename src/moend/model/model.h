@@ -6,6 +6,7 @@
 #include <ggml.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -127,12 +128,17 @@ class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
   // add_special: BOS etc. as the model wants, BOS once even if the text begins with one; parse_special:
-  // "<|...|>" in the text become their tokens.
-  virtual Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special,
-                                                  bool parse_special) const = 0;
+  // "<|...|>" in the text become their tokens. `stop`, if there is one, is asked between two pieces of the
+  // text; true ends the call with kCancelled.
+  virtual Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special, bool parse_special,
+                                                  const std::function<bool()>& stop = {}) const = 0;
   // The same with special tokens parsed but for those that `prompt` says are text; from byte `from` on.
   virtual Expected<std::vector<int32_t>> TokenizePrompt(const PromptText& prompt, bool add_special,
-                                                        int64_t from = 0) const = 0;
+                                                        int64_t from = 0,
+                                                        const std::function<bool()>& stop = {}) const = 0;
+  // Most bytes of text that one token can stand for, so that a text has at least its bytes divided by this
+  // many tokens; 0 where no such bound holds.
+  virtual int64_t longest_token() const = 0;
   virtual std::string Piece(int32_t token, bool special) const = 0;
   virtual std::string Detokenize(std::span<const int32_t> tokens, bool special) const = 0;
   virtual bool IsEndOfGeneration(int32_t token) const = 0;

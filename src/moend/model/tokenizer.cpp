@@ -8,6 +8,7 @@
 #include <exception>
 #include <mutex>
 #include <new>
+#include <unordered_set>
 
 #include "moend/model/big_stack.h"
 #include "moend/model/chat_template.h"
@@ -39,11 +40,13 @@ std::string Cause(std::string_view log) {
 // Some of them throw, which must not cross the library's border.
 class LlamaTokenizer final : public Tokenizer {
  public:
-  LlamaTokenizer(llama_model_ptr model, std::string path, bool splits_by_regex)
+  // of_bytes: a vocabulary of the kind gpt2, whose tokens are strings of bytes.
+  LlamaTokenizer(llama_model_ptr model, std::string path, bool of_bytes, bool splits_by_regex)
       : model_(std::move(model)),
         vocab_(llama_model_get_vocab(model_.get())),
         path_(std::move(path)),
-        splits_by_regex_(splits_by_regex) {
+        splits_by_regex_(splits_by_regex),
+        longest_token_(LongestToken(of_bytes)) {
     for (int32_t id = 0; id < llama_vocab_n_tokens(vocab_); ++id)
       if (llama_vocab_get_attr(vocab_, id) & (LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN))
         special_.Add(llama_vocab_get_text(vocab_, id), id);
@@ -53,19 +56,21 @@ class LlamaTokenizer final : public Tokenizer {
                                                  Piece(llama_vocab_eos(vocab_), true), special_);
   }
 
-  Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special,
-                                          bool parse_special) const override {
-    return Cut(text, {}, add_special, parse_special);
+  Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special, bool parse_special,
+                                          const std::function<bool()>& stop) const override {
+    return Cut(text, {}, add_special, parse_special, stop);
   }
 
-  Expected<std::vector<int32_t>> TokenizePrompt(const PromptText& prompt, bool add_special,
-                                                int64_t from) const override {
+  Expected<std::vector<int32_t>> TokenizePrompt(const PromptText& prompt, bool add_special, int64_t from,
+                                                const std::function<bool()>& stop) const override {
     std::vector<int64_t> seams;
     for (const int64_t s : prompt.seams)
       if (s >= from) seams.push_back(s - from);
-    return Cut(std::string_view(prompt.text).substr(static_cast<std::size_t>(from)), seams, add_special,
-               true);
+    return Cut(std::string_view(prompt.text).substr(static_cast<std::size_t>(from)), seams, add_special, true,
+               stop);
   }
+
+  int64_t longest_token() const override { return longest_token_; }
 
   std::string Piece(int32_t token, bool special) const override {
     if (token < 0 || token >= llama_vocab_n_tokens(vocab_)) return {};
@@ -129,6 +134,7 @@ class LlamaTokenizer final : public Tokenizer {
 
  private:
   static constexpr std::size_t kMaxText = INT_MAX / 4;
+  static constexpr int64_t kPiecesBetweenStops = 256;
   static constexpr auto kSpace = " \t\n\v\f\r";
   // See SplitsByRegex: measured are 330 bytes of stack for each byte of a word, which the text may be one of.
   static constexpr std::size_t kFewBytes = 1024, kMaxRegexText = 1 << 20;
@@ -136,7 +142,7 @@ class LlamaTokenizer final : public Tokenizer {
 
   // Special tokens are cut out here, in linear time; libllama's own way takes the square of their number.
   Expected<std::vector<int32_t>> Cut(std::string_view text, std::span<const int64_t> seams, bool add_special,
-                                     bool parse_special) const {
+                                     bool parse_special, const std::function<bool()>& stop) const {
     if (text.size() > kMaxText)
       return Fail(ErrorCode::kTooLong, "a text of {} bytes is longer than the {} that are tokenized at once",
                   text.size(), kMaxText);
@@ -148,7 +154,10 @@ class LlamaTokenizer final : public Tokenizer {
     cuts.push_back({size, size, -1});
     int64_t done = 0;
     bool strip = false;  // the token before eats the space behind it
+    int64_t pieces = 0;
     for (const SpecialMatch& cut : cuts) {
+      if (stop && pieces++ % kPiecesBetweenStops == 0 && stop())
+        return Fail(ErrorCode::kCancelled, "tokenizing a text of {} bytes was stopped", text.size());
       std::string_view plain =
           text.substr(static_cast<std::size_t>(done), static_cast<std::size_t>(cut.begin - done));
       const auto attributes = cut.token < 0 ? 0 : llama_vocab_get_attr(vocab_, cut.token);
@@ -165,6 +174,36 @@ class LlamaTokenizer final : public Tokenizer {
     if (add_special && adds_bos() && out.size() > 1 && out[1] == out[0]) out.erase(out.begin());
     if (add_special && llama_vocab_get_add_eos(vocab_)) out.push_back(llama_vocab_eos(vocab_));
     return out;
+  }
+
+  // The names of tokens are never shorter than what they stand for.
+  int64_t LongestToken(bool of_bytes) const {
+    for (int32_t id = 0; id < llama_vocab_n_tokens(vocab_); ++id)  // spaces vanish beside such a token
+      if (llama_vocab_get_attr(vocab_, id) & (LLAMA_TOKEN_ATTR_LSTRIP | LLAMA_TOKEN_ATTR_RSTRIP)) return 0;
+    std::size_t longest = 4;  // an unknown character
+    std::unordered_set<std::string_view> names;
+    for (int32_t id = 0; id < llama_vocab_n_tokens(vocab_); ++id) {
+      const std::string_view name = llama_vocab_get_text(vocab_, id);
+      longest = std::max(longest, name.size());
+      if (of_bytes && name.size() <= 2) names.insert(name);
+    }
+    // libllama drops bytes that such a vocabulary has no token for.
+    for (int byte = 0; of_bytes && byte < 256; ++byte)
+      if (!names.contains(ByteName(byte))) return 0;
+    return static_cast<int64_t>(longest);
+  }
+
+  // How GPT-2's vocabulary writes a byte: itself if it is a visible character of Latin-1, else a character
+  // from U+0100 on, in the order of the bytes.
+  static std::string ByteName(int byte) {
+    const auto visible = [](int b) { return (b > 0x20 && b < 0x7f) || (b > 0xa0 && b != 0xad); };
+    int code = byte;
+    if (!visible(byte)) {
+      code = 0x100;
+      for (int b = 0; b < byte; ++b) code += visible(b) ? 0 : 1;
+    }
+    if (code < 0x80) return {static_cast<char>(code)};
+    return {static_cast<char>(0xc0 | (code >> 6)), static_cast<char>(0x80 | (code & 0x3f))};
   }
 
   // A text without special tokens.
@@ -207,6 +246,7 @@ class LlamaTokenizer final : public Tokenizer {
   const llama_vocab* vocab_;
   std::string path_;  // for errors while it is loaded
   bool splits_by_regex_;
+  int64_t longest_token_ = 0;
   SpecialTokens special_;
   std::unique_ptr<ChatTemplate> template_;
 };
@@ -241,8 +281,9 @@ Expected<std::unique_ptr<Tokenizer>> LoadTokenizer(const GgufFile& file, int64_t
                 Cause(first_log_error));
   MOEND_ASSIGN(const std::string_view kind, file.String("tokenizer.ggml.model"));
   MOEND_ASSIGN(const std::string_view pre, file.String("tokenizer.ggml.pre", ""));
-  auto tokenizer =
-      std::make_unique<LlamaTokenizer>(std::move(model), file.path(), kind == "gpt2" && SplitsByRegex(pre));
+  const bool of_bytes = kind == "gpt2";
+  auto tokenizer = std::make_unique<LlamaTokenizer>(std::move(model), file.path(), of_bytes,
+                                                    of_bytes && SplitsByRegex(pre));
   MOEND_TRY(tokenizer->CheckLoaded(n_vocab));
   return tokenizer;
 }

@@ -27,6 +27,10 @@ ApiError FromError(const Error& error) {
   }
 }
 
+ApiError ShuttingDown() {
+  return {.status = 503, .message = "the server is shutting down", .code = "shutting_down", .retry_after = 5};
+}
+
 std::string_view ErrorType(int status) {
   switch (status) {
     case 401:

@@ -27,6 +27,8 @@ using ApiResult = std::expected<T, ApiError>;
 // and the operator reads them in the client's report.
 [[nodiscard]] ApiError FromError(const Error& error);
 
+[[nodiscard]] ApiError ShuttingDown();
+
 std::string_view ErrorType(int status);  // "invalid_request_error", ...
 std::string ToJson(const ApiError& error);
 

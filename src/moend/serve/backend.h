@@ -36,7 +36,8 @@ struct BackendInfo {
   int64_t n_ctx_train = 0;
   int64_t n_params = 0;
   int64_t model_bytes = 0;
-  int levels = 0;  // how many times a context can be compressed further
+  int64_t longest_token = 0;  // most bytes of text that a token stands for; 0: not known
+  int levels = 0;             // how many times a context can be compressed further
 };
 
 class Backend {
@@ -45,15 +46,17 @@ class Backend {
   virtual const BackendInfo& info() const = 0;
 
   // Thread safe, also while a prefill runs.
-  virtual Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special,
-                                                  bool parse_special) const = 0;
+  // `stop`: see Tokenizer.
+  virtual Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special, bool parse_special,
+                                                  const std::function<bool()>& stop) const = 0;
   virtual std::string Piece(int32_t token) const = 0;
   virtual std::string Detokenize(std::span<const int32_t> tokens) const = 0;
   virtual bool IsEndOfGeneration(int32_t token) const = 0;
   // The tokens of a chat as the model was trained on it; with the generation prompt, what follows is the
   // assistant's answer. What looks like a special token in a message is text.
   virtual Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages,
-                                                    const ChatOptions& options) const = 0;
+                                                    const ChatOptions& options,
+                                                    const std::function<bool()>& stop) const = 0;
 
   // From here on: one thread, the scheduler's.
   virtual Expected<std::unique_ptr<Context>> NewContext() = 0;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <utility>
 
 namespace moend::serve {
 namespace {
@@ -29,6 +30,7 @@ Connection::~Connection() {
 
 void Connection::BeginReading() {
   body_bytes_ -= std::exchange(counted_, 0);
+  answered_ = false;
   reading_since_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
 }
 
@@ -124,6 +126,7 @@ bool Connection::Send(std::string_view bytes) {
   while (!bytes.empty() && !broken_) {
     const ssize_t n = send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL);
     if (n > 0) {
+      answered_ = true;
       bytes.remove_prefix(static_cast<std::size_t>(n));
     } else if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
       pollfd p{fd_, POLLOUT | POLLRDHUP, 0};
@@ -143,6 +146,7 @@ bool Connection::PeerGone() const {
 }
 
 void Connection::Cut() {
+  cut_ = true;
   shutdown(fd_, SHUT_RDWR);
 }
 

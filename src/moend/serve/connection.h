@@ -41,8 +41,12 @@ class Connection {
   void EndReading();
   int64_t served() const { return served_; }
 
+  // Whether a byte of an answer went out since the last BeginReading().
+  bool answered() const { return answered_; }
+
   bool reading() const { return reading_since_.load(std::memory_order_relaxed) != 0; }
   bool idle() const { return idle_.load(); }
+  bool cut() const { return cut_.load(); }
   Clock::time_point reading_since() const {
     return Clock::time_point(Clock::duration(reading_since_.load(std::memory_order_relaxed)));
   }
@@ -64,9 +68,9 @@ class Connection {
   int64_t counted_ = 0;
   int64_t served_ = 0;
   std::string buffer_;  // read, not yet consumed
-  bool broken_ = false;
+  bool broken_ = false, answered_ = false;
   std::atomic<Clock::rep> reading_since_{0};
-  std::atomic<bool> idle_{false};
+  std::atomic<bool> idle_{false}, cut_{false};
 };
 
 }  // namespace moend::serve

@@ -4,14 +4,13 @@
 #include <filesystem>
 
 #include "moend/engine/session_state.h"
+#include "moend/plan/query_stats.h"
 #include "moend/score/scorer.h"
 #include "moend/serve/sha256.h"
 #include "moend/solve/solve.h"
 
 namespace moend::serve {
 namespace {
-
-constexpr int64_t kObservedTokens = 16;  // most that a session keeps queries of while it generates
 
 struct SessionContext : Context {
   explicit SessionContext(Session s) : session(std::move(s)) {}
@@ -41,19 +40,6 @@ int64_t CountParameters(const Weights& weights) {
   return n;
 }
 
-// Everything that a saved context depends on.
-std::string CacheId(const Plan& plan, const std::string& scorer, const std::string& model_hash) {
-  std::string text =
-      fmt::format("moend kv 1|{}|{}|{} {}", model_hash, scorer, plan.guard.sinks, plan.guard.window);
-  for (int64_t l = 0; l < std::ssize(plan.layers); ++l) {
-    for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h) {
-      const Expert& e = plan.expert(l, h);
-      text += fmt::format("|{:.17g} {} {}", e.keep, e.k_bits, e.v_bits);
-    }
-  }
-  return model_hash + "-" + Hex(Sha256Of(text)).substr(0, 16);
-}
-
 Expert Smaller(const Expert& a, const Expert& b) {
   return {std::min(a.keep, b.keep), std::min(a.k_bits, b.k_bits), std::min(a.v_bits, b.v_bits)};
 }
@@ -71,9 +57,9 @@ class EngineBackend : public Backend {
 
   const BackendInfo& info() const override { return info_; }
 
-  Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special,
-                                          bool parse_special) const override {
-    return tokenizer().Tokenize(text, add_special, parse_special);
+  Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special, bool parse_special,
+                                          const std::function<bool()>& stop) const override {
+    return tokenizer().Tokenize(text, add_special, parse_special, stop);
   }
   std::string Piece(int32_t token) const override { return tokenizer().Piece(token, false); }
   std::string Detokenize(std::span<const int32_t> tokens) const override {
@@ -81,12 +67,12 @@ class EngineBackend : public Backend {
   }
   bool IsEndOfGeneration(int32_t token) const override { return tokenizer().IsEndOfGeneration(token); }
 
-  Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages,
-                                            const ChatOptions& options) const override {
+  Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages, const ChatOptions& options,
+                                            const std::function<bool()>& stop) const override {
     if (!tokenizer().has_chat_template())
-      return tokenizer().Tokenize(PlainChat(messages, options.add_generation_prompt), true, false);
+      return tokenizer().Tokenize(PlainChat(messages, options.add_generation_prompt), true, false, stop);
     MOEND_ASSIGN(const PromptText prompt, tokenizer().ApplyChatTemplate(messages, options));
-    return tokenizer().TokenizePrompt(prompt, true);
+    return tokenizer().TokenizePrompt(prompt, true, 0, stop);
   }
 
   Expected<std::unique_ptr<Context>> NewContext() override {
@@ -136,7 +122,7 @@ class EngineBackend : public Backend {
     });
     // Queries that are observed before an eviction.
     if (evicts)
-      bytes += std::min<int64_t>(kObservedTokens, needs_.observed_queries) * QueryBytes() *
+      bytes += std::min<int64_t>(kDecodeObserved, needs_.observed_queries) * QueryBytes() *
                std::ssize(plan_.layers);
     return bytes;
   }
@@ -213,6 +199,25 @@ class EngineBackend : public Backend {
 
 }  // namespace
 
+std::string CacheId(const Plan& plan, const std::string& scorer, const std::string& model_hash) {
+  std::string text =
+      fmt::format("moend kv 1|{}|{}|{} {}", model_hash, scorer, plan.guard.sinks, plan.guard.window);
+  if (plan.adaptive_heads) text += "|adaptive";
+  if (plan.queries) {
+    static_assert(sizeof(QueryPair) == 3 * sizeof(double), "no padding, which could hold anything");
+    const auto& pairs = plan.queries->pairs;
+    text += '|';
+    text += Hex(Sha256Of({reinterpret_cast<const char*>(pairs.data()), pairs.size() * sizeof(QueryPair)}));
+  }
+  for (int64_t l = 0; l < std::ssize(plan.layers); ++l) {
+    for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h) {
+      const Expert& e = plan.expert(l, h);
+      text += fmt::format("|{:.17g} {} {}", e.keep, e.k_bits, e.v_bits);
+    }
+  }
+  return model_hash + "-" + Hex(Sha256Of(text)).substr(0, 16);
+}
+
 Expected<std::unique_ptr<Backend>> MakeEngineBackend(std::shared_ptr<Engine> engine,
                                                      const EngineBackendOptions& options) {
   const Fingerprint model = engine->fingerprint();
@@ -237,6 +242,7 @@ Expected<std::unique_ptr<Backend>> MakeEngineBackend(std::shared_ptr<Engine> eng
   info.n_ctx_train = hp.n_ctx_train;
   info.n_params = CountParameters(engine->model().weights());
   info.model_bytes = engine->model().file_bytes();
+  info.longest_token = engine->model().tokenizer().longest_token();
   info.levels = static_cast<int>(options.further.size());
   return std::make_unique<EngineBackend>(std::move(engine), options, made->needs(), std::move(info));
 }

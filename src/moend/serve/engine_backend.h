@@ -22,6 +22,10 @@ struct EngineBackendOptions {
 Expected<std::unique_ptr<Backend>> MakeEngineBackend(std::shared_ptr<Engine> engine,
                                                      const EngineBackendOptions& options);
 
+// What saved contexts depend on beside the model's tokens: two backends may exchange them if and only if this
+// is equal.
+std::string CacheId(const Plan& plan, const std::string& scorer, const std::string& model_hash);
+
 // Up to `count` plans along the profile's curve, each clearly smaller than the one before, beginning below
 // `base`: solved for a part of its bytes at `n_tokens`, and no layer ever with more tokens or bits than
 // before. Empty when the profile has nothing smaller.

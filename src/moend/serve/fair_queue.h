@@ -43,7 +43,7 @@ class FairQueue {
     return item;
   }
 
-  // Takes out the items for which `gone` is true.
+  // Takes out the items for which `gone`, which must not throw, is true.
   void RemoveIf(const std::function<bool(const T&)>& gone) {
     for (auto lane = lanes_.begin(); lane != lanes_.end();) {
       size_ -= static_cast<int64_t>(std::erase_if(lane->second, gone));

@@ -14,25 +14,24 @@ constexpr auto kPingInterval = std::chrono::seconds(10);  // keeps proxies from 
 
 }  // namespace
 
-void Server::Chat(const Ready& ready, const httplib::Request& request, httplib::Response& response) {
+void Server::Chat(const Ready& ready, const HttpRequest& request, HttpResponse& response) {
   Generate(ready, true, request, response);
 }
 
-void Server::Completion(const Ready& ready, const httplib::Request& request, httplib::Response& response) {
+void Server::Completion(const Ready& ready, const HttpRequest& request, HttpResponse& response) {
   Generate(ready, false, request, response);
 }
 
-void Server::Generate(const Ready& ready, bool chat, const httplib::Request& request,
-                      httplib::Response& response) {
+void Server::Generate(const Ready& ready, bool chat, const HttpRequest& request, HttpResponse& response) {
   auto body = ParseBody(request.body, options_.limits);
-  if (!body) return SendError(response, body.error());
+  if (!body) return SetError(response, body.error());
   auto parsed = chat ? ParseChatRequest(*body, options_.limits, ready.defaults)
                      : ParseCompletionRequest(*body, options_.limits, ready.defaults);
   *body = nullptr;  // a long prompt need not stay in memory three times
-  if (!parsed) return SendError(response, parsed.error());
+  if (!parsed) return SetError(response, parsed.error());
   auto job = MakeJob(ready, *parsed, ScopeOf(request));
-  if (!job) return SendError(response, job.error());
-  if (auto ok = ready.scheduler->Submit(*job); !ok) return SendError(response, ok.error());
+  if (!job) return SetError(response, job.error());
+  if (auto ok = ready.scheduler->Submit(*job); !ok) return SetError(response, ok.error());
 
   AnswerHead head{.chat = chat,
                   .id = RandomId(chat ? "chatcmpl-" : "cmpl-"),
@@ -43,7 +42,7 @@ void Server::Generate(const Ready& ready, bool chat, const httplib::Request& req
                   .include_usage = parsed->include_usage,
                   .kv_layers = parsed->kv_layers};
   if (parsed->stream) {
-    Stream(std::move(*job), head, request.version != "HTTP/1.0", response);
+    Stream(std::move(*job), head, response);
   } else {
     Whole(**job, head, response);
   }
@@ -54,29 +53,34 @@ ApiResult<std::shared_ptr<Job>> Server::MakeJob(const Ready& ready, GenerationRe
   const Backend& backend = *ready.backend;
   auto job = std::make_shared<Job>();
   const char* field = r.chat ? "messages" : "prompt";
-  int64_t boundary = 0;
+  const int64_t n_ctx = backend.info().n_ctx;
+  const int64_t most =
+      options_.limits.prompt_tokens > 0 ? std::min(options_.limits.prompt_tokens, n_ctx - 1) : n_ctx - 1;
+  int64_t boundary = 0, bytes = std::ssize(r.prompt);
+  for (const ChatMessage& m : r.messages) bytes += std::ssize(m.content);
+  if (const int64_t longest = backend.info().longest_token; longest > 0 && bytes / longest > most)
+    return std::unexpected(BadField(field,
+                                    fmt::format("the prompt has {} bytes and so at least {} tokens; this "
+                                                "server takes {} in a context of {}",
+                                                bytes, bytes / longest, most, n_ctx),
+                                    "context_length_exceeded"));
   if (r.chat) {
-    auto tokens = backend.ChatTokens(r.messages, {.variables = r.template_variables});
-    if (!tokens) return std::unexpected(FromError(tokens.error()));
-    job->prompt = std::move(*tokens);
-    if (r.messages.size() > 1) {
+    const auto messages = std::span<const ChatMessage>(r.messages);
+    ChatOptions chat{.variables = r.template_variables};
+    MOEND_API_ASSIGN(job->prompt, ChatTokens(ready, messages, chat));
+    if (messages.size() > 1) {
       // Where the last message begins: what a next request with another last message will share.
-      auto before = backend.ChatTokens(std::span(r.messages).first(r.messages.size() - 1),
-                                       {.add_generation_prompt = false, .variables = r.template_variables});
+      chat.add_generation_prompt = false;
+      auto before = ChatTokens(ready, messages.first(messages.size() - 1), chat);
       if (before) boundary = CommonPrefix(*before, job->prompt);
     }
   } else if (!r.prompt_tokens.empty()) {
     job->prompt = std::move(r.prompt_tokens);
   } else {
-    auto tokens = backend.Tokenize(r.prompt, true, r.parse_special);
-    if (!tokens) return std::unexpected(FromError(tokens.error()));
-    job->prompt = std::move(*tokens);
+    MOEND_API_ASSIGN(job->prompt, Tokens(ready, r.prompt, true, r.parse_special));
   }
   const auto n = std::ssize(job->prompt);
   if (n == 0) return std::unexpected(BadField(field, "the prompt is empty", "invalid_value"));
-  const int64_t n_ctx = backend.info().n_ctx;
-  const int64_t most =
-      options_.limits.prompt_tokens > 0 ? std::min(options_.limits.prompt_tokens, n_ctx - 1) : n_ctx - 1;
   if (n > most)
     return std::unexpected(BadField(
         field,
@@ -95,74 +99,53 @@ ApiResult<std::shared_ptr<Job>> Server::MakeJob(const Ready& ready, GenerationRe
   return job;
 }
 
-void Server::Whole(Job& job, const AnswerHead& head, httplib::Response& response) {
+void Server::Whole(Job& job, const AnswerHead& head, HttpResponse& response) {
   Delta all;
   for (;;) {
     Job::Event event = job.Wait(kPoll);
     all.text += event.delta.text;
     std::ranges::move(event.delta.tokens, std::back_inserter(all.tokens));
     if (event.outcome) {
-      if (event.outcome->error) return SendError(response, *event.outcome->error);
-      response.set_content(Dump(WholeAnswer(head, all, *event.outcome)), kJson);
+      if (event.outcome->error) return SetError(response, *event.outcome->error);
+      response.SetContent(Dump(WholeAnswer(head, all, *event.outcome)), kJson);
       return;
     }
     if (ClientGone()) {
       job.Cancel();
-      return SendError(response, {.status = 503, .message = "the client went away", .code = "cancelled"});
+      return SetError(response, {.status = 503, .message = "the client went away", .code = "cancelled"});
     }
   }
 }
 
-void Server::Stream(std::shared_ptr<Job> job, const AnswerHead& head, bool chunked,
-                    httplib::Response& response) {
-  struct State {
-    Job::Event event;
-    bool started = false, over = false;
-    int64_t offset = 0;
-    Job::Clock::time_point last_sent = Job::Clock::now();
-  };
-  auto state = std::make_shared<State>();
+void Server::Stream(std::shared_ptr<Job> job, const AnswerHead& head, HttpResponse& response) {
+  Job::Event first;
   const auto give_up = Job::Clock::now() + kFirstWait;
   do {
-    state->event = job->Wait(kPoll);
-  } while (state->event.delta.empty() && !state->event.outcome && !ClientGone() &&
-           Job::Clock::now() < give_up);
-  if (state->event.outcome && state->event.outcome->error)
-    return SendError(response, *state->event.outcome->error);
+    first = job->Wait(kPoll);
+  } while (first.delta.empty() && !first.outcome && !ClientGone() && Job::Clock::now() < give_up);
+  if (first.outcome && first.outcome->error) return SetError(response, *first.outcome->error);
 
-  response.set_header("Cache-Control", "no-cache");
-  response.set_header("X-Accel-Buffering", "no");  // nginx: pass every event on at once
-  const auto provide = [job, state, head](size_t, httplib::DataSink& sink) {
-    std::string out;
-    if (!std::exchange(state->started, true)) out = FirstChunk(head);
-    Job::Event event = std::exchange(state->event, {});
-    if (event.delta.empty() && !event.outcome) event = job->Wait(kPoll);
-    if (!event.delta.empty()) {
-      out += DeltaChunk(head, event.delta, state->offset);
-      state->offset += std::ssize(event.delta.text);
+  response.content_type = "text/event-stream";
+  response.SetHeader("Cache-Control", "no-cache");
+  response.SetHeader("X-Accel-Buffering", "no");  // nginx: pass every event on at once
+  // Whatever ends this early, an exception included, nobody waits for the rest.
+  auto cancel = std::shared_ptr<void>(nullptr, [job](void*) { job->Cancel(); });
+  response.stream = [job, head, cancel, event = std::move(first)](BodyWriter& out) mutable {
+    std::string text = FirstChunk(head);
+    auto last_sent = Job::Clock::now();
+    for (;;) {
+      if (!event.delta.empty()) text += DeltaChunk(head, event.delta);
+      if (event.outcome)
+        text += event.outcome->error ? ErrorChunk(*event.outcome->error) : LastChunks(head, *event.outcome);
+      const auto now = Job::Clock::now();
+      if (text.empty() && now - last_sent > kPingInterval) text = ": ping\n\n";
+      if (text.empty() ? !out.Alive() : !out.Write(text)) return false;
+      if (event.outcome) return true;
+      if (!text.empty()) last_sent = now;
+      text.clear();
+      event = job->Wait(kPoll);
     }
-    if (event.outcome) {
-      state->over = true;
-      out += event.outcome->error ? ErrorChunk(*event.outcome->error) : LastChunks(head, *event.outcome);
-    }
-    const auto now = Job::Clock::now();
-    if (out.empty() && now - state->last_sent > kPingInterval) out = ": ping\n\n";
-    if (out.empty() ? !sink.is_writable() : !sink.write(out.data(), out.size())) {
-      job->Cancel();
-      return false;
-    }
-    if (!out.empty()) state->last_sent = now;
-    if (state->over) sink.done();
-    return true;
   };
-  const auto release = [job, state](bool) {
-    if (!state->over) job->Cancel();
-  };
-  if (chunked) {
-    response.set_chunked_content_provider("text/event-stream", provide, release);
-  } else {
-    response.set_content_provider("text/event-stream", provide, release);  // ends where the connection does
-  }
 }
 
 }  // namespace moend::serve

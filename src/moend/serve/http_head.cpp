@@ -6,7 +6,7 @@
 namespace moend::serve {
 namespace {
 
-// Routes are matched with std::regex, which recurses once a character.
+// No path of ours is nearly as long.
 constexpr std::size_t kMaxTarget = 2048;
 
 std::unexpected<ApiError> Refuse(int status, std::string message) {

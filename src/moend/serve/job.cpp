@@ -1,5 +1,6 @@
 #include "moend/serve/job.h"
 
+#include <exception>
 #include <iterator>
 
 namespace moend::serve {
@@ -20,13 +21,26 @@ void Job::Push(Delta delta) {
   changed_.notify_one();
 }
 
-void Job::Finish(Outcome outcome) {
+void Job::Finish(Outcome outcome) noexcept {
   phase.store(Phase::kDone);
   {
     const std::lock_guard lock(mutex_);
     outcome_ = std::move(outcome);
   }
   changed_.notify_one();
+}
+
+void Job::Fail(const ApiError& error) noexcept {
+  Outcome outcome;
+  outcome.prompt_tokens = std::ssize(prompt);
+  try {
+    outcome.error = error;
+  } catch (const std::exception&) {
+    outcome.error.emplace();
+    outcome.error->status = error.status;
+    outcome.error->message = "out of memory";  // short enough to need none
+  }
+  Finish(std::move(outcome));
 }
 
 }  // namespace moend::serve

@@ -18,7 +18,8 @@
 namespace moend::serve {
 
 struct TokenReport {
-  std::string piece;  // bytes, perhaps no whole characters
+  std::string piece;   // bytes, perhaps no whole characters
+  int64_t offset = 0;  // where in the answer's text it begins
   Picked picked;
   std::vector<std::string> top_pieces;  // of picked.top
 };
@@ -45,7 +46,7 @@ class Job {
  public:
   using Clock = std::chrono::steady_clock;
 
-  // Set before Submit(), then constant.
+  // Set before Submit(), then the scheduler's.
   std::string scope;            // whose caches may be used
   std::vector<int32_t> prompt;  // not empty
   // The prompt's cache is kept at this length for others to fork; 0: not at all. Below prompt.size().
@@ -69,7 +70,9 @@ class Job {
   // The scheduler's side.
   bool cancelled() const { return cancelled_.load(std::memory_order_relaxed); }
   void Push(Delta delta);
-  void Finish(Outcome outcome);
+  void Finish(Outcome outcome) noexcept;
+  // Ends with an error. Short of memory the message is short, too; the job ends all the same.
+  void Fail(const ApiError& error) noexcept;
   std::atomic<Phase> phase{Phase::kQueued};
 
  private:

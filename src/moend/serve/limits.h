@@ -17,6 +17,7 @@ struct Limits {
   double idle_seconds = 60;                       // between two requests of a connection
   double write_seconds = 30;                      // without progress while we send; the connection is closed
   int64_t requests_per_connection = 1000;
+  int64_t stack_bytes = int64_t{2} << 20;  // of a connection's thread; no flag
 
   // Bodies.
   int64_t json_depth = 32;

@@ -2,23 +2,56 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <unordered_set>
 
 namespace moend::serve {
+
+Picker::Picker(const PickOptions& options, std::span<const int32_t> ends, std::span<const int32_t> prompt)
+    : options_(options), ends_(ends), sampler_(options.sampler) {
+  if (options_.repeat_penalty != 1) history_.assign(prompt.begin(), prompt.end());
+}
+
+bool Picker::Ends(int32_t token) const {
+  return std::ranges::find(ends_, token) != ends_.end() ||
+         std::ranges::find(options_.stop_tokens, token) != options_.stop_tokens.end();
+}
+
+void Picker::Adjust(std::span<const float> logits) {
+  adjusted_.assign(logits.begin(), logits.end());
+  const auto at = [&](int32_t token) -> float& { return adjusted_[static_cast<std::size_t>(token)]; };
+  for (const auto& [token, bias] : options_.logit_bias) at(token) += bias;
+  if (options_.repeat_penalty != 1) {
+    const auto n =
+        options_.repeat_last_n < 0 ? history_.size() : static_cast<std::size_t>(options_.repeat_last_n);
+    const auto recent = std::span(history_).last(std::min(n, history_.size()));
+    for (const int32_t token : std::unordered_set<int32_t>(recent.begin(), recent.end()))
+      at(token) *= static_cast<float>(at(token) > 0 ? 1 / options_.repeat_penalty : options_.repeat_penalty);
+  }
+  for (const auto& [token, count] : counts_)
+    at(token) -= static_cast<float>(options_.frequency_penalty * static_cast<double>(count) +
+                                    options_.presence_penalty);
+  const bool early = picked_ < options_.min_tokens;
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  if (options_.ignore_eos || early)
+    for (const int32_t token : ends_) at(token) = kNever;
+  if (early)
+    for (const int32_t token : options_.stop_tokens) at(token) = kNever;
+}
 
 Picked Picker::Pick(std::span<const float> logits) {
   const bool penalties = options_.frequency_penalty != 0 || options_.presence_penalty != 0;
   std::span<const float> view = logits;
-  if (penalties || !options_.logit_bias.empty()) {
-    adjusted_.assign(logits.begin(), logits.end());
-    for (const auto& [token, bias] : options_.logit_bias) adjusted_[static_cast<std::size_t>(token)] += bias;
-    for (const auto& [token, count] : counts_)
-      adjusted_[static_cast<std::size_t>(token)] -= static_cast<float>(
-          options_.frequency_penalty * static_cast<double>(count) + options_.presence_penalty);
+  if (penalties || !options_.logit_bias.empty() || options_.repeat_penalty != 1 || options_.ignore_eos ||
+      picked_ < options_.min_tokens) {
+    Adjust(logits);
     view = adjusted_;
   }
   Picked picked;
   picked.token = sampler_.Sample(view);
+  ++picked_;
   if (penalties) ++counts_[picked.token];
+  if (options_.repeat_penalty != 1) history_.push_back(picked.token);
   if (options_.top_logprobs < 0) return picked;
 
   const float max = *std::ranges::max_element(view);
@@ -26,7 +59,10 @@ Picked Picker::Pick(std::span<const float> logits) {
   for (const float x : view) sum += std::exp(static_cast<double>(x - max));
   const double log_sum = static_cast<double>(max) + std::log(sum);
   const auto logprob = [&](int32_t token) {
-    return static_cast<float>(static_cast<double>(view[static_cast<std::size_t>(token)]) - log_sum);
+    // As OpenAI writes what cannot be: JSON has no infinity.
+    constexpr double kLowest = -9999;
+    return static_cast<float>(
+        std::max(kLowest, static_cast<double>(view[static_cast<std::size_t>(token)]) - log_sum));
   };
   picked.logprob = logprob(picked.token);
   if (options_.top_logprobs == 0) return picked;

@@ -21,12 +21,21 @@ struct Picked {
 
 class Picker {
  public:
-  explicit Picker(const PickOptions& options) : options_(options), sampler_(options.sampler) {}
+  // `ends`: the tokens that end an answer; must outlive the picker. `prompt`: what the repetition penalty
+  // looks back on beside the answer.
+  Picker(const PickOptions& options, std::span<const int32_t> ends, std::span<const int32_t> prompt);
   Picked Pick(std::span<const float> logits);
+  // Whether this token ends the answer without being part of it.
+  bool Ends(int32_t token) const;
 
  private:
+  void Adjust(std::span<const float> logits);
+
   PickOptions options_;
+  std::span<const int32_t> ends_;
   Sampler sampler_;
+  int64_t picked_ = 0;
+  std::vector<int32_t> history_;                 // of prompt and answer, when repetition is penalized
   std::unordered_map<int32_t, int64_t> counts_;  // generated tokens, when penalties are on
   std::vector<float> adjusted_;
 };

@@ -32,7 +32,7 @@ std::shared_ptr<Prefix> PrefixCache::Find(const std::string& scope, std::span<co
 }
 
 std::shared_ptr<Prefix> PrefixCache::Insert(const std::string& scope, std::unique_ptr<Context> context,
-                                            int level) {
+                                            int level, std::optional<std::vector<int32_t>> tail) {
   std::span<const int32_t> tokens = context->tokens();
   Node* node = &roots_[scope];
   while (!tokens.empty()) {
@@ -54,6 +54,10 @@ std::shared_ptr<Prefix> PrefixCache::Insert(const std::string& scope, std::uniqu
     tokens = tokens.subspan(common);
   }
   if (node->prefix) {
+    if (tail) {
+      node->prefix->answered = true;
+      node->prefix->tail = std::move(*tail);
+    }
     if (node->prefix->level > level) {
       node->prefix->context = std::move(context);
       node->prefix->level = level;
@@ -62,8 +66,12 @@ std::shared_ptr<Prefix> PrefixCache::Insert(const std::string& scope, std::uniqu
     node->prefix->last_used = ++clock_;
     return node->prefix;
   }
-  node->prefix = std::make_shared<Prefix>(
-      Prefix{.scope = scope, .context = std::move(context), .level = level, .last_used = ++clock_});
+  node->prefix = std::make_shared<Prefix>(Prefix{.scope = scope,
+                                                 .context = std::move(context),
+                                                 .level = level,
+                                                 .answered = tail.has_value(),
+                                                 .tail = std::move(tail).value_or(std::vector<int32_t>()),
+                                                 .last_used = ++clock_});
   all_.push_back(node->prefix);
   return node->prefix;
 }

@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -17,8 +18,10 @@ namespace moend::serve {
 struct Prefix {
   std::string scope = {};
   std::unique_ptr<Context> context = {};
-  int level = 0;       // how far it was compressed beyond the plan
-  bool stuck = false;  // compressing it further failed or gained nothing
+  int level = 0;                   // how far it was compressed beyond the plan
+  bool answered = false;           // a chat up to an answer of the model
+  std::vector<int32_t> tail = {};  // of that answer, behind the context's tokens
+  bool stuck = false;              // compressing it further failed or gained nothing
   uint64_t last_used = 0;
   int64_t length() const { return static_cast<int64_t>(context->tokens().size()); }
 };
@@ -30,8 +33,9 @@ class PrefixCache {
   std::shared_ptr<Prefix> Find(const std::string& scope, std::span<const int32_t> tokens, int64_t most);
 
   // Keeps a context; one with the same tokens is replaced if it was compressed further, else the new one is
-  // dropped.
-  std::shared_ptr<Prefix> Insert(const std::string& scope, std::unique_ptr<Context> context, int level);
+  // dropped. `tail`: of a chat's answer, see Prefix.
+  std::shared_ptr<Prefix> Insert(const std::string& scope, std::unique_ptr<Context> context, int level,
+                                 std::optional<std::vector<int32_t>> tail = {});
 
   void Erase(const std::shared_ptr<Prefix>& prefix);
 

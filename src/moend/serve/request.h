@@ -1,5 +1,4 @@
-// OpenAI's request bodies, checked field by field. What is not supported is refused when it would change the
-// answer (n > 1, tools, suffix ...) and ignored when it would not (user, metadata ...).
+// OpenAI's request bodies. Which fields there are, and what becomes of each, is in request_fields.h.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +17,15 @@ struct PickOptions {
   SamplerOptions sampler;
   double frequency_penalty = 0, presence_penalty = 0;  // as OpenAI defines them, over generated tokens
   std::vector<std::pair<int32_t, float>> logit_bias;   // added to the logits
+  double repeat_penalty = 1;                           // as llama.cpp's, over prompt and answer; 1: none
+  int64_t repeat_last_n = 64;                          // tokens that it looks back; -1: all
+  bool ignore_eos = false;                             // nothing but the length or a stop ends the answer
+  int64_t min_tokens = 0;                              // before the end and stop_tokens become possible
+  std::vector<int32_t> stop_tokens;                    // end the answer, and are no part of it
   int top_logprobs = -1;                               // -1: no log probabilities; 0: the chosen token's only
 };
+
+inline constexpr int64_t kUnlimited = INT64_MAX;
 
 struct GenerationRequest {
   bool chat = false;
@@ -30,7 +36,7 @@ struct GenerationRequest {
   bool parse_special = true;           // completion: "<|...|>" in the text become their tokens
   bool stream = false;
   bool include_usage = false;  // stream: a last chunk with the usage
-  int64_t max_tokens = -1;     // -1: not given
+  int64_t max_tokens = -1;     // -1: not given; kUnlimited: what the context has room for
   PickOptions pick;
   std::vector<std::string> stop;
   bool cache_prompt = true;  // extension, as in llama-server: reuse and keep this prompt's cache

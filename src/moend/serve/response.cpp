@@ -39,7 +39,7 @@ std::string TokenName(const std::string& piece) {
   return name;
 }
 
-OrderedJson CompletionLogprobs(const std::vector<TokenReport>& tokens, int64_t offset) {
+OrderedJson CompletionLogprobs(const std::vector<TokenReport>& tokens) {
   OrderedJson out = {{"tokens", OrderedJson::array()},
                      {"token_logprobs", OrderedJson::array()},
                      {"top_logprobs", OrderedJson::array()},
@@ -51,8 +51,7 @@ OrderedJson CompletionLogprobs(const std::vector<TokenReport>& tokens, int64_t o
     for (std::size_t i = 0; i < t.picked.top.size(); ++i)
       top[TokenName(t.top_pieces[i])] = t.picked.top[i].second;
     out["top_logprobs"].push_back(std::move(top));
-    out["text_offset"].push_back(offset);
-    offset += std::ssize(t.piece);
+    out["text_offset"].push_back(t.offset);
   }
   return out;
 }
@@ -140,7 +139,7 @@ OrderedJson WholeAnswer(const AnswerHead& head, const Delta& all, const Outcome&
     if (head.logprobs) logprobs = ChatLogprobs(all.tokens);
   } else {
     choice["text"] = all.text;
-    if (head.logprobs) logprobs = CompletionLogprobs(all.tokens, 0);
+    if (head.logprobs) logprobs = CompletionLogprobs(all.tokens);
   }
   choice["logprobs"] = std::move(logprobs);
   choice["finish_reason"] = o.finish_reason;
@@ -155,10 +154,9 @@ std::string FirstChunk(const AnswerHead& head) {
   return Event(Chunk(head, {{"role", "assistant"}, {"content", ""}}, nullptr, nullptr));
 }
 
-std::string DeltaChunk(const AnswerHead& head, const Delta& delta, int64_t text_offset) {
+std::string DeltaChunk(const AnswerHead& head, const Delta& delta) {
   OrderedJson logprobs = nullptr;
-  if (head.logprobs)
-    logprobs = head.chat ? ChatLogprobs(delta.tokens) : CompletionLogprobs(delta.tokens, text_offset);
+  if (head.logprobs) logprobs = head.chat ? ChatLogprobs(delta.tokens) : CompletionLogprobs(delta.tokens);
   OrderedJson content = delta.text;
   if (head.chat) content = OrderedJson{{"content", delta.text}};
   return Event(Chunk(head, std::move(content), std::move(logprobs), nullptr));

@@ -29,7 +29,7 @@ OrderedJson WholeAnswer(const AnswerHead& head, const Delta& all, const Outcome&
 
 // Server-sent events, each "data: {...}\n\n".
 std::string FirstChunk(const AnswerHead& head);  // the role; empty for completions
-std::string DeltaChunk(const AnswerHead& head, const Delta& delta, int64_t text_offset);
+std::string DeltaChunk(const AnswerHead& head, const Delta& delta);
 std::string LastChunks(const AnswerHead& head, const Outcome& outcome);  // reason, usage, [DONE]
 std::string ErrorChunk(const ApiError& error);
 

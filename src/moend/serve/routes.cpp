@@ -1,4 +1,6 @@
 // The routes that answer at once.
+#include <iterator>
+
 #include "moend/serve/page/page.h"
 #include "moend/serve/server.h"
 
@@ -43,26 +45,26 @@ OrderedJson ModelJson(const std::string& name, const BackendInfo& info, int64_t 
 
 }  // namespace
 
-void Server::Models(const Ready& ready, const httplib::Request&, httplib::Response& response) {
+void Server::Models(const Ready& ready, const HttpRequest&, HttpResponse& response) {
   const auto created = std::chrono::system_clock::to_time_t(started_);
   const OrderedJson list = {
       {"object", "list"},
       {"data", OrderedJson::array({ModelJson(ready.model, ready.backend->info(), created)})}};
-  response.set_content(Dump(list), kJson);
+  response.SetContent(Dump(list), kJson);
 }
 
-void Server::Model(const Ready& ready, const httplib::Request& request, httplib::Response& response) {
-  const std::string name = request.matches[1];
+void Server::Model(const Ready& ready, const HttpRequest& request, HttpResponse& response) {
+  const std::string name = request.path.substr(request.path.rfind('/') + 1);
   if (name != ready.model)
-    return SendError(response, {.status = 404,
-                                .message = "the model of this server is " + ready.model,
-                                .param = "model",
-                                .code = "model_not_found"});
-  response.set_content(
+    return SetError(response, {.status = 404,
+                               .message = "the model of this server is " + ready.model,
+                               .param = "model",
+                               .code = "model_not_found"});
+  response.SetContent(
       Dump(ModelJson(name, ready.backend->info(), std::chrono::system_clock::to_time_t(started_))), kJson);
 }
 
-void Server::Slots(const Ready& ready, const httplib::Request& request, httplib::Response& response) {
+void Server::Slots(const Ready& ready, const HttpRequest& request, HttpResponse& response) {
   const std::string scope = ScopeOf(request);
   OrderedJson list = OrderedJson::array();
   for (const SlotReport& s : ready.scheduler->slots()) {
@@ -78,52 +80,58 @@ void Server::Slots(const Ready& ready, const httplib::Request& request, httplib:
     }
     list.push_back(std::move(slot));
   }
-  response.set_content(Dump(list), kJson);
+  response.SetContent(Dump(list), kJson);
 }
 
-void Server::MetricsText(const Ready&, const httplib::Request&, httplib::Response& response) {
+void Server::MetricsText(const Ready&, const HttpRequest&, HttpResponse& response) {
   if (!options_.metrics)
-    return SendError(response, {.status = 404,
-                                .message = "metrics are off; start the server with --metrics",
-                                .code = "metrics_off"});
-  response.set_content(metrics_.Render(gauges()), "text/plain; version=0.0.4");
+    return SetError(response, {.status = 404,
+                               .message = "metrics are off; start the server with --metrics",
+                               .code = "metrics_off"});
+  response.SetContent(metrics_.Render(gauges()), "text/plain; version=0.0.4");
 }
 
-void Server::Tokenize(const Ready& ready, const httplib::Request& request, httplib::Response& response) {
+void Server::Tokenize(const Ready& ready, const HttpRequest& request, HttpResponse& response) {
   auto body = ParseBody(request.body, options_.limits);
-  if (!body) return SendError(response, body.error());
+  if (!body) return SetError(response, body.error());
   auto r = ParseTokenizeRequest(*body);
-  if (!r) return SendError(response, r.error());
-  auto tokens = ready.backend->Tokenize(r->content, r->add_special, r->parse_special);
-  if (!tokens) return SendError(response, FromError(tokens.error()));
-  OrderedJson out = {{"tokens", OrderedJson::array()}, {"count", tokens->size()}};
-  for (const int32_t t : *tokens) {
+  if (!r) return SetError(response, r.error());
+  auto tokens = Tokens(ready, r->content, r->add_special, r->parse_special);
+  if (!tokens) return SetError(response, tokens.error());
+  // Written as it comes: as a tree of values, the tokens of a long text would take a hundred times its bytes.
+  std::string out = R"({"tokens":[)";
+  for (std::size_t i = 0; i < tokens->size(); ++i) {
+    constexpr std::size_t kBetweenStops = 4096;
+    if (i % kBetweenStops == 0 && Stopping()) return SetError(response, ShuttingDown());
+    const int32_t t = (*tokens)[i];
+    if (i > 0) out += ',';
     if (r->with_pieces) {
-      out["tokens"].push_back({{"id", t}, {"piece", PieceJson(ready.backend->Piece(t))}});
+      out += Dump({{"id", t}, {"piece", PieceJson(ready.backend->Piece(t))}});
     } else {
-      out["tokens"].push_back(t);
+      fmt::format_to(std::back_inserter(out), "{}", t);
     }
   }
-  response.set_content(Dump(out), kJson);
+  fmt::format_to(std::back_inserter(out), R"(],"count":{}}})", tokens->size());
+  response.SetContent(std::move(out), kJson);
 }
 
-void Server::Detokenize(const Ready& ready, const httplib::Request& request, httplib::Response& response) {
+void Server::Detokenize(const Ready& ready, const HttpRequest& request, HttpResponse& response) {
   auto body = ParseBody(request.body, options_.limits);
-  if (!body) return SendError(response, body.error());
+  if (!body) return SetError(response, body.error());
   auto tokens = ParseDetokenizeRequest(*body, ready.defaults.n_vocab);
-  if (!tokens) return SendError(response, tokens.error());
-  response.set_content(Dump({{"content", ready.backend->Detokenize(*tokens)}}), kJson);
+  if (!tokens) return SetError(response, tokens.error());
+  response.SetContent(Dump({{"content", ready.backend->Detokenize(*tokens)}}), kJson);
 }
 
-void Server::Page(httplib::Response& response) const {
+void Server::Page(HttpResponse& response) const {
   // Nothing is loaded from anywhere, and the page may talk to this server only.
-  response.set_header("Content-Security-Policy",
-                      "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-                      "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-                      "frame-ancestors 'none'");
-  response.set_header("X-Content-Type-Options", "nosniff");
-  response.set_header("Referrer-Policy", "no-referrer");
-  response.set_content(PageHtml(), "text/html; charset=utf-8");
+  response.SetHeader("Content-Security-Policy",
+                     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+                     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+                     "frame-ancestors 'none'");
+  response.SetHeader("X-Content-Type-Options", "nosniff");
+  response.SetHeader("Referrer-Policy", "no-referrer");
+  response.SetContent(PageHtml(), "text/html; charset=utf-8");
 }
 
 }  // namespace moend::serve

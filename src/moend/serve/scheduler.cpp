@@ -14,6 +14,8 @@ double Seconds(Job::Clock::duration d) {
 
 // The thread looks at cancelled and expired requests at least this often.
 constexpr auto kIdleTurn = std::chrono::milliseconds(100);
+// How long it sleeps at most while the store is asked something.
+constexpr auto kLookupTurn = std::chrono::milliseconds(20);
 constexpr auto kPublishInterval = std::chrono::milliseconds(50);
 
 }  // namespace
@@ -28,6 +30,8 @@ Scheduler::Scheduler(Backend& backend, PrefixStore* store, const Limits& limits,
       log_(std::move(log)),
       queue_(limits.queue, limits.queue_per_key),
       slots_(static_cast<std::size_t>(options.slots)) {
+  for (int64_t t = 0; t < backend_.info().n_vocab; ++t)
+    if (backend_.IsEndOfGeneration(static_cast<int32_t>(t))) ends_.push_back(static_cast<int32_t>(t));
   gauges_.slots = options.slots;
   gauges_.kv_budget_bytes = options.kv_budget_bytes;
   thread_ = std::thread([this] { Run(); });
@@ -40,7 +44,7 @@ Scheduler::~Scheduler() {
 
 ApiResult<void> Scheduler::Submit(std::shared_ptr<Job> job) {
   const auto n = std::ssize(job->prompt);
-  const int64_t worst = backend_.ContextBound(n + job->max_tokens) + ReadScratch(*job, 0);
+  const int64_t worst = Worst(*job);
   if (options_.kv_budget_bytes > 0 && worst > options_.kv_budget_bytes)
     return std::unexpected(BadField(
         "max_tokens",
@@ -50,11 +54,7 @@ ApiResult<void> Scheduler::Submit(std::shared_ptr<Job> job) {
         "kv_budget_exceeded"));
   {
     const std::lock_guard lock(mutex_);
-    if (draining_ || ended_)
-      return std::unexpected(ApiError{.status = 503,
-                                      .message = "the server is shutting down",
-                                      .code = "shutting_down",
-                                      .retry_after = 5});
+    if (draining_ || ended_) return std::unexpected(ShuttingDown());
     if (!queue_.Push(job->scope, job))
       return std::unexpected(ApiError{.status = 429,
                                       .message = "too many requests are waiting; try again later",
@@ -95,22 +95,27 @@ void Scheduler::Run() {
     try {
       worked = Turn();
     } catch (const std::exception& e) {  // memory; everything that runs may be half done
-      log_.Error("all running requests failed: {}", e.what());
-      for (auto& s : streams_)
-        FailJob(*s->job, {.status = 503, .message = "the server ran out of memory", .code = "out_of_memory"});
-      streams_.clear();
+      FailAll(e.what());
     }
     std::unique_lock lock(mutex_);
-    idle_ = queue_.empty() && streams_.empty() && !pending_;
+    idle_ = queue_.empty() && streams_.empty() && !pending_ && lookups_.empty() && looked_up_.empty();
     if (idle_ && draining_) changed_.notify_all();
     if (!worked)
-      changed_.wait_for(lock, kIdleTurn, [&] { return stop_ || (pending_ ? answered_ : !queue_.empty()); });
+      changed_.wait_for(lock, lookups_.empty() ? kIdleTurn : kLookupTurn, [&] {
+        return stop_ || answered_ || (!pending_ && !queue_.empty() && std::ssize(lookups_) < kMostLookups);
+      });
   }
-  const ApiError gone{
-      .status = 503, .message = "the server is shutting down", .code = "shutting_down", .retry_after = 5};
-  for (auto& s : streams_) FailJob(*s->job, gone);
+  const ApiError gone = ShuttingDown();
+  for (auto& s : streams_) FailStream(*s, gone);
   streams_.clear();
   if (pending_) FailJob(*std::exchange(pending_, nullptr), gone);
+  for (const auto& job : looked_up_) FailJob(*job, gone);
+  looked_up_.clear();
+  for (const Lookup& l : lookups_) {
+    l.answer->abandoned = true;
+    FailJob(*l.job, gone);
+  }
+  lookups_.clear();
   const std::lock_guard lock(mutex_);
   while (!queue_.empty()) FailJob(*queue_.Pop(), gone);
   ended_ = idle_ = true;
@@ -126,34 +131,61 @@ bool Scheduler::Turn() {
   return admitted || decoded;
 }
 
+void Scheduler::FailAll(const char* why) noexcept {
+  try {
+    log_.Error("all running requests failed: {}", why);
+  } catch (const std::exception&) {  // still no memory
+  }
+  // Short: it may not need memory of its own.
+  const ApiError error{.status = 503, .message = "out of memory"};
+  for (auto& s : streams_) FailStream(*s, error);
+  streams_.clear();
+}
+
+bool Scheduler::FailIfGone(Job& job) noexcept {
+  const bool left = job.cancelled();
+  const std::chrono::duration<double> waited = Clock::now() - job.submitted;
+  if (!left && waited.count() < limits_.queue_seconds) return false;
+  try {
+    if (left) {
+      FailJob(job, {.status = 503, .message = "the client went away", .code = "cancelled"});
+    } else {
+      FailJob(job, {.status = 503,
+                    .message = fmt::format("no slot became free within {} s", limits_.queue_seconds),
+                    .code = "queue_timeout",
+                    .retry_after = 5});
+    }
+  } catch (const std::exception&) {
+    FailJob(job, {.status = 503});
+  }
+  return true;
+}
+
+// Ending a stream may fail for want of memory; taking it out of the list may not. So these are two steps.
+void Scheduler::DropEnded() {
+  std::erase_if(streams_, [](const std::unique_ptr<Stream>& s) { return s->over; });
+}
+
 void Scheduler::Reap() {
-  std::erase_if(streams_, [&](const std::unique_ptr<Stream>& s) {
-    if (!s->job->cancelled()) return false;
-    FailStream(*s, {.status = 503, .message = "the client went away", .code = "cancelled"});
+  for (const auto& s : streams_)
+    if (s->job->cancelled())
+      FailStream(*s, {.status = 503, .message = "the client went away", .code = "cancelled"});
+  DropEnded();
+  if (pending_ && FailIfGone(*pending_)) pending_ = nullptr;
+  std::erase_if(looked_up_, [&](const auto& job) { return FailIfGone(*job); });
+  std::erase_if(lookups_, [&](const Lookup& l) {
+    if (!FailIfGone(*l.job)) return false;
+    l.answer->abandoned = true;
     return true;
   });
-  const auto oldest = Clock::now() - std::chrono::duration_cast<Clock::duration>(
-                                         std::chrono::duration<double>(limits_.queue_seconds));
-  const auto gone = [&](const std::shared_ptr<Job>& job) {
-    if (job->cancelled()) {
-      FailJob(*job, {.status = 503, .message = "the client went away", .code = "cancelled"});
-      return true;
-    }
-    if (job->submitted >= oldest) return false;
-    FailJob(*job, {.status = 503,
-                   .message = fmt::format("no slot became free within {} s", limits_.queue_seconds),
-                   .code = "queue_timeout",
-                   .retry_after = 5});
-    return true;
-  };
-  if (pending_ && gone(pending_)) pending_ = nullptr;
   const std::lock_guard lock(mutex_);
-  queue_.RemoveIf(gone);
+  queue_.RemoveIf([&](const std::shared_ptr<Job>& job) { return FailIfGone(*job); });
 }
 
 void Scheduler::DecodeStep() {
   const auto start = Clock::now();
-  std::erase_if(streams_, [&](const std::unique_ptr<Stream>& s) { return !Advance(*s); });
+  for (const auto& s : streams_) Advance(*s);
+  DropEnded();
   if (streams_.empty()) return;
   std::vector<Context*> contexts;
   std::vector<int32_t> tokens;
@@ -171,41 +203,48 @@ void Scheduler::DecodeStep() {
   metrics_.token_seconds.Observe(Seconds(Clock::now() - start));
 }
 
-bool Scheduler::Advance(Stream& s) {
+void Scheduler::Advance(Stream& s) {
   const Picked picked = s.picker.Pick(s.context->logits());
   if (s.generated == 0) {
     s.first_token = Clock::now();
     metrics_.first_token_seconds.Observe(Seconds(s.first_token - s.job->submitted));
   }
-  if (backend_.IsEndOfGeneration(picked.token)) {
-    FinishStream(s, "stop");
-    return false;
-  }
+  s.next = -1;
+  if (s.picker.Ends(picked.token)) return FinishStream(s, "stop");
   ++s.generated;
   ++metrics_.generated_tokens;
   const std::string piece = backend_.Piece(picked.token);
+  const int64_t offset = s.text.taken();
   Delta delta{.text = s.text.Push(piece), .tokens = {}};
   if (s.job->pick.top_logprobs >= 0) {
-    TokenReport report{piece, picked, {}};
+    TokenReport report{piece, offset, picked, {}};
     for (const auto& [token, logprob] : picked.top) report.top_pieces.push_back(backend_.Piece(token));
-    delta.tokens.push_back(std::move(report));
+    s.reports.push_back(std::move(report));
+    ReleaseReports(s, delta);
   }
   s.job->Push(std::move(delta));
   s.next = picked.token;
   if (s.text.stopped()) {
     FinishStream(s, "stop");
-    return false;
-  }
-  if (s.generated >= s.job->max_tokens || std::ssize(s.context->tokens()) >= backend_.info().n_ctx) {
+  } else if (s.generated >= s.job->max_tokens || std::ssize(s.context->tokens()) >= backend_.info().n_ctx) {
     FinishStream(s, "length");
-    return false;
   }
-  return true;
+}
+
+// Log probabilities go out with the text that they belong to: what turns out to be a stop string has none.
+void Scheduler::ReleaseReports(Stream& s, Delta& delta) {
+  const auto belongs = [&](const TokenReport& r) {
+    return r.offset < s.text.given() || (r.piece.empty() && r.offset == s.text.given());
+  };
+  for (; !s.reports.empty() && belongs(s.reports.front()); s.reports.pop_front())
+    delta.tokens.push_back(std::move(s.reports.front()));
 }
 
 void Scheduler::FinishStream(Stream& s, const std::string& reason) {
   const auto end = Clock::now();
-  s.job->Push({.text = s.text.Finish(), .tokens = {}});
+  Delta last{.text = s.text.Finish(), .tokens = {}};
+  ReleaseReports(s, last);
+  s.job->Push(std::move(last));
   Outcome o;
   o.finish_reason = reason;
   o.prompt_tokens = std::ssize(s.job->prompt);
@@ -215,21 +254,23 @@ void Scheduler::FinishStream(Stream& s, const std::string& reason) {
   o.prompt_ms = Milliseconds(s.first_token - s.started);
   o.predicted_ms = Milliseconds(end - s.first_token);
   o.kv = s.context->stats();
-  if (s.job->keep_after && std::ssize(s.context->tokens()) >= options_.min_prefix_tokens)
-    prefixes_.Insert(s.job->scope, std::move(s.context), s.parent ? s.parent->level : 0);
+  if (s.job->keep_after && std::ssize(s.context->tokens()) >= options_.min_prefix_tokens) {
+    std::vector<int32_t> tail;  // picked last, and never read
+    if (s.next >= 0) tail.push_back(s.next);
+    prefixes_.Insert(s.job->scope, std::move(s.context), s.parent ? s.parent->level : 0, std::move(tail));
+  }
+  s.over = true;
   s.job->Finish(std::move(o));
 }
 
-void Scheduler::FailStream(Stream& s, const ApiError& error) {
+void Scheduler::FailStream(Stream& s, const ApiError& error) noexcept {
+  if (std::exchange(s.over, true)) return;
   FailJob(*s.job, error);
 }
 
-void Scheduler::FailJob(Job& job, const ApiError& error) {
+void Scheduler::FailJob(Job& job, const ApiError& error) noexcept {
   if (job.cancelled()) ++metrics_.cancelled;
-  Outcome o;
-  o.error = error;
-  o.prompt_tokens = std::ssize(job.prompt);
-  job.Finish(std::move(o));
+  job.Fail(error);
 }
 
 void Scheduler::Publish() {
@@ -260,7 +301,7 @@ void Scheduler::Publish() {
   g.prefix_tokens = prefixes_.tokens();
   g.slots = options_.slots;
   g.slots_busy = std::ssize(streams_) + (reading_ ? 1 : 0);
-  g.queued = pending_ ? 1 : 0;
+  g.queued = (pending_ ? 1 : 0) + std::ssize(lookups_) + std::ssize(looked_up_);
   const std::lock_guard lock(mutex_);
   slots_ = std::move(slots);
   gauges_ = g;

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -43,6 +44,13 @@ struct SlotReport {
   int64_t kv_bytes = 0, kv_full_bytes = 0;
 };
 
+// What the store's thread says about a request's prompt.
+struct StoreAnswer {
+  std::atomic<bool> found{false};  // the bytes are on their way
+  std::atomic<bool> complete{false}, abandoned{false};
+  std::optional<SavedPrefix> saved;  // once complete
+};
+
 class Scheduler {
  public:
   // `store` may be null. backend, store and metrics must outlive the scheduler.
@@ -62,6 +70,7 @@ class Scheduler {
 
  private:
   using Clock = Job::Clock;
+  static constexpr std::ptrdiff_t kMostLookups = 16;  // requests that wait for the store at once
 
   struct Stream {  // a request with a slot
     std::shared_ptr<Job> job;
@@ -75,18 +84,31 @@ class Scheduler {
     int64_t cached = 0, generated = 0;
     int32_t next = 0;  // picked, not yet decoded
     double progress = 0;
+    bool over = false;                // its job has its outcome
+    std::deque<TokenReport> reports;  // of tokens whose text is still held back
     Clock::time_point started, first_token;
-    explicit Stream(std::shared_ptr<Job> j)
-        : job(std::move(j)), picker(job->pick), text(job->stop), started(Clock::now()) {}
+    Stream(std::shared_ptr<Job> j, std::span<const int32_t> ends)
+        : job(std::move(j)), picker(job->pick, ends, job->prompt), text(job->stop), started(Clock::now()) {}
+  };
+
+  // A request whose prompt may begin with a saved prefix, and what the store has said.
+  struct Lookup {
+    std::shared_ptr<Job> job;
+    Clock::time_point asked = Clock::now();
+    std::shared_ptr<StoreAnswer> answer = std::make_shared<StoreAnswer>();
   };
 
   void Run();
   bool Turn();  // false: nothing to do
   // scheduler_admit.cpp
   bool Admit();
+  int64_t Worst(const Job& job) const;  // most bytes that it takes alone
   // Most scratch while the rest of a prompt is read of which `cached` tokens are there.
   int64_t ReadScratch(const Job& job, int64_t cached) const;
-  bool AskStore();
+  bool TakeNext();  // sets pending_
+  bool AskStore(const std::shared_ptr<Job>& job);
+  void HearStore();
+  void ReuseAnswers(Job& job);
   void Begin(std::shared_ptr<Job> job, std::shared_ptr<Prefix> parent);
   Expected<void> Prefill(Stream& stream);
   bool Between(Stream& stream, double progress);
@@ -97,10 +119,14 @@ class Scheduler {
   int64_t Committed() const;
   // scheduler.cpp
   void DecodeStep();
-  bool Advance(Stream& stream);  // picks a token; false when the stream has ended
+  void Advance(Stream& stream);  // picks a token; sets over when the stream has ended
+  void ReleaseReports(Stream& stream, Delta& delta);
   void FinishStream(Stream& stream, const std::string& reason);
-  void FailStream(Stream& stream, const ApiError& error);
-  void FailJob(Job& job, const ApiError& error);
+  void FailStream(Stream& stream, const ApiError& error) noexcept;
+  void FailJob(Job& job, const ApiError& error) noexcept;
+  void FailAll(const char* why) noexcept;
+  bool FailIfGone(Job& job) noexcept;
+  void DropEnded();
   void Reap();
   void Publish();
 
@@ -113,18 +139,17 @@ class Scheduler {
 
   // The thread's own.
   std::vector<std::unique_ptr<Stream>> streams_;
-  Stream* reading_ = nullptr;     // the one whose prompt is being read; not among streams_
-  std::shared_ptr<Job> pending_;  // taken from the queue, not yet begun
-  enum class Lookup { kNotAsked, kAsked, kAnswered };
-  Lookup lookup_ = Lookup::kNotAsked;
+  Stream* reading_ = nullptr;   // the one whose prompt is being read; not among streams_
+  std::vector<int32_t> ends_;   // tokens that end an answer
+  std::deque<Lookup> lookups_;  // wait for the store, while others are admitted
+  std::deque<std::shared_ptr<Job>> looked_up_;
+  std::shared_ptr<Job> pending_;  // the next to begin
   PrefixCache prefixes_;
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   FairQueue<std::shared_ptr<Job>> queue_;
-  uint64_t question_ = 0;
-  std::optional<SavedPrefix> loaded_;
-  bool answered_ = false;  // by the store
+  bool answered_ = false;  // the store has said something
   std::atomic<bool> draining_{false}, stop_{false};
   bool ended_ = false, idle_ = true;
   std::vector<SlotReport> slots_;

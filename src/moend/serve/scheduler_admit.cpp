@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "moend/serve/prefix_split.h"
+#include "moend/serve/respell.h"
 #include "moend/serve/scheduler.h"
 
 namespace moend::serve {
@@ -9,18 +10,17 @@ namespace {
 
 // Time that compressing and dropping idle contexts may take between two decode steps.
 constexpr auto kMakeRoomSlice = std::chrono::milliseconds(50);
+// A store that has not said by then whether it has a prefix is not waited for; nor one whose bytes take
+// longer than reading a prompt mostly does.
+constexpr auto kStoreAnswer = std::chrono::milliseconds(200);
+constexpr auto kStoreBytes = std::chrono::seconds(5);
 
 }  // namespace
 
 bool Scheduler::Admit() {
+  HearStore();
   if (std::ssize(streams_) >= options_.slots) return false;
-  if (!pending_) {
-    const std::lock_guard lock(mutex_);
-    if (queue_.empty()) return false;
-    pending_ = queue_.Pop();
-    lookup_ = Lookup::kNotAsked;
-  }
-  if (AskStore()) return false;
+  if (!pending_ && !TakeNext()) return false;
   const auto n = std::ssize(pending_->prompt);
   const int64_t bound = backend_.ContextBound(n + pending_->max_tokens);
   std::shared_ptr<Prefix> parent;
@@ -39,6 +39,36 @@ bool Scheduler::Admit() {
   return true;
 }
 
+bool Scheduler::TakeNext() {
+  for (;;) {
+    if (!looked_up_.empty()) {
+      pending_ = std::move(looked_up_.front());
+      looked_up_.pop_front();
+      return true;
+    }
+    if (std::ssize(lookups_) >= kMostLookups) return false;
+    std::shared_ptr<Job> job;
+    {
+      const std::lock_guard lock(mutex_);
+      if (queue_.empty()) return false;
+      job = queue_.Pop();
+    }
+    try {
+      ReuseAnswers(*job);
+      if (AskStore(job)) continue;
+    } catch (const std::exception& e) {
+      FailJob(*job, {.status = 503, .message = "out of memory"});
+      throw;
+    }
+    pending_ = std::move(job);
+    return true;
+  }
+}
+
+int64_t Scheduler::Worst(const Job& job) const {
+  return backend_.ContextBound(std::ssize(job.prompt) + job.max_tokens) + ReadScratch(job, 0);
+}
+
 int64_t Scheduler::ReadScratch(const Job& job, int64_t cached) const {
   const auto n = std::ssize(job.prompt);
   if (job.split <= cached) return backend_.PrefillScratch(cached, n - cached);
@@ -46,59 +76,93 @@ int64_t Scheduler::ReadScratch(const Job& job, int64_t cached) const {
                   backend_.PrefillScratch(job.split, n - job.split));
 }
 
-bool Scheduler::AskStore() {
-  const Job& job = *pending_;
+// An answer's text may be tokenized otherwise than it was generated. A chat's next turn then begins not with
+// the kept tokens but with others that spell the same; the kept ones take their place.
+void Scheduler::ReuseAnswers(Job& job) {
+  if (!job.use_cache) return;
   const auto n = std::ssize(job.prompt);
-  if (!store_ || !job.use_cache || n <= options_.min_prefix_tokens) return false;
-  if (lookup_ == Lookup::kNotAsked) {
-    const auto have = prefixes_.Find(job.scope, job.prompt, n - 1);
-    const int64_t known = have ? have->length() : 0;
-    if (job.split > 0 && known >= job.split) {
-      lookup_ = Lookup::kAnswered;
-      return false;
-    }
-    std::vector<int64_t> lengths = GridLengths(std::max(known, options_.min_prefix_tokens - 1) + 1, n - 1);
-    if (job.split > known && std::ranges::find(lengths, job.split) == lengths.end()) {
-      lengths.push_back(job.split);
-      std::ranges::sort(lengths);
-    }
-    if (lengths.empty()) {
-      lookup_ = Lookup::kAnswered;
-      return false;
-    }
-    lookup_ = Lookup::kAsked;
-    uint64_t question;
+  const auto plain = prefixes_.Find(job.scope, job.prompt, n - 1);
+  std::optional<RespelledPrompt> best;
+  for (const auto& prefix : prefixes_.all()) {
+    if (!prefix->answered || prefix->scope != job.scope) continue;
+    const int64_t least = std::max(plain ? plain->length() : 0, best ? best->replaced : 0);
+    auto respelled = Respell(job.prompt, prefix->context->tokens(), prefix->tail, least, backend_);
+    if (respelled) best = std::move(*respelled);
+  }
+  if (!best) return;
+  const auto more = std::ssize(best->tokens) - n;
+  const int64_t max_tokens = std::min(job.max_tokens, backend_.info().n_ctx - std::ssize(best->tokens));
+  if (max_tokens < 1) return;
+  // What the kept context covers need not be cut; a cut behind it moves along.
+  const int64_t split = job.split > best->replaced ? job.split + more : 0;
+  std::swap(job.prompt, best->tokens);
+  const int64_t old_split = std::exchange(job.split, split);
+  const int64_t old_max = std::exchange(job.max_tokens, max_tokens);
+  if (options_.kv_budget_bytes > 0 && Worst(job) > options_.kv_budget_bytes) {
+    std::swap(job.prompt, best->tokens);
+    job.split = old_split;
+    job.max_tokens = old_max;
+  }
+}
+
+// Whether the answer has to be waited for.
+bool Scheduler::AskStore(const std::shared_ptr<Job>& job) {
+  const auto n = std::ssize(job->prompt);
+  if (!store_ || !job->use_cache || n <= options_.min_prefix_tokens) return false;
+  const auto have = prefixes_.Find(job->scope, job->prompt, n - 1);
+  const int64_t known = have ? have->length() : 0;
+  if (job->split > 0 && known >= job->split) return false;
+  std::vector<int64_t> lengths = GridLengths(std::max(known, options_.min_prefix_tokens - 1) + 1, n - 1);
+  if (job->split > known && std::ranges::find(lengths, job->split) == lengths.end()) {
+    lengths.push_back(job->split);
+    std::ranges::sort(lengths);
+  }
+  if (lengths.empty()) return false;
+  lookups_.push_back({.job = job});
+  const auto answer = lookups_.back().answer;
+  const auto wake = [this] {
     {
       const std::lock_guard lock(mutex_);
-      question = ++question_;
-      answered_ = false;
-      loaded_.reset();
+      answered_ = true;
     }
-    store_->Load(backend_.info().cache_id, job.scope, job.prompt, std::move(lengths),
-                 [this, question](std::optional<SavedPrefix> found) {
-                   const std::lock_guard lock(mutex_);
-                   if (question == question_) {  // else its request has gone meanwhile
-                     loaded_ = std::move(found);
-                     answered_ = true;
-                   }
-                   changed_.notify_all();
-                 });
-  }
-  if (lookup_ == Lookup::kAnswered) return false;
-  std::optional<SavedPrefix> loaded;
+    changed_.notify_all();
+  };
+  store_->Load(
+      backend_.info().cache_id, job->scope, job->prompt, std::move(lengths),
+      [answer, wake](std::optional<SavedPrefix> found) {
+        answer->saved = std::move(found);
+        answer->complete = true;
+        wake();
+      },
+      [answer](bool found) {
+        if (found) answer->found = true;
+        return !answer->abandoned;
+      });
+  return true;
+}
+
+void Scheduler::HearStore() {
   {
     const std::lock_guard lock(mutex_);
-    if (!answered_) return true;
     answered_ = false;
-    loaded = std::exchange(loaded_, std::nullopt);
   }
-  lookup_ = Lookup::kAnswered;
-  if (loaded) KeepLoaded(*loaded);
-  return false;
+  const auto now = Clock::now();
+  for (auto l = lookups_.begin(); l != lookups_.end();) {
+    const bool complete = l->answer->complete;
+    if (!complete && now - l->asked < (l->answer->found ? Clock::duration(kStoreBytes) : kStoreAnswer)) {
+      ++l;
+      continue;
+    }
+    l->answer->abandoned = true;
+    looked_up_.push_back(l->job);
+    const auto answer = l->answer;
+    l = lookups_.erase(l);
+    if (complete && answer->saved) KeepLoaded(*answer->saved);
+  }
 }
 
 void Scheduler::KeepLoaded(const SavedPrefix& saved) {
-  // The bound comes from the token count; a well-formed payload cannot need more.
+  // The bound comes from the token count; Restore() refuses a payload that holds more than the plan allows.
   if (!MakeRoom(backend_.ContextBound(std::ssize(saved.tokens)), nullptr)) return;
   auto context = backend_.Restore(saved.payload);
   if (!context || (*context)->tokens() != saved.tokens) {
@@ -111,7 +175,7 @@ void Scheduler::KeepLoaded(const SavedPrefix& saved) {
 }
 
 void Scheduler::Begin(std::shared_ptr<Job> job, std::shared_ptr<Prefix> parent) {
-  auto stream = std::make_unique<Stream>(job);
+  auto stream = std::make_unique<Stream>(job, ends_);
   job->phase = Phase::kPrefill;
   Expected<void> read;
   try {
@@ -169,9 +233,13 @@ Expected<void> Scheduler::Prefill(Stream& s) {
 bool Scheduler::Between(Stream& s, double progress) {
   s.progress = progress;
   if (stop_ || s.job->cancelled()) return false;
-  Reap();
-  if (!streams_.empty()) DecodeStep();
-  Publish();
+  try {
+    Reap();
+    if (!streams_.empty()) DecodeStep();
+    Publish();
+  } catch (const std::exception& e) {  // memory; a step that is half done is no one's to go on from
+    FailAll(e.what());
+  }
   return true;
 }
 

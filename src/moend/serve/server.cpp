@@ -3,13 +3,16 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 
 namespace moend::serve {
 namespace {
 
 constexpr const char* kJson = "application/json";
 constexpr const char* kNoRoute = "none";  // in /metrics: refused before a route was found
+
+ApiError Loading() {
+  return {.status = 503, .message = "the model is loading", .code = "loading", .retry_after = 2};
+}
 
 int64_t DefaultBudget(const Backend& backend, int64_t slots) {
   const int64_t n_ctx = backend.info().n_ctx;
@@ -22,9 +25,11 @@ int64_t DefaultBudget(const Backend& backend, int64_t slots) {
 
 Server::Server(ServerOptions options, Log log) : options_(std::move(options)), log_(std::move(log)) {
   transport_ = std::make_unique<Transport>(
-      options_.limits, [this](const RequestHead& head) { return CheckHead(head); },
-      [this](int status) { metrics_.CountRequest(kNoRoute, status); });
-  AddRoutes();
+      options_.limits,
+      TransportHooks{.handle = [this](const HttpRequest& q, HttpResponse& r) { Handle(q, r); },
+                     .check = [this](const RequestHead& head) { return CheckHead(head); },
+                     .headers = [this](const RequestHead& head) { return options_.cors.Headers(head); },
+                     .refused = [this](int status) { metrics_.CountRequest(kNoRoute, status); }});
 }
 
 Server::~Server() {
@@ -53,7 +58,7 @@ void Server::Serve(std::unique_ptr<Backend> backend, std::unique_ptr<PrefixStore
 }
 
 void Server::Drain(std::chrono::duration<double> patience) {
-  if (std::exchange(drained_, true)) return;
+  if (draining_.exchange(true)) return;
   const auto deadline = std::chrono::steady_clock::now() +
                         std::chrono::duration_cast<std::chrono::steady_clock::duration>(patience);
   transport_->StopAccepting();
@@ -72,6 +77,7 @@ Gauges Server::gauges() const {
 }
 
 std::optional<ApiError> Server::CheckHead(const RequestHead& head) const {
+  if (options_.cors.IsPreflight(head)) return std::nullopt;
   if (head.path() != "/health" && !options_.keys.Scope(head.Get("authorization")))
     return ApiError{.status = 401,
                     .message = "a valid API key is needed: Authorization: Bearer KEY",
@@ -80,94 +86,117 @@ std::optional<ApiError> Server::CheckHead(const RequestHead& head) const {
   const std::string_view type = head.Get("content-type");
   if (head.method == "POST" && Lowercase(type.substr(0, type.find(';'))) != kJson)
     return ApiError{.status = 415, .message = "the body must be JSON: Content-Type: application/json"};
-  if (head.method == "POST" && !ready_.load())
-    return ApiError{.status = 503, .message = "the model is loading", .code = "loading", .retry_after = 2};
+  if (head.method == "POST" && !ready_.load()) return Loading();
   return std::nullopt;
 }
 
-std::string Server::ScopeOf(const httplib::Request& request) const {
-  return options_.keys.Scope(request.get_header_value("authorization")).value_or("nobody");
+std::string Server::ScopeOf(const HttpRequest& request) const {
+  return options_.keys.Scope(request.header("authorization")).value_or("nobody");
 }
 
-void Server::SendError(httplib::Response& response, const ApiError& error) const {
-  response.status = error.status;
-  if (error.retry_after > 0) response.set_header("Retry-After", std::to_string(error.retry_after));
-  response.set_content(ToJson(error), kJson);
+bool Server::Stopping() const {
+  return draining_.load(std::memory_order_relaxed) || ClientGone();
 }
 
-void Server::Route(const char* method, const char* path, Handler handler, const char* label) {
-  if (!label) label = path;
-  auto call = [this, label, handler](const httplib::Request& request, httplib::Response& response) {
-    response.status = 200;
-    if (const Ready* ready = ready_.load()) {
-      try {
-        (this->*handler)(*ready, request, response);
-      } catch (const std::exception& e) {  // memory: no code of ours or the libraries' throws otherwise
-        log_.Error("{}: {}", label, e.what());
-        SendError(response,
-                  {.status = 503, .message = "the server ran out of memory", .code = "out_of_memory"});
-      }
-    } else {
-      SendError(response,
-                {.status = 503, .message = "the model is loading", .code = "loading", .retry_after = 2});
-    }
-    metrics_.CountRequest(label, response.status);
-  };
-  httplib::Server& routes = transport_->routes();
-  if (std::string_view(method) == "GET") {
-    routes.Get(path, call);
-  } else {
-    routes.Post(path, call);
-  }
+ApiResult<std::vector<int32_t>> Server::Tokenizing(
+    int64_t bytes,
+    const std::function<Expected<std::vector<int32_t>>(const std::function<bool()>& stop)>& work) {
+  const std::function<bool()> stop = [this] { return Stopping(); };
+  Expected<std::vector<int32_t>> tokens =
+      Fail(ErrorCode::kCancelled, "a text of {} bytes was not tokenized", bytes);
+  long_texts_.Pass(bytes, stop, [&] { tokens = work(stop); });
+  if (tokens) return std::move(*tokens);
+  if (tokens.error().code == ErrorCode::kCancelled && draining_) return std::unexpected(ShuttingDown());
+  return std::unexpected(FromError(tokens.error()));
 }
 
-void Server::AddRoutes() {
-  httplib::Server& routes = transport_->routes();
-  const auto health = [this](const httplib::Request&, httplib::Response& response) {
-    if (ready_.load()) {
-      response.set_content(R"({"status":"ok"})", kJson);
-    } else {
-      SendError(response,
-                {.status = 503, .message = "the model is loading", .code = "loading", .retry_after = 2});
-    }
-  };
-  routes.Get("/health", health);
-  Route("GET", "/v1/models", &Server::Models);
-  Route("GET", R"(/v1/models/([^/]+))", &Server::Model, "/v1/models/{model}");
-  Route("GET", "/slots", &Server::Slots);
-  Route("GET", "/metrics", &Server::MetricsText);
-  Route("POST", "/v1/chat/completions", &Server::Chat);
-  Route("POST", "/v1/completions", &Server::Completion);
-  Route("POST", "/tokenize", &Server::Tokenize);
-  Route("POST", "/detokenize", &Server::Detokenize);
-  if (options_.page)  // also while the model is loading: the page says so, and waits
-    routes.Get("/", [this](const httplib::Request&, httplib::Response& response) {
-      Page(response);
-      metrics_.CountRequest("/", 200);
-    });
-
-  routes.set_error_handler([this](const httplib::Request& request, httplib::Response& response) {
-    if (!response.body.empty()) return;  // a handler has said already what is wrong
-    constexpr std::array kPaths = {"/health",   "/v1/models",           "/slots",
-                                   "/metrics",  "/v1/chat/completions", "/v1/completions",
-                                   "/tokenize", "/detokenize",          "/"};
-    ApiError error{.status = response.status, .message = "the request could not be answered"};
-    if (response.status == 404) {
-      if (std::ranges::find(kPaths, request.path) != kPaths.end()) {
-        error.status = 405;
-        error.message = fmt::format("{} is not answered on this path", request.method);
-      } else {
-        error.message = "there is nothing at this path";
-        error.code = "unknown_path";
-      }
-    }
-    metrics_.CountRequest(kNoRoute, error.status);
-    SendError(response, error);
+ApiResult<std::vector<int32_t>> Server::Tokens(const Ready& ready, std::string_view text, bool add_special,
+                                               bool parse_special) {
+  return Tokenizing(std::ssize(text), [&](const std::function<bool()>& stop) {
+    return ready.backend->Tokenize(text, add_special, parse_special, stop);
   });
-  routes.set_exception_handler(
-      [this](const httplib::Request&, httplib::Response& response, const std::exception_ptr&) {
-        SendError(response, {.status = 500, .message = "the request could not be answered"});
-      });
+}
+
+ApiResult<std::vector<int32_t>> Server::ChatTokens(const Ready& ready, std::span<const ChatMessage> messages,
+                                                   const ChatOptions& options) {
+  int64_t bytes = 0;
+  for (const ChatMessage& m : messages) bytes += std::ssize(m.content);
+  return Tokenizing(bytes, [&](const std::function<bool()>& stop) {
+    return ready.backend->ChatTokens(messages, options, stop);
+  });
+}
+
+void Server::Handle(const HttpRequest& request, HttpResponse& response) {
+  static constexpr Route kRoutes[] = {
+      {"GET", "/v1/models", &Server::Models, "/v1/models"},
+      {"GET", "/v1/models/", &Server::Model, "/v1/models/{model}"},
+      {"GET", "/slots", &Server::Slots, "/slots"},
+      {"GET", "/metrics", &Server::MetricsText, "/metrics"},
+      {"POST", "/v1/chat/completions", &Server::Chat, "/v1/chat/completions"},
+      {"POST", "/v1/completions", &Server::Completion, "/v1/completions"},
+      {"POST", "/tokenize", &Server::Tokenize, "/tokenize"},
+      {"POST", "/detokenize", &Server::Detokenize, "/detokenize"},
+  };
+  const std::string_view path = request.path;
+  if (options_.cors.IsPreflight(request.head)) {
+    if (options_.cors.Allows(request.header("origin"))) {
+      response.status = 204;
+    } else {
+      SetError(response, {.status = 403,
+                          .message = "pages of this origin may not use this server; see --cors-origin",
+                          .code = "origin_not_allowed"});
+    }
+    return;
+  }
+  const bool get = request.method() == "GET" || request.method() == "HEAD";
+  if (get && path == "/health") return Health(response);
+  if (get && path == "/" && options_.page) {  // also while the model is loading: the page says so, and waits
+    Page(response);
+    return metrics_.CountRequest("/", 200);
+  }
+  std::string allowed = path == "/health" || (path == "/" && options_.page) ? "GET, HEAD" : "";
+  for (const Route& route : kRoutes) {
+    const std::string_view pattern = route.path;
+    const bool named = pattern.ends_with('/');
+    if (named ? !path.starts_with(pattern) || path.size() == pattern.size() ||
+                    path.find('/', pattern.size()) != std::string_view::npos
+              : path != pattern)
+      continue;
+    const bool of_get = std::string_view(route.method) == "GET";
+    if (of_get ? get : request.method() == route.method) return Call(route, request, response);
+    allowed = of_get ? "GET, HEAD" : route.method;
+  }
+  if (allowed.empty()) {
+    SetError(response, {.status = 404, .message = "there is nothing at this path", .code = "unknown_path"});
+  } else {
+    SetError(response,
+             {.status = 405, .message = fmt::format("{} is not answered on this path", request.method())});
+    response.SetHeader("Allow", allowed);
+  }
+  metrics_.CountRequest(kNoRoute, response.status);
+}
+
+void Server::Call(const Route& route, const HttpRequest& request, HttpResponse& response) {
+  if (const Ready* ready = ready_.load()) {
+    try {
+      (this->*route.handler)(*ready, request, response);
+    } catch (const std::exception& e) {  // memory: no code of ours or the libraries' throws otherwise
+      response = {};
+      log_.Error("{}: {}", route.label, e.what());
+      SetError(response, {.status = 503,
+                          .message = "the server ran out of memory",
+                          .code = "out_of_memory",
+                          .retry_after = 1});
+    }
+  } else {
+    SetError(response, Loading());
+  }
+  metrics_.CountRequest(route.label, response.status);
+}
+
+void Server::Health(HttpResponse& response) const {
+  if (!ready_.load()) return SetError(response, Loading());
+  response.SetContent(R"({"status":"ok"})", kJson);
 }
 
 }  // namespace moend::serve

@@ -4,11 +4,17 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "moend/serve/auth.h"
 #include "moend/serve/backend.h"
+#include "moend/serve/cors.h"
 #include "moend/serve/limits.h"
 #include "moend/serve/log.h"
 #include "moend/serve/metrics.h"
@@ -17,13 +23,15 @@
 #include "moend/serve/response.h"
 #include "moend/serve/scheduler.h"
 #include "moend/serve/transport.h"
+#include "moend/serve/turnstile.h"
 
 namespace moend::serve {
 
 struct ServerOptions {
-  std::string host = "127.0.0.1";
-  int port = 8080;  // 0: any free one
+  std::string host = "127.0.0.1";  // or "unix:PATH"
+  int port = 8080;                 // 0: any free one
   ApiKeys keys;
+  Cors cors;
   Limits limits;
   SchedulerOptions scheduler;
   SamplerOptions sampler;    // what requests do not say
@@ -44,7 +52,8 @@ class Server {
   // again for idle contexts, but no more than half of the machine's memory.
   void Serve(std::unique_ptr<Backend> backend, std::unique_ptr<PrefixStore> store);
 
-  // Stops accepting, finishes what was accepted (cancels it after `patience`), ends all threads.
+  // Stops accepting, finishes what the scheduler has accepted (cancels it after `patience`), ends all
+  // threads. A request whose text is still being tokenized is refused.
   void Drain(std::chrono::duration<double> patience);
 
   Gauges gauges() const;  // after Serve()
@@ -57,30 +66,46 @@ class Server {
     RequestDefaults defaults;
     std::string model;
   };
-  using Handler = void (Server::*)(const Ready&, const httplib::Request&, httplib::Response&);
+  using Handler = void (Server::*)(const Ready&, const HttpRequest&, HttpResponse&);
+  struct Route {
+    const char* method;
+    const char* path;  // one that ends with '/' takes a name behind it
+    Handler handler;
+    const char* label;  // in /metrics
+  };
 
-  void AddRoutes();
-  // `label`: the route's name in /metrics; null: its path.
-  void Route(const char* method, const char* path, Handler handler, const char* label = nullptr);
+  void Handle(const HttpRequest& request, HttpResponse& response);
+  void Call(const Route& route, const HttpRequest& request, HttpResponse& response);
+  void Health(HttpResponse& response) const;
   std::optional<ApiError> CheckHead(const RequestHead& head) const;
-  std::string ScopeOf(const httplib::Request& request) const;
-  void SendError(httplib::Response& response, const ApiError& error) const;
+  std::string ScopeOf(const HttpRequest& request) const;
+  // Whether the long work for this thread's request is in vain.
+  bool Stopping() const;
+  // Tokens of `text`: one text a processor at a time if it is a long one, ended when Stopping().
+  ApiResult<std::vector<int32_t>> Tokens(const Ready& ready, std::string_view text, bool add_special,
+                                         bool parse_special);
+  ApiResult<std::vector<int32_t>> ChatTokens(const Ready& ready, std::span<const ChatMessage> messages,
+                                             const ChatOptions& options);
+  // Runs `work` on a text of so many bytes.
+  ApiResult<std::vector<int32_t>> Tokenizing(
+      int64_t bytes,
+      const std::function<Expected<std::vector<int32_t>>(const std::function<bool()>& stop)>& work);
 
   // routes.cpp
-  void Models(const Ready& ready, const httplib::Request& request, httplib::Response& response);
-  void Model(const Ready& ready, const httplib::Request& request, httplib::Response& response);
-  void Slots(const Ready& ready, const httplib::Request& request, httplib::Response& response);
-  void MetricsText(const Ready& ready, const httplib::Request& request, httplib::Response& response);
-  void Tokenize(const Ready& ready, const httplib::Request& request, httplib::Response& response);
-  void Detokenize(const Ready& ready, const httplib::Request& request, httplib::Response& response);
-  void Page(httplib::Response& response) const;
+  void Models(const Ready& ready, const HttpRequest& request, HttpResponse& response);
+  void Model(const Ready& ready, const HttpRequest& request, HttpResponse& response);
+  void Slots(const Ready& ready, const HttpRequest& request, HttpResponse& response);
+  void MetricsText(const Ready& ready, const HttpRequest& request, HttpResponse& response);
+  void Tokenize(const Ready& ready, const HttpRequest& request, HttpResponse& response);
+  void Detokenize(const Ready& ready, const HttpRequest& request, HttpResponse& response);
+  void Page(HttpResponse& response) const;
   // generate_routes.cpp
-  void Chat(const Ready& ready, const httplib::Request& request, httplib::Response& response);
-  void Completion(const Ready& ready, const httplib::Request& request, httplib::Response& response);
-  void Generate(const Ready& ready, bool chat, const httplib::Request& request, httplib::Response& response);
+  void Chat(const Ready& ready, const HttpRequest& request, HttpResponse& response);
+  void Completion(const Ready& ready, const HttpRequest& request, HttpResponse& response);
+  void Generate(const Ready& ready, bool chat, const HttpRequest& request, HttpResponse& response);
   ApiResult<std::shared_ptr<Job>> MakeJob(const Ready& ready, GenerationRequest& r, const std::string& scope);
-  void Stream(std::shared_ptr<Job> job, const AnswerHead& head, bool chunked, httplib::Response& response);
-  void Whole(Job& job, const AnswerHead& head, httplib::Response& response);
+  void Stream(std::shared_ptr<Job> job, const AnswerHead& head, HttpResponse& response);
+  void Whole(Job& job, const AnswerHead& head, HttpResponse& response);
 
   ServerOptions options_;
   Log log_;
@@ -88,7 +113,8 @@ class Server {
   std::unique_ptr<Transport> transport_;
   std::unique_ptr<Ready> ready_owner_;
   std::atomic<const Ready*> ready_{nullptr};
-  bool drained_ = false;
+  Turnstile long_texts_;
+  std::atomic<bool> draining_{false};
   std::chrono::system_clock::time_point started_ = std::chrono::system_clock::now();
 };
 

@@ -1,15 +1,19 @@
 #include "moend/serve/transport.h"
 
-#include <netdb.h>
+#include <fmt/format.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "moend/serve/connection.h"
 
@@ -20,88 +24,10 @@ thread_local const Connection* current = nullptr;
 
 using Clock = std::chrono::steady_clock;
 
+constexpr auto kGoodbye = std::chrono::milliseconds(500);
+
 Clock::time_point After(double seconds) {
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-}
-
-// What httplib reads and writes: a request from memory, an answer to the socket.
-class MemoryStream : public httplib::Stream {
- public:
-  MemoryStream(Connection& connection, std::string request)
-      : connection_(connection), request_(std::move(request)) {}
-  bool is_readable() const override { return at_ < request_.size(); }
-  bool is_writable() const override { return !connection_.PeerGone(); }
-  ssize_t read(char* p, size_t size) override {
-    const std::size_t n = std::min(size, request_.size() - at_);
-    std::memcpy(p, request_.data() + at_, n);
-    at_ += n;
-    return static_cast<ssize_t>(n);
-  }
-  ssize_t write(const char* p, size_t size) override {
-    return connection_.Send({p, size}) ? static_cast<ssize_t>(size) : -1;
-  }
-  void get_remote_ip_and_port(std::string&, int&) const override {}
-  void get_local_ip_and_port(std::string&, int&) const override {}
-  socket_t socket() const override { return 0; }  // httplib compares it with FD_SETSIZE, no more
-
- private:
-  Connection& connection_;
-  std::string request_;
-  std::size_t at_ = 0;
-};
-
-// The request as httplib gets it: framing by length, and no field that makes httplib do something of its own
-// (ranges, compression, multipart, 100-continue).
-std::string Rebuild(const RequestHead& head, std::string body) {
-  std::string out = fmt::format("{} {} HTTP/1.{}\r\n", head.method, head.target, head.http10 ? 0 : 1);
-  for (const char* name : {"host", "authorization", "content-type", "origin", "user-agent"})
-    if (const auto value = head.Get(name); !value.empty()) out += fmt::format("{}: {}\r\n", name, value);
-  out += fmt::format("content-length: {}\r\n\r\n", body.size());
-  out += body;
-  return out;
-}
-
-const char* Reason(int status) {
-  switch (status) {
-    case 400:
-      return "Bad Request";
-    case 401:
-      return "Unauthorized";
-    case 405:
-      return "Method Not Allowed";
-    case 408:
-      return "Request Timeout";
-    case 411:
-      return "Length Required";
-    case 413:
-      return "Payload Too Large";
-    case 414:
-      return "URI Too Long";
-    case 415:
-      return "Unsupported Media Type";
-    case 417:
-      return "Expectation Failed";
-    case 431:
-      return "Request Header Fields Too Large";
-    case 501:
-      return "Not Implemented";
-    case 503:
-      return "Service Unavailable";
-    case 505:
-      return "HTTP Version Not Supported";
-    default:
-      return "Error";
-  }
-}
-
-std::string ErrorResponse(const ApiError& error) {
-  const std::string body = ToJson(error);
-  std::string out = fmt::format(
-      "HTTP/1.1 {} {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n",
-      error.status, Reason(error.status), body.size());
-  if (error.status == 401) out += "WWW-Authenticate: Basic realm=\"moend\", Bearer\r\n";
-  if (error.retry_after > 0) out += fmt::format("Retry-After: {}\r\n", error.retry_after);
-  return out + "\r\n" + body;
 }
 
 }  // namespace
@@ -110,27 +36,17 @@ bool ClientGone() {
   return current && current->PeerGone();
 }
 
-class Transport::Core : public httplib::Server {
- public:
-  // httplib ends chunked answers early when it has no listening socket.
-  explicit Core(const Limits& limits) {
-    svr_sock_ = 0;
-    set_payload_max_length(static_cast<size_t>(limits.body_bytes));
-    set_keep_alive_max_count(static_cast<size_t>(limits.requests_per_connection));
-    set_keep_alive_timeout(static_cast<time_t>(limits.idle_seconds));
-  }
-  ~Core() override { svr_sock_ = INVALID_SOCKET; }
-  bool Process(httplib::Stream& stream, bool close) {
-    bool closed = false;
-    return process_request(stream, close, closed, nullptr) && !closed;
-  }
-};
-
-Transport::Transport(const Limits& limits, HeadCheck check, Refused refused)
+Transport::Transport(const Limits& limits, TransportHooks hooks)
     : limits_(limits),
-      check_(std::move(check)),
-      refused_(std::move(refused)),
-      core_(std::make_unique<Core>(limits)) {}
+      hooks_(std::move(hooks)),
+      out_of_memory_(ErrorText({.status = 503,
+                                .message = "the server ran out of memory",
+                                .code = "out_of_memory",
+                                .retry_after = 1})),
+      too_many_(ErrorText({.status = 503,
+                           .message = "too many connections",
+                           .code = "too_many_connections",
+                           .retry_after = 1})) {}
 
 Transport::~Transport() {
   StopAccepting();
@@ -139,42 +55,7 @@ Transport::~Transport() {
   if (accept_thread_.joinable()) accept_thread_.join();
   if (listen_fd_ >= 0) close(listen_fd_);
   if (wake_fd_ >= 0) close(wake_fd_);
-}
-
-httplib::Server& Transport::routes() {
-  return *core_;
-}
-
-Expected<int> Transport::Listen(const std::string& host, int port) {
-  addrinfo hints{};
-  hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
-  addrinfo* found = nullptr;
-  if (const int e = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found); e != 0)
-    return Fail(ErrorCode::kIo, "the address {} is not known: {}", host, gai_strerror(e));
-  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(found, freeaddrinfo);
-  int error = 0;
-  for (const addrinfo* a = found; a && listen_fd_ < 0; a = a->ai_next) {
-    const int fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC | SOCK_NONBLOCK, a->ai_protocol);
-    const int on = 1;
-    if (fd >= 0 && setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) == 0 &&
-        bind(fd, a->ai_addr, a->ai_addrlen) == 0 && listen(fd, 1024) == 0) {
-      listen_fd_ = fd;
-    } else {
-      error = errno;
-      if (fd >= 0) close(fd);
-    }
-  }
-  if (listen_fd_ < 0)
-    return Fail(ErrorCode::kIo, "cannot listen on {} port {}: {}", host, port, std::strerror(error));
-  wake_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (wake_fd_ < 0) return Fail(ErrorCode::kIo, "no event descriptor: {}", std::strerror(errno));
-  sockaddr_storage bound{};
-  socklen_t length = sizeof bound;
-  if (getsockname(listen_fd_, reinterpret_cast<sockaddr*>(&bound), &length) != 0)
-    return Fail(ErrorCode::kIo, "the bound port of {} is not known: {}", host, std::strerror(errno));
-  return ntohs(bound.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6*>(&bound)->sin6_port
-                                           : reinterpret_cast<sockaddr_in*>(&bound)->sin_port);
+  if (!socket_path_.empty()) unlink(socket_path_.c_str());
 }
 
 void Transport::Start() {
@@ -183,46 +64,114 @@ void Transport::Start() {
 
 void Transport::AcceptLoop() {
   while (!stopping_) {
-    pollfd fds[2] = {{listen_fd_, POLLIN, 0}, {wake_fd_, POLLIN, 0}};
-    if (poll(fds, 2, -1) < 0 && errno != EINTR) std::this_thread::sleep_for(std::chrono::milliseconds(10));
-    if (stopping_ || !(fds[0].revents & POLLIN)) continue;
-    const int fd = accept4(listen_fd_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    if (fd < 0) {
-      // Out of descriptors or memory: others may end soon. A client that gave up is nothing.
-      if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-        MakeRoom();
-        std::this_thread::sleep_for(std::chrono::milliseconds(10));
-      }
-      continue;
+    std::array<pollfd, 2 + std::tuple_size_v<decltype(goodbyes_)>> fds{};
+    fds[0] = {listen_fd_, POLLIN, 0};
+    fds[1] = {wake_fd_, POLLIN, 0};
+    bool leaving = false;
+    for (std::size_t i = 0; i < goodbyes_.size(); ++i) {
+      fds[2 + i] = {goodbyes_[i].fd, POLLIN, 0};  // -1 is passed over
+      leaving |= goodbyes_[i].fd >= 0;
     }
-    const int on = 1;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    bool full;
-    {
-      const std::lock_guard lock(mutex_);
-      full = threads_ >= limits_.connections;
+    if (poll(fds.data(), fds.size(), leaving ? 50 : -1) < 0 && errno != EINTR)
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    SayGoodbye(false);
+    if (!stopping_ && (fds[0].revents & POLLIN)) Accept();
+  }
+  SayGoodbye(true);
+}
+
+void Transport::Accept() {
+  const int fd = accept4(listen_fd_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+  if (fd < 0) {
+    // Out of descriptors or memory: others may end soon. A client that gave up is nothing.
+    if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+      MakeRoom();
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
-    if (full && !MakeRoom()) {
-      if (refused_) refused_(503);
-      const std::string answer = ErrorResponse({.status = 503,
-                                                .message = "too many connections",
-                                                .code = "too_many_connections",
-                                                .retry_after = 1});
-      [[maybe_unused]] const auto sent = send(fd, answer.data(), answer.size(), MSG_NOSIGNAL);
-      close(fd);
-      continue;
+    return;
+  }
+  const int on = 1;
+  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);  // a Unix socket has no such delay
+  const auto full = [&] { return threads_ >= limits_.connections; };
+  bool no_room = false;
+  {
+    const std::lock_guard lock(mutex_);
+    no_room = full();
+  }
+  if (no_room && MakeRoom()) {
+    // The one that was cut has to end first: there are never more threads than connections are allowed.
+    std::unique_lock lock(mutex_);
+    no_room = !idle_.wait_for(lock, std::chrono::seconds(1), [&] { return !full(); });
+  }
+  if (no_room) return Refuse(fd, too_many_);
+  {
+    const std::lock_guard lock(mutex_);
+    ++threads_;
+  }
+  if (StartThread(fd)) return;
+  {
+    const std::lock_guard lock(mutex_);
+    --threads_;
+    idle_.notify_all();
+  }
+  Refuse(fd, out_of_memory_);
+}
+
+// std::thread would reserve as much address space as the main thread's stack has, often 8 MiB.
+bool Transport::StartThread(int fd) {
+  struct Start {
+    Transport* transport;
+    int fd;
+  };
+  std::unique_ptr<Start> start(new (std::nothrow) Start{this, fd});
+  pthread_attr_t attributes;
+  if (!start || pthread_attr_init(&attributes) != 0) return false;
+  pthread_t thread;
+  const bool started =
+      pthread_attr_setstacksize(&attributes, static_cast<std::size_t>(limits_.stack_bytes)) == 0 &&
+      pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED) == 0 &&
+      pthread_create(
+          &thread, &attributes,
+          [](void* p) -> void* {
+            const std::unique_ptr<Start> own(static_cast<Start*>(p));
+            own->transport->Serve(own->fd);
+            return nullptr;
+          },
+          start.get()) == 0;
+  pthread_attr_destroy(&attributes);
+  if (started) static_cast<void>(start.release());  // the thread's now
+  return started;
+}
+
+void Transport::Refuse(int fd, const std::string& answer) {
+  Count(503);
+  [[maybe_unused]] const auto sent = send(fd, answer.data(), answer.size(), MSG_NOSIGNAL);
+  shutdown(fd, SHUT_WR);
+  Goodbye& place = *std::ranges::min_element(
+      goodbyes_, {}, [](const Goodbye& g) { return g.fd < 0 ? Clock::time_point::min() : g.until; });
+  if (place.fd >= 0) close(place.fd);
+  place = {fd, Clock::now() + kGoodbye};
+}
+
+void Transport::SayGoodbye(bool all) {
+  const auto now = Clock::now();
+  for (Goodbye& g : goodbyes_) {
+    if (g.fd < 0) continue;
+    char bytes[4096];
+    ssize_t n = 0;
+    for (int i = 0; i < 64 && (n = recv(g.fd, bytes, sizeof bytes, 0)) > 0; ++i) {
     }
-    {
-      const std::lock_guard lock(mutex_);
-      ++threads_;
-    }
-    try {
-      std::thread([this, fd] { Serve(fd); }).detach();
-    } catch (const std::system_error&) {  // the system refuses a thread
-      close(fd);
-      const std::lock_guard lock(mutex_);
-      --threads_;
-    }
+    const bool open = n > 0 || (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR));
+    if (open && now < g.until && !all) continue;
+    close(g.fd);
+    g.fd = -1;
+  }
+}
+
+void Transport::Count(int status) const noexcept {
+  try {
+    if (hooks_.refused) hooks_.refused(status);
+  } catch (const std::exception&) {  // memory; an answer is worth more than its being counted
   }
 }
 
@@ -232,7 +181,7 @@ bool Transport::MakeRoom() {
   const std::lock_guard lock(mutex_);
   Connection* oldest = nullptr;
   for (Connection* c : connections_)
-    if (c->reading() && (!oldest || c->reading_since() < oldest->reading_since())) oldest = c;
+    if (c->reading() && !c->cut() && (!oldest || c->reading_since() < oldest->reading_since())) oldest = c;
   if (!oldest || Clock::now() - oldest->reading_since() < kGrace) return false;
   oldest->Cut();
   return true;
@@ -241,21 +190,15 @@ bool Transport::MakeRoom() {
 void Transport::Serve(int fd) {
   {
     Connection connection(fd, limits_, stopping_, body_bytes_);
-    std::list<Connection*>::iterator place;
-    {
-      const std::lock_guard lock(mutex_);
-      place = connections_.insert(connections_.end(), &connection);
-    }
-    current = &connection;
     try {
-      for (int64_t n = 1; ServeOne(connection, n >= limits_.requests_per_connection); ++n) {
-      }
+      ServeAll(connection);
     } catch (const std::exception&) {  // memory ran out; only this connection ends
+      if (!connection.answered()) {
+        Count(503);
+        connection.Send(out_of_memory_);
+      }
     }
-    current = nullptr;
     connection.Linger();
-    const std::lock_guard lock(mutex_);
-    connections_.erase(place);
   }
   // Notifying under the lock: the destructor may free the condition variable right after it.
   const std::lock_guard lock(mutex_);
@@ -263,10 +206,33 @@ void Transport::Serve(int fd) {
   idle_.notify_all();
 }
 
+void Transport::ServeAll(Connection& connection) {
+  struct Listed {
+    Transport& transport;
+    std::list<Connection*>::iterator place;
+    Listed(Transport& t, Connection& c) : transport(t) {
+      const std::lock_guard lock(t.mutex_);
+      place = t.connections_.insert(t.connections_.end(), &c);
+      current = &c;
+    }
+    ~Listed() {
+      current = nullptr;
+      const std::lock_guard lock(transport.mutex_);
+      transport.connections_.erase(place);
+    }
+    Listed(const Listed&) = delete;
+    Listed& operator=(const Listed&) = delete;
+  };
+  const Listed listed(*this, connection);
+  for (int64_t n = 1; ServeOne(connection, n >= limits_.requests_per_connection); ++n) {
+  }
+}
+
 bool Transport::ServeOne(Connection& connection, bool last) {
+  std::string more_headers;
   const auto refuse = [&](const ApiError& error) {
-    if (refused_) refused_(error.status);
-    connection.Send(ErrorResponse(error));
+    Count(error.status);
+    connection.Send(ErrorText(error, more_headers));
     return false;
   };
   const bool waiting = connection.served() > 0;
@@ -283,7 +249,9 @@ bool Transport::ServeOne(Connection& connection, bool last) {
   }
   auto head = ParseRequestHead(*text, limits_);
   if (!head) return refuse(head.error());
-  if (const auto error = check_(*head)) return refuse(*error);
+  if (hooks_.headers) more_headers = hooks_.headers(*head);
+  if (hooks_.check)
+    if (const auto error = hooks_.check(*head)) return refuse(*error);
   if (head->expects_continue && (head->content_length > 0 || head->chunked))
     if (!connection.Send("HTTP/1.1 100 Continue\r\n\r\n")) return false;
   auto body = connection.ReadBody(*head, After(limits_.body_seconds));
@@ -303,9 +271,12 @@ bool Transport::ServeOne(Connection& connection, bool last) {
     return refuse({.status = status, .message = "malformed chunked body"});
   }
   connection.EndReading();
-  const bool keep = head->keep_alive && !last && !stopping_;
-  MemoryStream stream(connection, Rebuild(*head, std::move(*body)));
-  return core_->Process(stream, !keep) && keep && !stopping_;
+  HttpRequest request{std::move(*head), {}, std::move(*body)};
+  request.path = DecodePath(request.head.path());
+  HttpResponse response;
+  hooks_.handle(request, response);
+  const bool keep = request.head.keep_alive && !last && !stopping_;
+  return SendResponse(connection, request.head, response, keep, more_headers) && !stopping_;
 }
 
 void Transport::StopAccepting() {
