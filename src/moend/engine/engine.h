@@ -84,7 +84,8 @@ class Session {
 
   // Reads tokens, layer by layer: all of them through layer 0, whose K/V are then scored, evicted and packed,
   // then layer 1, and so on. May be called again (a further turn). Afterwards logits() are those of the last
-  // token. kTooLong when the context would overflow. After an error the session must not be used further.
+  // token. kTooLong when the context would overflow; the session is as it was then. After any other error it
+  // cannot be used further, and says so.
   // While `progress` runs, the engine is free: other sessions may decode in it (DecodeBatch), none may
   // prefill.
   Expected<void> Prefill(std::span<const int32_t> tokens, const Progress& progress = {});
@@ -93,8 +94,11 @@ class Session {
   Expected<void> Decode(int32_t token);
 
   // The same for several sessions of one engine in one step (continuous batching). Sessions are distinct.
+  // After an error those that it concerned cannot be used further, and say so; usable() tells which.
   static Expected<void> DecodeBatch(std::span<Session* const> sessions, std::span<const int32_t> tokens);
 
+  // False once something failed half way: all that remains is to destroy it.
+  bool usable() const;
   std::span<const float> logits() const;  // [n_vocab], of the newest token
   const std::vector<int32_t>& tokens() const;
   int64_t n_ctx() const;

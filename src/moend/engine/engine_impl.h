@@ -39,6 +39,7 @@ struct Engine::Impl {
     std::function<Expected<void>(int64_t layer, std::span<const LayerCache>* past, LayerScratch** scratch)>
         begin;
     std::function<Expected<void>(int64_t layer, LayerScratch& scratch)> end;
+    std::shared_ptr<Ledger> ledger = {};  // counts the hidden states; null: they are not counted
   };
   Expected<void> ReadLayerByLayer(std::span<const int32_t> tokens, int64_t first, const LayerHooks& hooks,
                                   std::vector<float>& logits, const Progress& progress);
@@ -56,6 +57,9 @@ struct Session::Impl {
   std::vector<float> logits;
   QueryRing ring;              // memory only while an eviction is near
   int64_t since_eviction = 0;  // tokens generated (or read in a further turn) since the last eviction
+  // Set while something changes the session and left set when that fails: caches and tokens may then
+  // disagree.
+  bool failed = false;
 
   Engine::Impl& machine() { return engine->impl(); }
   std::span<LayerCache> heads(int64_t layer) {
@@ -76,6 +80,8 @@ struct Session::Impl {
   }
   // Tokens of queries that a scorer sees when it evicts while generating.
   int64_t observed_window() const;
+  Expected<void> CheckUsable() const;
+  Expected<void> Read(std::span<const int32_t> tokens, const Progress& progress);  // Session::Prefill
   Expected<void> PrepareStep(DecodeContext* context);
   Expected<void> FinishStep();
   Expected<void> EvictAll();

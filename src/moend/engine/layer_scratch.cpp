@@ -24,6 +24,7 @@ Expected<LayerScratch> LayerScratch::Create(std::shared_ptr<Ledger> ledger, cons
                                             int64_t n_heads, int64_t capacity, int64_t score_tokens,
                                             const ScorerNeeds& needs) {
   LayerScratch s;
+  s.ledger_ = ledger;
   s.shape_ = shape;
   s.n_heads_ = n_heads;
   s.capacity_ = capacity;

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -16,13 +17,18 @@ namespace moend {
 
 class PrefillHook : public AttentionHook {
  public:
-  PrefillHook(const HyperParams& hp, int n_threads, int64_t block_tokens);
+  static Expected<std::unique_ptr<PrefillHook>> Create(const HyperParams& hp, int n_threads,
+                                                       int64_t block_tokens);
 
   // The layer whose blocks come next. `past`: what each KV head remembers from earlier, or nothing; both must
-  // outlive the blocks.
-  void Begin(std::span<const LayerCache> past, LayerScratch* scratch);
-  // Adds the attention that tokens received in the layer's blocks to scratch->accumulated().
+  // outlive the blocks. What the threads sum up for a scorer that accumulates is counted in the scratch's
+  // ledger.
+  Expected<void> Begin(std::span<const LayerCache> past, LayerScratch* scratch);
+  // Adds the attention that tokens received in the layer's blocks to scratch->accumulated(), and gives the
+  // threads' sums back.
   void EndAccumulation();
+  // Gives back what Begin() took; for a prompt that ended early.
+  void DropSums();
 
   void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override;
   void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
@@ -32,8 +38,9 @@ class PrefillHook : public AttentionHook {
   struct Worker {
     std::vector<float> q, state;  // [rows][head_size], [rows] x 2
     Buffer<float> workspace;
-    std::vector<float> accumulated;  // [n_kv_heads][score_tokens]
+    Buffer<float> accumulated;  // [n_kv_heads][score_tokens]; none unless the scorer accumulates
   };
+  explicit PrefillHook(const HyperParams& hp);
   void Accumulate(Worker& w, int64_t head, int64_t first, const QueryRows& q, const float* max,
                   const float* sum);
 

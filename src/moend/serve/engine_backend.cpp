@@ -157,7 +157,10 @@ class EngineBackend : public Backend {
     const int64_t tokens = RoundUp(std::max<int64_t>(n_new, 1), kPageTokens);
     int64_t bytes = FullLayerBytes(shape, tokens) + std::min(n_new, needs_.observed_queries) * QueryBytes() +
                     4 * kCacheLine;
-    if (needs_.accumulated) bytes += shape.n_kv_heads * n_new * 4;
+    bytes += RoundUp(n_new * engine_->model().hparams().n_embd * 4, kCacheLine);  // hidden states
+    // What a layer's tokens received, and each thread's share of it.
+    if (needs_.accumulated)
+      bytes += (engine_->n_threads() + 1) * RoundUp(shape.n_kv_heads * n_new * 4, kCacheLine);
     // A further turn is packed whole before its layer is evicted.
     int64_t page = 0;
     ForEachHead([&](const Expert& e) { page = std::max(page, PageBytes(e)); });
