@@ -477,6 +477,27 @@ TEST(Perplexity, FewerBitsDivergeMore) {
   }
 }
 
+// The layers of a plan that is routed by KV head say nothing: one that keeps every token and packs all heads
+// but one of each layer must not lose its comparison.
+TEST(Perplexity, PlansOfHeadsAreCompared) {
+  const std::vector<int32_t> tokens = test::RandomTokens(400, 6);
+  Plan plan = FullPlan(TheWorld().engine->fingerprint(), 400);
+  const auto heads = static_cast<std::size_t>(plan.model.shape.n_kv_heads);
+  ASSERT_GT(heads, 1u);
+  plan.heads.assign(plan.layers.size() * heads, Expert{1.0, 2, 2});
+  for (std::size_t i = 0; i < plan.heads.size(); i += heads) plan.heads[i] = Expert{};
+  const auto r = Perplexity(TheWorld().engine, tokens, plan, {400, 0, ""});
+  ASSERT_TRUE(r) << r.error().message;
+  EXPECT_GT(r->ppl_base.mean, 0);
+  EXPECT_GT(r->kld.mean, 0);
+  // And the other way round: layers that compress, heads that do not.
+  std::ranges::fill(plan.layers, Expert{1.0, 2, 2});
+  std::ranges::fill(plan.heads, Expert{});
+  const auto full = Perplexity(TheWorld().engine, tokens, plan, {400, 0, ""});
+  ASSERT_TRUE(full) << full.error().message;
+  EXPECT_EQ(full->ppl_base.mean, 0);
+}
+
 TEST(Perplexity, BadRequests) {
   const std::vector<int32_t> tokens = test::RandomTokens(100, 7);
   const Plan full = FullPlan(TheWorld().engine->fingerprint(), 100);

@@ -267,7 +267,7 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
     MOEND_TRY(calibrator.Measure(chunks[static_cast<std::size_t>(c)], sums, tick));
     MixIn(profile.cells, sums.cells, profile.chunks);
     MixIn(profile.head_cells, sums.head_cells, profile.chunks);
-    profile.queries = sums.queries;
+    profile.queries = RoundQueryStats(sums.queries);
     ++profile.chunks;
     if (save) MOEND_TRY(save(profile));
   }

@@ -245,7 +245,8 @@ Expected<void> Session::DecodeBatch(std::span<Session* const> sessions, std::spa
       Impl& s = *sessions[b]->impl_;
       std::copy_n(logits + static_cast<int64_t>(b) * n_vocab, n_vocab, s.logits.data());
       s.tokens.push_back(tokens[b]);
-      auto finished = Caught("evicting tokens", [&] { return s.FinishStep(); });
+      auto finished = machine.compute->CheckFinite(s.logits);
+      if (finished) finished = Caught("evicting tokens", [&] { return s.FinishStep(); });
       s.failed = !finished;
       if (!finished && result) result = std::move(finished);
     }

@@ -20,8 +20,10 @@ double LogSumExp(std::span<const float> x) {
   return top + std::log(sum);
 }
 
+// A plan that is routed by KV head says nothing with its layers.
 bool Compresses(const Plan& plan) {
-  return std::ranges::any_of(plan.layers, [](const Expert& e) { return e != Expert{}; });
+  return std::ranges::any_of(plan.heads.empty() ? plan.layers : plan.heads,
+                             [](const Expert& e) { return e != Expert{}; });
 }
 
 struct Samples {
@@ -56,7 +58,7 @@ class ChunkReader {
     samples.kv_bytes += static_cast<double>(stats.bytes);
     samples.kv_bytes_full += static_cast<double>(stats.bytes_full);
     for (std::size_t i = first + 1; i < chunk.size(); ++i) {
-      Score(session, base, chunk[i], samples);
+      MOEND_TRY(Score(session, base, chunk[i], samples));
       if (i + 1 == chunk.size()) break;
       if (!tick(static_cast<int64_t>(i - first))) return Fail(ErrorCode::kCancelled, "stopped");
       if (base) {
@@ -71,17 +73,23 @@ class ChunkReader {
   }
 
  private:
-  static void Score(const Session& session, const std::optional<Session>& base, int32_t next,
-                    Samples& samples) {
+  static Expected<void> Score(const Session& session, const std::optional<Session>& base, int32_t next,
+                              Samples& samples) {
     const TokenLoss loss = LossOf(session.logits(), next);
     samples.nll.push_back(loss.nll);
     samples.nll_sum += loss.nll;
-    if (!base) return;
+    if (!std::isfinite(loss.nll)) return NoNumber("log likelihood");
+    if (!base) return {};
     const TokenLoss loss_base = LossOf(base->logits(), next);
     samples.nll_base.push_back(loss_base.nll);
     samples.ln_ratio.push_back(loss.nll - loss_base.nll);
     samples.kld.push_back(KlDivergence(base->logits(), session.logits()));
     samples.same_top.push_back(loss.top == loss_base.top ? 1 : 0);
+    if (!std::isfinite(loss_base.nll) || !std::isfinite(samples.kld.back())) return NoNumber("KL divergence");
+    return {};
+  }
+  static std::unexpected<Error> NoNumber(std::string_view what) {
+    return Fail(ErrorCode::kInternal, "the {} of a predicted token is no number", what);
   }
 
   std::shared_ptr<Engine> engine_;
@@ -133,7 +141,7 @@ double KlDivergence(std::span<const float> base, std::span<const float> logits) 
     const double ln_p = double{base[i]} - z_base;
     sum += std::exp(ln_p) * (ln_p - (double{logits[i]} - z));
   }
-  return std::max(0.0, sum);
+  return sum < 0 ? 0 : sum;  // rounding; what is no number stays so
 }
 
 MeanError MeanOf(std::span<const double> values) {

@@ -65,7 +65,8 @@ struct TokenLoss {
   int32_t top = 0;
 };
 TokenLoss LossOf(std::span<const float> logits, int32_t next);
-double KlDivergence(std::span<const float> base, std::span<const float> logits);  // nats, >= 0
+double KlDivergence(std::span<const float> base,
+                    std::span<const float> logits);  // nats, >= 0; NaN where a logit is not finite
 MeanError MeanOf(std::span<const double> values);
 Quantile QuantileOf(std::span<const double> sorted, double share);  // ascending values
 
