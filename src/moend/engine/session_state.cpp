@@ -76,6 +76,38 @@ Expected<void> RecompressSession(Session& session, const Plan& plan) {
   });
 }
 
+namespace {
+
+// A file may hold more tokens than eviction would have left, and a server counts on what the plan allows.
+Expected<void> CheckWithinPlan(const Session::Impl& s) {
+  const int64_t n_heads = s.plan.model.shape.n_kv_heads, n = std::ssize(s.tokens);
+  int64_t allowed = 0, taken = 0;  // of the layer, where its heads share what it keeps
+  for (int64_t i = 0; i < std::ssize(s.caches); ++i) {
+    const LayerCache& cache = s.caches[static_cast<std::size_t>(i)];
+    if (const int64_t excess = cache.Excess(0); excess > s.since_eviction + kPageTokens)
+      return Fail(ErrorCode::kCorrupt, "{} keeps {} tokens of a KV head more than its plan allows", kSource,
+                  excess);
+    if (!s.plan.adaptive_heads) continue;
+    const int64_t score_bytes = s.scorer->of_layer(i / n_heads).needs().accumulated ? 4 : 0;
+    MOEND_ASSIGN(const int64_t by_plan, LayerBytes(cache.shape(), s.plan.expert(i / n_heads, i % n_heads),
+                                                   cache.guard(), n, score_bytes));
+    MOEND_ASSIGN(const int64_t by_file,
+                 LayerBytes(cache.shape(), cache.expert(), cache.guard(), n, score_bytes));
+    MOEND_ASSIGN(const PageLayout page,
+                 MakePageLayout(cache.shape().head_size, cache.expert().k_bits, cache.expert().v_bits));
+    allowed += by_plan + page.bytes;
+    taken += by_file;
+    if ((i + 1) % n_heads != 0) continue;
+    if (taken > allowed)
+      return Fail(ErrorCode::kCorrupt, "{} gives layer {} {} bytes where its plan allows {}", kSource,
+                  i / n_heads, taken, allowed);
+    allowed = taken = 0;
+  }
+  return {};
+}
+
+}  // namespace
+
 // "MOENDSS1" | tokens since the last eviction | n tokens, i32 each | n layers | n bytes, SerializeCache()
 // each
 Expected<std::string> SaveSession(const Session& session) {
@@ -138,6 +170,7 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
                     kSource);
       cache = std::move(restored);
     }
+    MOEND_TRY(CheckWithinPlan(s));
     s.NoteHeads();
     if (!bytes.empty()) return Fail(ErrorCode::kCorrupt, "{} has {} bytes too many", kSource, bytes.size());
     return session;
