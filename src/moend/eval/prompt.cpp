@@ -32,8 +32,6 @@ Expected<PreparedContext> Prepare(const Tokenizer& tokenizer, const Context& con
   PreparedContext out;
   // The template's own special tokens are tokens; what looks like one in a text is not.
   MOEND_ASSIGN(out.context, tokenizer.Tokenize(wrapping.before, true, true));
-  if (out.context.size() > 1 && out.context[0] == tokenizer.bos() && out.context[1] == tokenizer.bos())
-    out.context.erase(out.context.begin());  // the template brings one, the tokenizer adds another
   MOEND_ASSIGN(const auto text, tokenizer.Tokenize(context.text, false, false));
   Append(out.context, text);
   MOEND_ASSIGN(const auto after, tokenizer.Tokenize(wrapping.after, false, true));

@@ -283,8 +283,8 @@ Expected<GgufFile> GgufFile::Parse(std::span<const uint8_t> file, const std::str
   return GgufParser(file, path).Run();
 }
 
-Expected<GgufFile> GgufFile::Open(const std::string& path) {
-  MOEND_ASSIGN(MappedFile mapping, MappedFile::Open(path));
+Expected<GgufFile> GgufFile::Open(const std::string& path, bool map) {
+  MOEND_ASSIGN(MappedFile mapping, MappedFile::Open(path, map));
   MOEND_ASSIGN(GgufFile file, Parse(mapping.bytes(), path));
   file.mapping_ = std::move(mapping);
   return file;

@@ -65,14 +65,17 @@ std::string ShapeText(const std::array<int64_t, 4>& ne);
 
 class GgufFile {
  public:
-  // Maps the file and checks it as a whole. kCorrupt names what contradicts what; kUnsupported for versions
-  // and byte orders that moend does not read.
-  static Expected<GgufFile> Open(const std::string& path);
+  // Maps the file, or reads it, and checks it as a whole. kCorrupt names what contradicts what; kUnsupported
+  // for versions and byte orders that moend does not read.
+  static Expected<GgufFile> Open(const std::string& path, bool map = true);
   // The same over bytes that the caller keeps alive; `path` is for messages.
   static Expected<GgufFile> Parse(std::span<const uint8_t> file, const std::string& path);
 
   const std::string& path() const { return path_; }
   std::span<const uint8_t> bytes() const { return file_; }
+  // kCorrupt when path() is another file by now, or was written to. For who has read it by its name once
+  // more.
+  Expected<void> CheckUnchanged() const { return mapping_.CheckUnchanged(path_); }
   std::span<const GgufTensor> tensors() const { return tensors_; }
   const GgufTensor* FindTensor(std::string_view name) const;
   const GgufValue* Find(std::string_view key) const;

@@ -62,6 +62,9 @@ struct LoadOptions {
   // most K quants; with AMX Q8_0 too). Costs as much memory as they take in the file; results differ by the
   // order of the sums.
   bool repack = true;
+  // Map the file. It must not be written to or cut short while the model lives then (replacing it by a rename
+  // is harmless); false reads it into memory of its own.
+  bool map = true;
 };
 
 struct ChatMessage {
@@ -72,7 +75,8 @@ struct ChatMessage {
 class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
-  // add_special: BOS etc. as the model wants; parse_special: "<|...|>" in the text become their tokens.
+  // add_special: BOS etc. as the model wants; parse_special: "<|...|>" in the text become their tokens. With
+  // both, a text that begins with BOS gets no second one.
   virtual Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special,
                                                   bool parse_special) const = 0;
   virtual std::string Piece(int32_t token, bool special) const = 0;

@@ -163,6 +163,10 @@ class LlamaTokenizer final : public Tokenizer {
       if (n < 0)
         return Fail(ErrorCode::kInternal, "the tokenizer of {} gave up on a text of {} bytes", path_, length);
       tokens.resize(static_cast<std::size_t>(n));
+      // A text or a template may spell out the BOS token that is added: one is meant.
+      if (add_special && parse_special && adds_bos() && tokens.size() > 1 && tokens[0] == bos() &&
+          tokens[1] == bos())
+        tokens.erase(tokens.begin());
       return tokens;
     } catch (const std::bad_alloc&) {
       return Fail(ErrorCode::kOutOfMemory, "no memory to tokenize a text of {} bytes", text.size());
