@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <optional>
 #include <vector>
@@ -25,25 +26,39 @@ std::optional<std::string> ReadLine() {
 // One conversation: its messages, and how much of them, as text, the session has read.
 class Conversation {
  public:
-  Conversation(std::shared_ptr<Engine> engine, const Plan& plan, const SessionOptions& options)
-      : engine_(std::move(engine)), plan_(plan), options_(options) {}
+  Conversation(std::shared_ptr<Engine> engine, const Plan& plan, const SessionOptions& options,
+               int64_t max_tokens)
+      : engine_(std::move(engine)), plan_(plan), options_(options) {
+    // An answer should find some room, as much as it may take.
+    const int64_t quarter = std::max<int64_t>(1, options.n_ctx / 4);
+    room_ = max_tokens > 0 ? std::min(max_tokens, quarter) : quarter;
+  }
 
   void Add(const std::string& role, const std::string& content) { messages_.push_back({role, content}); }
+  void TakeBackLast() { messages_.pop_back(); }
 
-  // Reads what the session has not seen yet.
+  // Reads what the session has not seen yet. Where that leaves no room for an answer, the oldest turns are
+  // dropped first; the system message stays. kTooLong when the last message does not fit even alone.
   Expected<void> Read(RunStats& stats) {
-    const Tokenizer& tokenizer = engine_->model().tokenizer();
-    MOEND_ASSIGN(const std::string text, tokenizer.ApplyChatTemplate(messages_, true));
-    // A template that rewrites earlier turns (some trim answers) makes the session read all of them anew.
-    if (!session_ || !text.starts_with(read_)) {
+    MOEND_ASSIGN(std::string text, Text());
+    MOEND_ASSIGN(auto tokens, Unread(text));
+    int64_t dropped = 0;
+    while (Seen() + std::ssize(tokens) + room_ > options_.n_ctx && DropOldestTurn()) {
+      ++dropped;
+      session_.reset();
+      MOEND_ASSIGN(text, Text());
+      MOEND_ASSIGN(tokens, Unread(text));
+    }
+    if (Seen() + std::ssize(tokens) >= options_.n_ctx)
+      return Fail(ErrorCode::kTooLong, "this message takes {} tokens; the context holds {}",
+                  Seen() + std::ssize(tokens), options_.n_ctx);
+    if (dropped > 0)
+      Note(fmt::format("the context of {} tokens is full: the oldest {} dropped", options_.n_ctx,
+                       dropped == 1 ? "turn is" : fmt::format("{} turns are", dropped)));
+    if (!session_) {
       MOEND_ASSIGN(Session fresh, Session::Create(engine_, plan_, options_));
       session_.emplace(std::move(fresh));
-      read_.clear();
     }
-    const bool first = read_.empty();
-    MOEND_ASSIGN(auto tokens, tokenizer.Tokenize(std::string_view(text).substr(read_.size()), first, true));
-    if (first && tokens.size() > 1 && tokens[0] == tokens[1] && tokens[0] == tokenizer.bos())
-      tokens.erase(tokens.begin());
     MOEND_TRY(TimedPrefill(*session_, tokens, stats));
     read_ = text;
     return {};
@@ -64,9 +79,34 @@ class Conversation {
   const std::optional<Session>& session() const { return session_; }
 
  private:
+  Expected<std::string> Text() const {
+    return engine_->model().tokenizer().ApplyChatTemplate(messages_, true);
+  }
+  int64_t Seen() const { return session_ ? std::ssize(session_->tokens()) : 0; }
+
+  // The tokens of `text` that the session has not read. A template that rewrites earlier turns (some trim
+  // answers) makes it read all of them anew.
+  Expected<std::vector<int32_t>> Unread(const std::string& text) {
+    if (session_ && !text.starts_with(read_)) session_.reset();
+    const std::size_t from = session_ ? read_.size() : 0;
+    return engine_->model().tokenizer().Tokenize(std::string_view(text).substr(from), from == 0, true);
+  }
+
+  // The oldest message of the user's with what answered it; false when only the last one is left.
+  bool DropOldestTurn() {
+    const auto is_user = [](const ChatMessage& m) { return m.role == "user"; };
+    const auto first = std::find_if(messages_.begin(), messages_.end(), is_user);
+    if (first == messages_.end()) return false;
+    const auto next = std::find_if(first + 1, messages_.end(), is_user);
+    if (next == messages_.end()) return false;
+    messages_.erase(first, next);
+    return true;
+  }
+
   std::shared_ptr<Engine> engine_;
   const Plan& plan_;
   SessionOptions options_;
+  int64_t room_ = 1;
   std::vector<ChatMessage> messages_;
   std::optional<Session> session_;
   std::string read_;
@@ -81,7 +121,7 @@ Expected<void> Chat(std::shared_ptr<Engine> engine, const Plan& plan, const Sess
     return Fail(ErrorCode::kUnsupported, "{} has no chat template; use -p or -f without --chat",
                 engine->model().path());
   if (terminal) Note("one message a line; Ctrl-C ends an answer, Ctrl-D the conversation");
-  Conversation conversation(std::move(engine), plan, session_options);
+  Conversation conversation(std::move(engine), plan, session_options, options.max_tokens);
   if (!system.empty()) conversation.Add("system", system);
   RunStats stats;
   while (true) {
@@ -91,14 +131,17 @@ Expected<void> Chat(std::shared_ptr<Engine> engine, const Plan& plan, const Sess
     if (!line) break;
     if (line->empty()) continue;
     conversation.Add("user", *line);
-    MOEND_TRY(conversation.Read(stats));
+    if (const auto read = conversation.Read(stats); !read) {
+      if (read.error().code != ErrorCode::kTooLong) return read;
+      Note(read.error().message);
+      conversation.TakeBackLast();
+      continue;
+    }
     MOEND_ASSIGN(const Generated answer, conversation.Answer(options, stats));
     fmt::print("\n");
     std::fflush(stdout);
-    if (answer.reason == StopReason::kContextFull) {
-      Note(fmt::format("the context of {} tokens is full", conversation.session()->n_ctx()));
-      break;
-    }
+    if (answer.reason == StopReason::kContextFull)
+      Note(fmt::format("the answer ends where the context of {} tokens is full", session_options.n_ctx));
   }
   if (terminal) fmt::print(stderr, "\n");
   if (conversation.session()) Note(stats.Line(conversation.session()->stats()));

@@ -18,12 +18,14 @@ Examples:
   moend perplexity -m model.gguf -f text.txt --plan plan.json -c 8192
 
 The text is cut into chunks; the first half of each is read and compressed, the second half predicted. With a
-plan, every prediction is compared with the full cache's (KL divergence). Terms and layout are llama.cpp's.)";
+plan, every prediction is compared with the full cache's (KL divergence). Terms and layout are llama.cpp's; as
+there, "<|end|>" and the like in the text are read as text.)";
 
 struct PerplexityFlags {
   ModelFlags model;
   PlanFlags plan;
   std::string file;
+  bool parse_special = false;
   eval::PerplexityOptions options;
 };
 
@@ -34,7 +36,7 @@ Expected<void> Run(PerplexityFlags& flags) {
   if (flags.options.n_ctx > trained)
     return Fail(ErrorCode::kInvalidArgument, "chunks of {} tokens are not possible; {} was trained for {}",
                 flags.options.n_ctx, flags.model.path, trained);
-  MOEND_ASSIGN(const auto tokens, engine->model().tokenizer().Tokenize(text, true, true));
+  MOEND_ASSIGN(const auto tokens, engine->model().tokenizer().Tokenize(text, true, flags.parse_special));
   MOEND_ASSIGN(const Plan plan, flags.plan.Make(*engine, flags.options.n_ctx));
   flags.options.scorer = flags.plan.scorer;
 
@@ -71,6 +73,8 @@ void AddPerplexity(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->check(CLI::Range(0, INT32_MAX))
       ->type_name("N");
+  command->add_flag("--parse-special", f.parse_special,
+                    "special tokens that the text spells out are tokens, not text");
   command->footer(kFooter);
   command->callback([flags, &exit_code] {
     flags->plan.Check();
