@@ -8,6 +8,7 @@
 // a token's appending and the merging of the threads' parts included. A graph has so many layers that their
 // K/V do not fit into the caches; a time is that of the graph divided by its layers.
 #include <fmt/format.h>
+#include <ggml-cpp.h>
 
 #include <algorithm>
 #include <chrono>
@@ -66,7 +67,7 @@ HyperParams Shape(int64_t layers) {
 
 // ggml's CPU back end as llama.cpp runs it: workers wait for the next graph in a loop (poll 50), not asleep.
 struct Machine {
-  std::unique_ptr<ggml_backend, BackendDeleter> backend;
+  ggml_backend_ptr backend;
   std::unique_ptr<ggml_threadpool, ThreadpoolDeleter> pool;
 
   explicit Machine(int threads) : backend(ggml_backend_cpu_init()) {
@@ -251,7 +252,7 @@ class OursPrefill : public Ours {
  public:
   OursPrefill(Machine& machine, int threads, int64_t tokens, int64_t n)
       : Ours(machine, n, 1), scratch_(Scratch(tokens, tokens)), first_(tokens - n) {
-    hook_ = std::make_unique<PrefillHook>(Shape(1), threads, n);
+    hook_ = Must(PrefillHook::Create(Shape(1), threads, n));
     // The new tokens are those that were the last of the scratch.
     k_ = Random(tokens * kRow, 1), v_ = Random(tokens * kRow, 2);
     slots_[0].k = k_.data() + first_ * kRow;
@@ -262,7 +263,7 @@ class OursPrefill : public Ours {
  protected:
   void Prepare() override {
     scratch_.Truncate(first_);
-    hook_->Begin({}, &scratch_);
+    Must(hook_->Begin({}, &scratch_));
   }
 
  private:

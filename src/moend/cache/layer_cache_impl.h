@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "moend/base/caught.h"
 #include "moend/cache/layer_cache.h"
 #include "moend/cache/page_table.h"
 #include "moend/cache/position_set.h"
@@ -63,15 +63,5 @@ struct LayerCache::Impl {
   // Appends m tokens that fit below RawLimit(), and packs when it is reached.
   Expected<void> AppendChunk(const float* k, const float* v, int64_t m);
 };
-
-// Runs f, whose standard containers may throw. The message is short enough to need no memory itself.
-template <class F>
-auto CatchBadAlloc(F f) -> decltype(f()) {
-  try {
-    return f();
-  } catch (const std::bad_alloc&) {
-    return std::unexpected(Error{ErrorCode::kOutOfMemory, "out of memory"});
-  }
-}
 
 }  // namespace moend

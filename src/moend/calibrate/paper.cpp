@@ -146,7 +146,7 @@ Expected<Profile> CalibrateLikePaper(Engine& engine, std::span<const int32_t> to
                LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, 0, {}));
   for (int64_t l = 0; l < hp.n_layers; ++l) {
     scratch.Clear();
-    machine.prefill->Begin({}, &scratch);
+    MOEND_TRY(machine.prefill->Begin({}, &scratch));
     Recorder recorder(hp, *machine.prefill);
     MOEND_TRY(machine.compute->Layer(l, hidden.data(), n, 0, recorder));
     MOEND_ASSIGN(auto cells, MeasureLayer(hp, recorder, n, profile.experts, order));

@@ -73,7 +73,7 @@ Expected<void> Probe::Read(std::span<const int32_t> tokens, int64_t tail_tokens,
     MOEND_ASSIGN(auto scratch, LayerScratch::Create(nullptr, {hp_.n_kv_heads, hp_.head_size}, hp_.n_heads, n,
                                                     context_, scorer_->needs()));
     layers_.push_back(std::move(scratch));
-    machine_.prefill->Begin({}, &layers_.back());
+    MOEND_TRY(machine_.prefill->Begin({}, &layers_.back()));
     tap.BeginLayer();
     for (int64_t at = 0; at < context_; at += compute.block_tokens()) {
       const int64_t m = std::min(compute.block_tokens(), context_ - at);
@@ -82,7 +82,7 @@ Expected<void> Probe::Read(std::span<const int32_t> tokens, int64_t tail_tokens,
     machine_.prefill->EndAccumulation();
     if (repetition)
       MOEND_TRY(repetition->Layer(l, layers_.back(), machine_.ValueGrams(l), *machine_.prefill, {}));
-    machine_.prefill->Begin({}, &layers_.back());
+    MOEND_TRY(machine_.prefill->Begin({}, &layers_.back()));
     inputs_.emplace_back(tail, tail + tail_ * hp_.n_embd);
     MOEND_ASSIGN(auto attention, RunTail(l, tail, true, tap));
     attention_.push_back(std::move(attention));
@@ -149,7 +149,7 @@ Expected<ProfileCell> Probe::MeasureLayer(int64_t layer, std::span<const Expert>
                                guard_, rotations, scorer_->of_layer(layer), scores));
   std::vector<float> hidden = inputs_[li];
   MOEND_ASSIGN(LayerScratch* const tail, EmptyTail());
-  machine_.prefill->Begin(caches, tail);
+  MOEND_TRY(machine_.prefill->Begin(caches, tail));
   MOEND_ASSIGN(const auto attention, RunTail(layer, hidden.data(), true, *machine_.prefill));
   double error = 0;
   for (std::size_t i = 0; i < attention.size(); ++i) {
@@ -161,7 +161,7 @@ Expected<ProfileCell> Probe::MeasureLayer(int64_t layer, std::span<const Expert>
   for (int64_t l = layer + 1; l < hp_.n_layers; ++l) {
     LayerScratch& scratch = layers_[static_cast<std::size_t>(l)];
     scratch.Truncate(context_);
-    machine_.prefill->Begin({}, &scratch);
+    MOEND_TRY(machine_.prefill->Begin({}, &scratch));
     MOEND_TRY(RunTail(l, hidden.data(), false, *machine_.prefill));
   }
   MOEND_ASSIGN(const auto kl, TailKl(hidden));
@@ -223,13 +223,13 @@ Expected<std::vector<double>> Probe::MeasurePlan(std::span<const Expert> experts
     const std::span<const Expert> heads = experts.subspan(l * n_kv, n_kv);
     if (IsFull(heads)) {
       layers_[l].Truncate(context_);
-      machine_.prefill->Begin({}, &layers_[l]);
+      MOEND_TRY(machine_.prefill->Begin({}, &layers_[l]));
       MOEND_TRY(RunTail(layer, hidden.data(), false, *machine_.prefill));
       continue;
     }
     MOEND_ASSIGN(auto caches, TakeCaches(layer, heads));
     MOEND_ASSIGN(LayerScratch* const tail, EmptyTail());
-    machine_.prefill->Begin(caches, tail);
+    MOEND_TRY(machine_.prefill->Begin(caches, tail));
     MOEND_TRY(RunTail(layer, hidden.data(), false, *machine_.prefill));
     KeepCaches(layer, heads, std::move(caches));
   }

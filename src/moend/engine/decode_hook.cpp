@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace moend {
 namespace {
@@ -34,10 +35,6 @@ Expected<std::unique_ptr<DecodeHook>> DecodeHook::Create(const HyperParams& hp, 
   return hook;
 }
 
-Expected<void> DecodeHook::TakeStatus() {
-  return std::exchange(status_, Expected<void>());
-}
-
 void DecodeHook::Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) {
   const int64_t d = shape_.head_size, kv_row = shape_.n_kv_heads * d, q_row = n_heads_ * d;
   queries_.resize(static_cast<std::size_t>(n * q_row));
@@ -46,7 +43,7 @@ void DecodeHook::Store(int64_t layer, const float* q, const float* k, const floa
     const DecodeContext& context = contexts_[static_cast<std::size_t>(b)];
     for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
       auto appended = Cache(b, layer, h).Append(k + b * kv_row + h * d, v + b * kv_row + h * d, 1);
-      if (!appended && status_) status_ = Forward(appended);
+      if (!appended) NoteError(std::move(appended.error()));
     }
     if (QueryRing* ring = context.ring) {
       const int64_t slot = ring->filled % ring->window;

@@ -31,8 +31,6 @@ class DecodeHook : public AttentionHook {
   static Expected<std::unique_ptr<DecodeHook>> Create(const HyperParams& hp, int n_threads);
 
   void Begin(std::span<const DecodeContext> contexts) { contexts_ = contexts; }
-  // The first error of the step's Store calls, if any.
-  Expected<void> TakeStatus();
 
   void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override;
   void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
@@ -60,7 +58,6 @@ class DecodeHook : public AttentionHook {
   std::vector<float> states_;        // [items][group * (head_size + 2)]
   std::vector<Buffer<float>> workspaces_;
   std::atomic<int64_t> next_{0};
-  Expected<void> status_;
 };
 
 }  // namespace moend

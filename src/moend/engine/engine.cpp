@@ -4,6 +4,7 @@
 #include <optional>
 #include <thread>
 
+#include "moend/base/caught.h"
 #include "moend/engine/engine_impl.h"
 
 namespace moend {
@@ -15,14 +16,16 @@ Expected<std::shared_ptr<Engine>> Engine::Create(std::shared_ptr<const Model> mo
                                                  const EngineOptions& options) {
   int threads = options.n_threads;
   if (threads <= 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  auto impl = std::make_unique<Impl>();
-  impl->model = model;
-  MOEND_ASSIGN(impl->compute, Compute::Create(model, threads, options.block_tokens));
-  const HyperParams& hp = model->hparams();
-  impl->prefill =
-      std::make_unique<PrefillHook>(hp, impl->compute->n_threads(), impl->compute->block_tokens());
-  MOEND_ASSIGN(impl->decode, DecodeHook::Create(hp, impl->compute->n_threads()));
-  return std::shared_ptr<Engine>(new Engine(std::move(impl)));
+  return Caught("making an engine", [&]() -> Expected<std::shared_ptr<Engine>> {
+    auto impl = std::make_unique<Impl>();
+    impl->model = model;
+    MOEND_ASSIGN(impl->compute, Compute::Create(model, threads, options.block_tokens));
+    const HyperParams& hp = model->hparams();
+    MOEND_ASSIGN(impl->prefill,
+                 PrefillHook::Create(hp, impl->compute->n_threads(), impl->compute->block_tokens()));
+    MOEND_ASSIGN(impl->decode, DecodeHook::Create(hp, impl->compute->n_threads()));
+    return std::shared_ptr<Engine>(new Engine(std::move(impl)));
+  });
 }
 
 const Model& Engine::model() const {
@@ -41,12 +44,12 @@ Expected<void> Engine::Logits(std::span<const float> hidden, std::span<float> lo
                 "{} numbers are no rows of {} hidden states with {} logits each in {} numbers", hidden.size(),
                 hp.n_embd, hp.n_vocab, logits.size());
   const std::lock_guard lock(impl_->busy);
-  return impl_->compute->Head(hidden.data(), n, logits.data());
+  return Caught("computing logits", [&] { return impl_->compute->Head(hidden.data(), n, logits.data()); });
 }
 
 Expected<void> Engine::ParallelFor(int64_t n, const std::function<void(int64_t, int)>& fn) {
   const std::lock_guard lock(impl_->busy);
-  return impl_->compute->ParallelFor(n, fn);
+  return Caught({}, [&] { return impl_->compute->ParallelFor(n, fn); });
 }
 
 Expected<void> AppendFloats(std::vector<float>& to, const float* from, int64_t n) {
@@ -71,11 +74,14 @@ Expected<std::span<const std::shared_ptr<const KeyRotations>>> Engine::Impl::Rot
   const auto of_layer = std::span(rotations).subspan(static_cast<std::size_t>(layer) * n, n);
   if (!of_layer[0]) {
     const std::vector<float> balance = model->KeyBalance(layer);
+    // All of them or none: the first one stands for the layer.
+    std::vector<std::shared_ptr<const KeyRotations>> made(n);
     for (std::size_t h = 0; h < n; ++h) {
       const auto first = balance.begin() + static_cast<std::ptrdiff_t>(h) * hp.head_size;
-      MOEND_ASSIGN(of_layer[h],
+      MOEND_ASSIGN(made[h],
                    KeyRotations::Create({1, hp.head_size}, std::vector<float>(first, first + hp.head_size)));
     }
+    std::move(made.begin(), made.end(), of_layer.begin());
   }
   return of_layer;
 }
@@ -102,7 +108,9 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
   const HyperParams& hp = model->hparams();
   const auto n = static_cast<int64_t>(tokens.size());
   const int64_t block = compute->block_tokens();
-  MOEND_ASSIGN(auto hidden, Buffer<float>::Create(nullptr, n * hp.n_embd));
+  MOEND_ASSIGN(auto hidden, Buffer<float>::Create(hooks.ledger, n * hp.n_embd));
+  const std::unique_ptr<PrefillHook, void (*)(PrefillHook*)> sums(prefill.get(),
+                                                                  [](PrefillHook* p) { p->DropSums(); });
   MOEND_TRY(compute->Embed(tokens, hidden.data()));
   std::optional<Repetition> repetition;
   int64_t blocks = 0;
@@ -117,9 +125,9 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
     LayerScratch* scratch = nullptr;
     MOEND_TRY(hooks.begin(l, &past, &scratch));
     if (l == 0 && scratch->needed(0)) {
-      MOEND_ASSIGN(repetition, Repetition::Create(*compute, nullptr, tokens));
+      MOEND_ASSIGN(repetition, Repetition::Create(*compute, hooks.ledger, tokens));
     }
-    prefill->Begin(past, scratch);
+    MOEND_TRY(prefill->Begin(past, scratch));
     for (int64_t done = 0; done < n; done += block) {
       const int64_t m = std::min(block, n - done);
       MOEND_TRY(compute->Layer(l, hidden.data() + done * hp.n_embd, m, first + done,

@@ -69,7 +69,8 @@ class Engine {
   // hidden f32 [n][n_embd], logits f32 [n][n_vocab]. Far cheaper than row by row, since the output matrix is
   // read once.
   Expected<void> Logits(std::span<const float> hidden, std::span<float> logits);
-  // Calls fn(i, thread) for 0 <= i < n on the engine's threads, in any order; fn must not throw.
+  // Calls fn(i, thread) for 0 <= i < n on the engine's threads, in any order. fn may throw: then some are not
+  // called, and the first exception is returned as an error.
   Expected<void> ParallelFor(int64_t n, const std::function<void(int64_t, int)>& fn);
 
   struct Impl;
@@ -91,7 +92,8 @@ class Session {
 
   // Reads tokens, layer by layer: all of them through layer 0, whose K/V are then scored, evicted and packed,
   // then layer 1, and so on. May be called again (a further turn). Afterwards logits() are those of the last
-  // token. kTooLong when the context would overflow. After an error the session must not be used further.
+  // token. kTooLong when the context would overflow; the session is as it was then. After any other error it
+  // cannot be used further, and says so.
   // While `progress` runs, the engine is free: other sessions may decode in it (DecodeBatch), none may
   // prefill. `hidden`, if not null, gets every token's hidden state appended, f32 [tokens][n_embd], for
   // Engine::Logits.
@@ -104,9 +106,12 @@ class Session {
   // The same for several sessions of one engine in one step (continuous batching). Sessions are distinct.
   // With `hidden` the step ends before the logits: the hidden states are appended to it, f32
   // [sessions][n_embd], for Engine::Logits, and the sessions have no logits until a step without it.
+  // After an error those that it concerned cannot be used further, and say so; usable() tells which.
   static Expected<void> DecodeBatch(std::span<Session* const> sessions, std::span<const int32_t> tokens,
                                     std::vector<float>* hidden = nullptr);
 
+  // False once something failed half way: all that remains is to destroy it.
+  bool usable() const;
   std::span<const float> logits() const;  // [n_vocab], of the newest token
   const std::vector<int32_t>& tokens() const;
   int64_t n_ctx() const;

@@ -48,6 +48,8 @@ struct Engine::Impl {
     std::function<Expected<void>(int64_t layer, std::span<const LayerCache>* past, LayerScratch** scratch)>
         begin;
     std::function<Expected<void>(int64_t layer, LayerScratch& scratch)> end;
+    std::shared_ptr<Ledger> ledger =
+        {};                       // counts hidden states and the repetition; null: they are not counted
     double* copy_loss = nullptr;  // gets Repetition::CopyLoss(), if there is a repetition
     AttentionHook* listener =
         nullptr;  // stands before `prefill`, to which it hands everything on; may be null
@@ -70,6 +72,9 @@ struct Session::Impl {
   int64_t prompt_tokens = 0;   // the first ones, which were read together and scored as a prompt
   QueryRing ring;              // memory only while an eviction is near
   int64_t since_eviction = 0;  // tokens generated (or read in a further turn) since the last eviction
+  // Set while something changes the session and left set when that fails: caches and tokens may then
+  // disagree.
+  bool failed = false;
 
   Engine::Impl& machine() { return engine->impl(); }
   std::span<LayerCache> heads(int64_t layer) {
@@ -91,6 +96,9 @@ struct Session::Impl {
   }
   // Tokens of queries that a scorer sees when it evicts while generating.
   int64_t observed_window() const;
+  Expected<void> CheckUsable() const;
+  // Session::Prefill
+  Expected<void> Read(std::span<const int32_t> tokens, const Progress& progress, std::vector<float>* hidden);
   Expected<void> PrepareStep(DecodeContext* context);
   Expected<void> FinishStep();
   Expected<void> EvictAll();

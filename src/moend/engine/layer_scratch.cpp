@@ -18,30 +18,55 @@ void AddMoment(const float* q, int64_t d, float* moment) {
     for (int64_t j = 0; j < d; ++j) moment[i * d + j] += q[i] * q[j];
 }
 
+// What the buffers of a scratch hold, in elements.
+struct Sizes {
+  Sizes(const KvShape& shape, int64_t n_heads, int64_t capacity, int64_t score, const ScorerNeeds& needs)
+      : score_tokens(std::min(score, capacity)),
+        n_observed(std::min(needs.observed_queries, score_tokens)),
+        most_referred(needs.repetition ? needs.reference_tokens : 0),
+        kv(shape.n_kv_heads * Pages(capacity) * kPageTokens * shape.head_size),
+        observed(n_observed * n_heads * shape.head_size),
+        accumulated(needs.accumulated ? shape.n_kv_heads * score_tokens : 0),
+        needed(needs.repetition ? shape.n_kv_heads * score_tokens : 0),
+        reference(most_referred * n_heads * shape.head_size),
+        moment(score_tokens > 0 ? shape.n_kv_heads * shape.head_size * shape.head_size : 0) {}
+  int64_t score_tokens, n_observed, most_referred;
+  int64_t kv;  // of k and of v, 16 bit; the others are f32
+  int64_t observed, accumulated, needed, reference, moment;
+};
+
 }  // namespace
+
+int64_t LayerScratch::Bytes(const KvShape& shape, int64_t n_heads, int64_t capacity, int64_t score_tokens,
+                            const ScorerNeeds& needs) {
+  const Sizes size(shape, n_heads, capacity, score_tokens, needs);
+  int64_t bytes = 2 * RoundUp(size.kv * static_cast<int64_t>(sizeof(uint16_t)), kCacheLine);
+  for (const int64_t n :
+       {size.observed, size.accumulated, size.needed, size.reference, size.most_referred, size.moment})
+    bytes += RoundUp(n * static_cast<int64_t>(sizeof(float)), kCacheLine);
+  return bytes;
+}
 
 Expected<LayerScratch> LayerScratch::Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
                                             int64_t n_heads, int64_t capacity, int64_t score_tokens,
                                             const ScorerNeeds& needs) {
   LayerScratch s;
+  s.ledger_ = ledger;
   s.shape_ = shape;
   s.n_heads_ = n_heads;
   s.capacity_ = capacity;
-  s.score_tokens_ = std::min(score_tokens, capacity);
-  s.n_observed_ = std::min(needs.observed_queries, s.score_tokens_);
-  const int64_t elements = shape.n_kv_heads * Pages(capacity) * kPageTokens * shape.head_size;
-  MOEND_ASSIGN(s.k_, Buffer<uint16_t>::Create(ledger, elements));
-  MOEND_ASSIGN(s.v_, Buffer<uint16_t>::Create(ledger, elements));
-  MOEND_ASSIGN(s.observed_, Buffer<float>::Create(ledger, s.n_observed_ * n_heads * shape.head_size));
-  MOEND_ASSIGN(s.accumulated_,
-               Buffer<float>::Create(ledger, needs.accumulated ? shape.n_kv_heads * s.score_tokens_ : 0));
-  MOEND_ASSIGN(s.needed_,
-               Buffer<float>::Create(ledger, needs.repetition ? shape.n_kv_heads * s.score_tokens_ : 0));
-  s.most_referred_ = needs.repetition ? needs.reference_tokens : 0;
-  MOEND_ASSIGN(s.reference_, Buffer<float>::Create(ledger, s.most_referred_ * n_heads * shape.head_size));
-  MOEND_ASSIGN(s.reference_weight_, Buffer<float>::Create(ledger, s.most_referred_));
-  const int64_t moments = s.score_tokens_ > 0 ? shape.n_kv_heads * shape.head_size * shape.head_size : 0;
-  MOEND_ASSIGN(s.moment_, Buffer<float>::Create(ledger, moments));
+  const Sizes size(shape, n_heads, capacity, score_tokens, needs);
+  s.score_tokens_ = size.score_tokens;
+  s.n_observed_ = size.n_observed;
+  s.most_referred_ = size.most_referred;
+  MOEND_ASSIGN(s.k_, Buffer<uint16_t>::Create(ledger, size.kv));
+  MOEND_ASSIGN(s.v_, Buffer<uint16_t>::Create(ledger, size.kv));
+  MOEND_ASSIGN(s.observed_, Buffer<float>::Create(ledger, size.observed));
+  MOEND_ASSIGN(s.accumulated_, Buffer<float>::Create(ledger, size.accumulated));
+  MOEND_ASSIGN(s.needed_, Buffer<float>::Create(ledger, size.needed));
+  MOEND_ASSIGN(s.reference_, Buffer<float>::Create(ledger, size.reference));
+  MOEND_ASSIGN(s.reference_weight_, Buffer<float>::Create(ledger, size.most_referred));
+  MOEND_ASSIGN(s.moment_, Buffer<float>::Create(ledger, size.moment));
   s.Clear();
   return s;
 }

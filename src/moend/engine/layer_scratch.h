@@ -22,6 +22,10 @@ class LayerScratch {
   static Expected<LayerScratch> Create(std::shared_ptr<Ledger> ledger, const KvShape& shape, int64_t n_heads,
                                        int64_t capacity, int64_t score_tokens, const ScorerNeeds& needs);
 
+  // What Create() takes.
+  static int64_t Bytes(const KvShape& shape, int64_t n_heads, int64_t capacity, int64_t score_tokens,
+                       const ScorerNeeds& needs);
+
   // Forgets all tokens, keeps the memory.
   void Clear();
   // Forgets the tokens from n on.
@@ -34,6 +38,7 @@ class LayerScratch {
   int64_t n_tokens() const { return n_tokens_; }
   int64_t score_tokens() const { return score_tokens_; }
   const KvShape& shape() const { return shape_; }
+  const std::shared_ptr<Ledger>& ledger() const { return ledger_; }
   // The first `n` tokens of KV head `head`.
   DenseView view(int64_t head, int64_t n) const;
   // Scaled queries of the newest observed tokens among the first score_tokens, rows as in QueryRows.
@@ -72,6 +77,7 @@ class LayerScratch {
   KvShape shape_;
   int64_t n_heads_ = 0, capacity_ = 0, score_tokens_ = 0, n_tokens_ = 0, n_observed_ = 0;
   int64_t most_referred_ = 0, n_referred_ = 0;
+  std::shared_ptr<Ledger> ledger_;
   Buffer<uint16_t> k_, v_;     // [n_kv_heads][pages * head_size * 64], [n_kv_heads][pages * 64][head_size]
   Buffer<float> observed_;     // [n_kv_heads][n_observed * group][head_size]
   Buffer<float> accumulated_;  // [n_kv_heads][score_tokens]

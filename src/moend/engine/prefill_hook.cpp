@@ -12,42 +12,58 @@ constexpr int64_t kItemTokens = 32;
 
 }  // namespace
 
-PrefillHook::PrefillHook(const HyperParams& hp, int n_threads, int64_t block_tokens)
+PrefillHook::PrefillHook(const HyperParams& hp)
     : shape_{hp.n_kv_heads, hp.head_size},
       n_heads_(hp.n_heads),
       group_(hp.n_heads / hp.n_kv_heads),
-      scale_(hp.softmax_scale),
-      out_(static_cast<std::size_t>(block_tokens * hp.n_heads * hp.head_size)),
-      workers_(static_cast<std::size_t>(n_threads)) {
-  const int64_t rows = kItemTokens * group_;
-  for (Worker& w : workers_) {
-    w.q.resize(static_cast<std::size_t>(rows * shape_.head_size));
-    w.state.resize(static_cast<std::size_t>(rows * (shape_.head_size + 2)));
-    // A refused allocation shows as an empty workspace; Begin's caller cannot go on without memory anyway.
-    auto ws = Buffer<float>::Create(nullptr, WorkspaceFloats(shape_.head_size, rows));
-    if (ws) w.workspace = std::move(*ws);
+      scale_(hp.softmax_scale) {}
+
+Expected<std::unique_ptr<PrefillHook>> PrefillHook::Create(const HyperParams& hp, int n_threads,
+                                                           int64_t block_tokens) {
+  std::unique_ptr<PrefillHook> hook(new PrefillHook(hp));
+  hook->out_.resize(static_cast<std::size_t>(block_tokens * hp.n_heads * hp.head_size));
+  hook->workers_.resize(static_cast<std::size_t>(n_threads));
+  const int64_t rows = kItemTokens * hook->group_;
+  for (Worker& w : hook->workers_) {
+    w.q.resize(static_cast<std::size_t>(rows * hp.head_size));
+    w.state.resize(static_cast<std::size_t>(rows * (hp.head_size + 2)));
+    w.weight.resize(static_cast<std::size_t>(rows));
+    MOEND_ASSIGN(w.workspace, Buffer<float>::Create(nullptr, WorkspaceFloats(hp.head_size, rows)));
   }
+  return hook;
 }
 
-void PrefillHook::Begin(std::span<const LayerCache> past, LayerScratch* scratch) {
+Expected<void> PrefillHook::Begin(std::span<const LayerCache> past, LayerScratch* scratch) {
   past_ = past;
   if (!past.empty() && past[0].tokens_seen() == 0) past_ = {};
   scratch_ = scratch;
   context_ = nullptr;
-  const bool accumulate = scratch->accumulated(0) != nullptr;
-  for (Worker& w : workers_)
-    w.accumulated.assign(
-        accumulate ? static_cast<std::size_t>(shape_.n_kv_heads * scratch->score_tokens()) : 0, 0.0f);
+  DropSums();
+  if (!scratch->accumulated(0)) return {};
+  const int64_t sums = shape_.n_kv_heads * scratch->score_tokens();
+  for (Worker& w : workers_) {
+    MOEND_ASSIGN(w.accumulated, Buffer<float>::Create(scratch->ledger(), sums));
+    std::fill_n(w.accumulated.data(), sums, 0.0f);
+  }
+  return {};
 }
 
-void PrefillHook::BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index,
-                                  std::span<const float> weights) {
-  Begin({}, part);
+Expected<void> PrefillHook::BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index,
+                                            std::span<const float> weights) {
+  MOEND_TRY(Begin({}, part));
+  const int64_t n = shape_.n_kv_heads * context->n_tokens();
+  for (Worker& w : workers_) {
+    MOEND_ASSIGN(w.squares, Buffer<float>::Create(context->ledger(), n));
+    std::fill_n(w.squares.data(), n, 0.0f);
+  }
   context_ = context;
   index_ = index;
   weights_ = weights;
-  const auto n = static_cast<std::size_t>(shape_.n_kv_heads * context->n_tokens());
-  for (Worker& w : workers_) w.squares.assign(n, 0.0f);
+  return {};
+}
+
+void PrefillHook::DropSums() {
+  for (Worker& w : workers_) w.accumulated = {}, w.squares = {};
 }
 
 void PrefillHook::EndRepetition() {
@@ -55,8 +71,9 @@ void PrefillHook::EndRepetition() {
   for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
     float* needed = context_->needed(h);
     for (const Worker& w : workers_)
-      for (int64_t t = 0; t < n; ++t) needed[t] += w.squares[static_cast<std::size_t>(h * n + t)];
+      for (int64_t t = 0; t < n; ++t) needed[t] += w.squares[h * n + t];
   }
+  DropSums();
 }
 
 void PrefillHook::EndAccumulation() {
@@ -65,8 +82,9 @@ void PrefillHook::EndAccumulation() {
     if (!sums) return;
     const int64_t n = scratch_->score_tokens();
     for (const Worker& w : workers_)
-      for (int64_t t = 0; t < n; ++t) sums[t] += w.accumulated[static_cast<std::size_t>(h * n + t)];
+      for (int64_t t = 0; t < n; ++t) sums[t] += w.accumulated[h * n + t];
   }
+  DropSums();
 }
 
 void PrefillHook::Store(int64_t, const float* q, const float* k, const float* v, int64_t n) {
@@ -106,7 +124,7 @@ void PrefillHook::Attend(int64_t, const float* q, int64_t n, int thread, int) {
     const int64_t first = first_ + begin;
     const DenseView kv = scratch_->view(head, first + tokens);
     simd::AttendCausal(kv, first, query, state, w.workspace.data());
-    if (!w.accumulated.empty()) Accumulate(w, head, first, query, state.max, state.sum);
+    if (w.accumulated.size() > 0) Accumulate(w, head, first, query, state.max, state.sum);
     if (context_) AddSquares(w, head, index_ + first, all_see, state.max, state.sum);
     simd::Finish(state, rows, d);
     for (int64_t i = 0; i < tokens; ++i)
@@ -128,7 +146,6 @@ void PrefillHook::Accumulate(Worker& w, int64_t head, int64_t first, const Query
 void PrefillHook::AddSquares(Worker& w, int64_t head, int64_t token, const QueryRows& all_see,
                              const float* max, const float* sum) {
   const int64_t n = context_->n_tokens();
-  w.weight.resize(static_cast<std::size_t>(all_see.rows));
   for (int64_t r = 0; r < all_see.rows; ++r)
     w.weight[static_cast<std::size_t>(r)] = weights_[static_cast<std::size_t>(token + r / group_)];
   simd::ColumnSquaresCausal(context_->view(head, n), n - 1, 0, n, all_see, max, sum, w.weight.data(),

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -16,19 +17,26 @@ namespace moend {
 
 class PrefillHook : public AttentionHook {
  public:
-  PrefillHook(const HyperParams& hp, int n_threads, int64_t block_tokens);
+  static Expected<std::unique_ptr<PrefillHook>> Create(const HyperParams& hp, int n_threads,
+                                                       int64_t block_tokens);
 
   // The layer whose blocks come next. `past`: what each KV head remembers from earlier, or nothing; both must
-  // outlive the blocks.
-  void Begin(std::span<const LayerCache> past, LayerScratch* scratch);
+  // outlive the blocks. What the threads sum up for a scorer that accumulates is counted in the scratch's
+  // ledger.
+  Expected<void> Begin(std::span<const LayerCache> past, LayerScratch* scratch);
   // The same for a part of a repetition, which sees all of `context`. `index`: of the part's first token
-  // among those of the repetition; `weights`: 1 / |x|^2 of all of these, x being what enters the layer.
-  void BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index,
-                       std::span<const float> weights);
-  // Adds to context->needed() what the part's queries gave, but for the values; once it is through.
+  // among those of the repetition; `weights`: 1 / |x|^2 of all of these, x being what enters the layer. What
+  // the threads sum up is counted in the context's ledger.
+  Expected<void> BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index,
+                                 std::span<const float> weights);
+  // Adds to context->needed() what the part's queries gave, but for the values, once it is through; and gives
+  // the threads' sums back.
   void EndRepetition();
-  // Adds the attention that tokens received in the layer's blocks to scratch->accumulated().
+  // Adds the attention that tokens received in the layer's blocks to scratch->accumulated(), and gives the
+  // threads' sums back.
   void EndAccumulation();
+  // Gives back what Begin() or BeginRepetition() took; for a prompt that ended early.
+  void DropSums();
 
   void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override;
   void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
@@ -38,10 +46,11 @@ class PrefillHook : public AttentionHook {
   struct Worker {
     std::vector<float> q, state;  // [rows][head_size], [rows] x 2
     Buffer<float> workspace;
-    std::vector<float> accumulated;  // [n_kv_heads][score_tokens]
-    std::vector<float> squares;      // [n_kv_heads][context tokens]
-    std::vector<float> weight;       // [rows]
+    Buffer<float> accumulated;  // [n_kv_heads][score_tokens]; none unless the scorer accumulates
+    Buffer<float> squares;      // [n_kv_heads][context tokens]; none but in a repetition
+    std::vector<float> weight;  // [rows]
   };
+  explicit PrefillHook(const HyperParams& hp);
   void Accumulate(Worker& w, int64_t head, int64_t first, const QueryRows& q, const float* max,
                   const float* sum);
 

@@ -71,6 +71,18 @@ Expected<std::vector<int32_t>> AskForPart(const Model& model, std::span<const in
   return tokens;
 }
 
+int64_t Repetition::MostBytes(const HyperParams& hp, int n_threads, int64_t n) {
+  // No token is shorter than a byte, but for a space that a tokenizer may put in front of a text.
+  constexpr int64_t kAsk =
+      std::max(std::ssize(kAskForAll) + 1, std::ssize(kAskForPart) + kCue + std::ssize(kAskEnd) + 2);
+  constexpr int64_t kFloat = sizeof(float);
+  const int64_t parts = (n + kRepeatedTokens - 1) / kRepeatedTokens;
+  return RoundUp((n + parts * kAsk) * hp.n_embd * kFloat, kCacheLine) +
+         LayerScratch::Bytes({hp.n_kv_heads, hp.head_size}, hp.n_heads, std::min(n, kRepeatedTokens) + kAsk,
+                             0, ScorerNeeds()) +
+         n_threads * RoundUp(hp.n_kv_heads * n * kFloat, kCacheLine);
+}
+
 Expected<Repetition> Repetition::Create(Compute& compute, std::shared_ptr<Ledger> ledger,
                                         std::span<const int32_t> context) {
   const HyperParams& hp = compute.model().hparams();
@@ -102,7 +114,7 @@ Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, std::span
   const float before = Median(weights_);
   for (const Part& part : parts_) {
     scratch_.Clear();
-    hook.BeginRepetition(&context, &scratch_, part.begin, weights_);
+    MOEND_TRY(hook.BeginRepetition(&context, &scratch_, part.begin, weights_));
     for (int64_t done = 0; done < part.tokens; done += compute_->block_tokens()) {
       const int64_t m = std::min(compute_->block_tokens(), part.tokens - done);
       MOEND_TRY(

@@ -34,6 +34,9 @@ class Repetition {
   static Expected<Repetition> Create(Compute& compute, std::shared_ptr<Ledger> ledger,
                                      std::span<const int32_t> context);
 
+  // The most that Create() takes for a context of n tokens, and the sums of a hook of `n_threads` threads.
+  static int64_t MostBytes(const HyperParams& hp, int n_threads, int64_t n);
+
   // All parts through a layer whose scratch holds the whole context: context.needed() and reference() come of
   // it, and the hidden states move on. grams: [n_kv_heads][head_size][head_size], the mean W_O' W_O of the
   // query heads of a KV head. Returning false from `go_on` stops (kCancelled).

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "moend/base/caught.h"
 #include "moend/engine/capture.h"
 #include "moend/engine/compress.h"
 #include "moend/engine/engine.h"
@@ -32,44 +33,61 @@ Session::~Session() = default;
 
 Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& plan,
                                   const SessionOptions& options) {
-  MOEND_TRY(CheckPlan(plan, *engine));
-  auto impl = std::make_unique<Impl>();
-  const HyperParams& hp = engine->model().hparams();
-  if (options.n_ctx < 0 || options.n_ctx > kMostContextTokens)
-    return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; 0 to {} are",
-                options.n_ctx, kMostContextTokens);
-  impl->n_ctx = options.n_ctx ? options.n_ctx : hp.n_ctx_train;
-  MOEND_ASSIGN(impl->scorer, MakeScorer(options.scorer.empty() ? plan.scorer : options.scorer));
-  if (const int64_t made_for = impl->scorer->layers(); made_for > 0 && made_for != hp.n_layers)
-    return Fail(ErrorCode::kMismatch, "the plan names a scorer for each of {} layers; the model has {}",
-                made_for, hp.n_layers);
-  if (impl->scorer->needs().query_stats && Evicts(plan)) {
-    MOEND_ASSIGN(impl->queries, MakeQueryModel(engine->model(), plan.queries));
-  }
-  impl->ledger = options.ledger ? options.ledger : std::make_shared<Ledger>();
-  impl->plan = plan;
-  impl->engine = std::move(engine);
-  for (int64_t l = 0; l < hp.n_layers; ++l) {
-    MOEND_ASSIGN(const auto rotations, impl->machine().Rotations(l));
-    const std::vector<Expert> experts = impl->experts(l);
-    for (std::size_t h = 0; h < experts.size(); ++h) {
-      const bool keep_scores = impl->scorer->of_layer(l).needs().accumulated && experts[h].keep < 1;
-      MOEND_ASSIGN(auto cache, LayerCache::Create(impl->ledger, {1, hp.head_size}, experts[h], plan.guard,
-                                                  keep_scores, rotations[h]));
-      impl->caches.push_back(std::move(cache));
+  return Caught("making a context", [&]() -> Expected<Session> {
+    MOEND_TRY(CheckPlan(plan, *engine));
+    auto impl = std::make_unique<Impl>();
+    const HyperParams& hp = engine->model().hparams();
+    if (options.n_ctx < 0 || options.n_ctx > kMostContextTokens)
+      return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; 0 to {} are",
+                  options.n_ctx, kMostContextTokens);
+    impl->n_ctx = options.n_ctx ? options.n_ctx : hp.n_ctx_train;
+    MOEND_ASSIGN(impl->scorer, MakeScorer(options.scorer.empty() ? plan.scorer : options.scorer));
+    if (const int64_t made_for = impl->scorer->layers(); made_for > 0 && made_for != hp.n_layers)
+      return Fail(ErrorCode::kMismatch, "the plan names a scorer for each of {} layers; the model has {}",
+                  made_for, hp.n_layers);
+    if (impl->scorer->needs().query_stats && Evicts(plan)) {
+      MOEND_ASSIGN(impl->queries, MakeQueryModel(engine->model(), plan.queries));
     }
-  }
-  return Session(std::move(impl));
+    impl->ledger = options.ledger ? options.ledger : std::make_shared<Ledger>();
+    impl->plan = plan;
+    impl->engine = std::move(engine);
+    for (int64_t l = 0; l < hp.n_layers; ++l) {
+      MOEND_ASSIGN(const auto rotations, impl->machine().Rotations(l));
+      const std::vector<Expert> experts = impl->experts(l);
+      for (std::size_t h = 0; h < experts.size(); ++h) {
+        const bool keep_scores = impl->scorer->of_layer(l).needs().accumulated && experts[h].keep < 1;
+        MOEND_ASSIGN(auto cache, LayerCache::Create(impl->ledger, {1, hp.head_size}, experts[h], plan.guard,
+                                                    keep_scores, rotations[h]));
+        impl->caches.push_back(std::move(cache));
+      }
+    }
+    return Session(std::move(impl));
+  });
+}
+
+Expected<void> Session::Impl::CheckUsable() const {
+  if (!failed) return {};
+  return Fail(ErrorCode::kInternal,
+              "something failed half way in this context before; it cannot be used further");
 }
 
 Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress& progress,
                                 std::vector<float>* hidden) {
-  Impl& s = *impl_;
+  return Caught("reading a prompt",
+                [&]() -> Expected<void> { return impl_->Read(tokens, progress, hidden); });
+}
+
+Expected<void> Session::Impl::Read(std::span<const int32_t> tokens, const Progress& progress,
+                                   std::vector<float>* hidden) {
+  Impl& s = *this;
+  MOEND_TRY(CheckUsable());
   const auto n = static_cast<int64_t>(tokens.size()), first = static_cast<int64_t>(s.tokens.size());
   if (n == 0) return Fail(ErrorCode::kInvalidArgument, "there are no tokens to read");
   if (first + n > s.n_ctx)
     return Fail(ErrorCode::kTooLong, "{} tokens do not fit in a context of {} tokens{}", n, s.n_ctx,
                 first ? fmt::format(" of which {} are taken", first) : "");
+  s.failed = true;
+  s.tokens.reserve(static_cast<std::size_t>(first + n));
   Engine::Impl& machine = s.machine();
   const std::lock_guard reading(machine.reading);
   std::unique_lock busy(machine.busy);
@@ -83,6 +101,7 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
                LayerScratch::Create(s.ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
   const bool evict = !fresh && s.since_eviction + n >= kEvictInterval;
   Engine::Impl::LayerHooks hooks;
+  hooks.ledger = s.ledger;
   hooks.begin = [&](int64_t l, std::span<const LayerCache>* past, LayerScratch** out) -> Expected<void> {
     scratch.Clear();
     *past = s.heads(l);
@@ -117,6 +136,7 @@ Expected<void> Session::Prefill(std::span<const int32_t> tokens, const Progress&
   if (fresh) s.NoteHeads();
   if (fresh) s.prompt_tokens = n;
   if (!fresh) s.since_eviction = evict ? 0 : s.since_eviction + n;
+  s.failed = false;
   return {};
 }
 
@@ -185,45 +205,69 @@ Expected<void> Session::Decode(int32_t token) {
   return DecodeBatch({&self, 1}, {&token, 1});
 }
 
+namespace {
+
+// Room for more, growing as push_back does.
+template <class T>
+void ReserveMore(std::vector<T>& v, std::size_t more) {
+  if (v.capacity() - v.size() < more) v.reserve(std::max({std::size_t{64}, 2 * v.size(), v.size() + more}));
+}
+
+}  // namespace
+
 Expected<void> Session::DecodeBatch(std::span<Session* const> sessions, std::span<const int32_t> tokens,
                                     std::vector<float>* hidden) {
   if (sessions.empty() || sessions.size() != tokens.size())
     return Fail(ErrorCode::kInvalidArgument, "{} tokens for {} sessions", tokens.size(), sessions.size());
-  Engine::Impl& machine = sessions[0]->impl_->machine();
-  const std::lock_guard lock(machine.busy);
-  std::vector<DecodeContext>& contexts = machine.contexts;
-  std::vector<int32_t>& positions = machine.positions;
-  contexts.assign(sessions.size(), {});
-  positions.resize(sessions.size());
-  for (std::size_t b = 0; b < sessions.size(); ++b) {
-    Impl& s = *sessions[b]->impl_;
-    if (&s.machine() != &machine)
-      return Fail(ErrorCode::kInvalidArgument, "sessions of different engines in one step");
-    if (s.tokens.empty())
-      return Fail(ErrorCode::kInvalidArgument, "a session must read a prompt before it decodes");
-    if (static_cast<int64_t>(s.tokens.size()) >= s.n_ctx)
-      return Fail(ErrorCode::kTooLong, "the context of {} tokens is full", s.n_ctx);
-    MOEND_TRY(s.PrepareStep(&contexts[b]));
-    positions[b] = static_cast<int32_t>(s.tokens.size());
-  }
-  machine.decode->Begin(contexts);
-  MOEND_ASSIGN(const float* rows, hidden ? machine.compute->StepHidden(tokens, positions, *machine.decode)
-                                         : machine.compute->Step(tokens, positions, *machine.decode));
-  MOEND_TRY(machine.decode->TakeStatus());
-  const HyperParams& hp = machine.model->hparams();
-  if (hidden) MOEND_TRY(AppendFloats(*hidden, rows, std::ssize(tokens) * hp.n_embd));
-  for (std::size_t b = 0; b < sessions.size(); ++b) {
-    Impl& s = *sessions[b]->impl_;
-    s.logits.clear();
-    if (!hidden)
-      s.logits.assign(rows + static_cast<int64_t>(b) * hp.n_vocab,
-                      rows + static_cast<int64_t>(b + 1) * hp.n_vocab);
-    s.tokens.push_back(tokens[b]);
-    MOEND_TRY(s.FinishStep());
-  }
-  return {};
+  return Caught("generating", [&]() -> Expected<void> {
+    Engine::Impl& machine = sessions[0]->impl_->machine();
+    const std::lock_guard lock(machine.busy);
+    const HyperParams& hp = machine.model->hparams();
+    std::vector<DecodeContext>& contexts = machine.contexts;
+    std::vector<int32_t>& positions = machine.positions;
+    contexts.assign(sessions.size(), {});
+    positions.resize(sessions.size());
+    // Whatever the step's end needs is there before it, so that only an eviction can fail then.
+    if (hidden) ReserveMore(*hidden, sessions.size() * static_cast<std::size_t>(hp.n_embd));
+    for (std::size_t b = 0; b < sessions.size(); ++b) {
+      Impl& s = *sessions[b]->impl_;
+      MOEND_TRY(s.CheckUsable());
+      if (&s.machine() != &machine)
+        return Fail(ErrorCode::kInvalidArgument, "sessions of different engines in one step");
+      if (s.tokens.empty())
+        return Fail(ErrorCode::kInvalidArgument, "a session must read a prompt before it decodes");
+      if (static_cast<int64_t>(s.tokens.size()) >= s.n_ctx)
+        return Fail(ErrorCode::kTooLong, "the context of {} tokens is full", s.n_ctx);
+      ReserveMore(s.tokens, 1);
+      if (!hidden) s.logits.reserve(static_cast<std::size_t>(hp.n_vocab));
+      MOEND_TRY(s.PrepareStep(&contexts[b]));
+      positions[b] = static_cast<int32_t>(s.tokens.size());
+    }
+    machine.decode->Begin(contexts);
+    for (Session* session : sessions)
+      session->impl_->failed = true;  // their caches are ahead of their tokens
+    MOEND_ASSIGN(const float* rows, hidden ? machine.compute->StepHidden(tokens, positions, *machine.decode)
+                                           : machine.compute->Step(tokens, positions, *machine.decode));
+    if (hidden) MOEND_TRY(AppendFloats(*hidden, rows, std::ssize(tokens) * hp.n_embd));
+    Expected<void> result;
+    for (std::size_t b = 0; b < sessions.size(); ++b) {
+      Impl& s = *sessions[b]->impl_;
+      s.logits.clear();
+      if (!hidden)
+        s.logits.assign(rows + static_cast<int64_t>(b) * hp.n_vocab,
+                        rows + static_cast<int64_t>(b + 1) * hp.n_vocab);
+      s.tokens.push_back(tokens[b]);
+      auto finished = Caught("evicting tokens", [&] { return s.FinishStep(); });
+      s.failed = !finished;
+      if (!finished && result) result = std::move(finished);
+    }
+    return result;
+  });
 }
 
+bool Session::usable() const {
+  return !impl_->failed;
+}
 std::span<const float> Session::logits() const {
   return impl_->logits;
 }
@@ -238,28 +282,31 @@ const Plan& Session::plan() const {
 }
 
 Expected<Session> Session::Fork() const {
-  auto copy = std::make_unique<Impl>();
-  copy->engine = impl_->engine;
-  copy->ledger = impl_->ledger;
-  copy->scorer = impl_->scorer;
-  copy->queries = impl_->queries;
-  copy->plan = impl_->plan;
-  copy->n_ctx = impl_->n_ctx;
-  copy->prompt_tokens = impl_->prompt_tokens;
-  copy->tokens = impl_->tokens;
-  copy->logits = impl_->logits;
-  copy->since_eviction = impl_->since_eviction;
-  for (const LayerCache& cache : impl_->caches) {
-    MOEND_ASSIGN(auto forked, cache.Fork());
-    copy->caches.push_back(std::move(forked));
-  }
-  if (impl_->ring.queries.size()) {
-    MOEND_ASSIGN(copy->ring.queries, Buffer<float>::Create(copy->ledger, impl_->ring.queries.size()));
-    std::copy_n(impl_->ring.queries.data(), impl_->ring.queries.size(), copy->ring.queries.data());
-    copy->ring.window = impl_->ring.window;
-    copy->ring.filled = impl_->ring.filled;
-  }
-  return Session(std::move(copy));
+  MOEND_TRY(impl_->CheckUsable());
+  return Caught("copying a context", [&]() -> Expected<Session> {
+    auto copy = std::make_unique<Impl>();
+    copy->engine = impl_->engine;
+    copy->ledger = impl_->ledger;
+    copy->scorer = impl_->scorer;
+    copy->queries = impl_->queries;
+    copy->plan = impl_->plan;
+    copy->n_ctx = impl_->n_ctx;
+    copy->prompt_tokens = impl_->prompt_tokens;
+    copy->tokens = impl_->tokens;
+    copy->logits = impl_->logits;
+    copy->since_eviction = impl_->since_eviction;
+    for (const LayerCache& cache : impl_->caches) {
+      MOEND_ASSIGN(auto forked, cache.Fork());
+      copy->caches.push_back(std::move(forked));
+    }
+    if (impl_->ring.queries.size()) {
+      MOEND_ASSIGN(copy->ring.queries, Buffer<float>::Create(copy->ledger, impl_->ring.queries.size()));
+      std::copy_n(impl_->ring.queries.data(), impl_->ring.queries.size(), copy->ring.queries.data());
+      copy->ring.window = impl_->ring.window;
+      copy->ring.filled = impl_->ring.filled;
+    }
+    return Session(std::move(copy));
+  });
 }
 
 KvStats Session::stats() const {
@@ -292,51 +339,56 @@ Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<
                                       std::span<const std::string> scorers, const Progress& progress,
                                       std::shared_ptr<Ledger> ledger) {
   if (tokens.empty()) return Fail(ErrorCode::kInvalidArgument, "there are no tokens to read");
-  ScorerNeeds needs;
-  for (const std::string& name : scorers) {
-    MOEND_ASSIGN(auto scorer, MakeScorer(name));
-    needs = Union(needs, scorer->needs());
-  }
-  needs.reference_tokens = LayerScratch::ReferenceTokens(std::ssize(tokens));  // any plan may want to refit
-  Engine::Impl& machine = engine->impl();
-  const std::scoped_lock lock(machine.reading, machine.busy);
-  const HyperParams& hp = machine.model->hparams();
-  KvCapture capture;
-  capture.ledger_ = ledger ? std::move(ledger) : std::make_shared<Ledger>();
-  capture.tokens_.assign(tokens.begin(), tokens.end());
-  const auto n = static_cast<int64_t>(tokens.size());
-  Engine::Impl::LayerHooks hooks;
-  hooks.begin = [&](int64_t, std::span<const LayerCache>*, LayerScratch** out) -> Expected<void> {
-    MOEND_ASSIGN(auto scratch, LayerScratch::Create(capture.ledger_, {hp.n_kv_heads, hp.head_size},
-                                                    hp.n_heads, n, n, needs));
-    capture.layers_.push_back(std::move(scratch));
-    *out = &capture.layers_.back();
-    return {};
-  };
-  hooks.end = [](int64_t, LayerScratch&) -> Expected<void> { return {}; };
-  MOEND_TRY(machine.ReadLayerByLayer(tokens, 0, hooks, capture.logits_, progress));
-  return capture;
+  return Caught("reading a text", [&]() -> Expected<KvCapture> {
+    ScorerNeeds needs;
+    for (const std::string& name : scorers) {
+      MOEND_ASSIGN(auto scorer, MakeScorer(name));
+      needs = Union(needs, scorer->needs());
+    }
+    needs.reference_tokens = LayerScratch::ReferenceTokens(std::ssize(tokens));  // any plan may want to refit
+    Engine::Impl& machine = engine->impl();
+    const std::scoped_lock lock(machine.reading, machine.busy);
+    const HyperParams& hp = machine.model->hparams();
+    KvCapture capture;
+    capture.ledger_ = ledger ? std::move(ledger) : std::make_shared<Ledger>();
+    capture.tokens_.assign(tokens.begin(), tokens.end());
+    const auto n = static_cast<int64_t>(tokens.size());
+    Engine::Impl::LayerHooks hooks;
+    hooks.begin = [&](int64_t, std::span<const LayerCache>*, LayerScratch** out) -> Expected<void> {
+      MOEND_ASSIGN(auto scratch, LayerScratch::Create(capture.ledger_, {hp.n_kv_heads, hp.head_size},
+                                                      hp.n_heads, n, n, needs));
+      capture.layers_.push_back(std::move(scratch));
+      *out = &capture.layers_.back();
+      return {};
+    };
+    hooks.end = [](int64_t, LayerScratch&) -> Expected<void> { return {}; };
+    MOEND_TRY(machine.ReadLayerByLayer(tokens, 0, hooks, capture.logits_, progress));
+    return capture;
+  });
 }
 
 Expected<Session> SessionFromCapture(std::shared_ptr<Engine> engine, const Plan& plan,
                                      const KvCapture& capture, const SessionOptions& options) {
-  MOEND_ASSIGN(auto session, Session::Create(engine, plan, options));
-  Session::Impl& s = session.impl();
-  const auto n = static_cast<int64_t>(capture.tokens().size());
-  if (n > s.n_ctx)
-    return Fail(ErrorCode::kTooLong, "{} tokens do not fit in a context of {} tokens", n, s.n_ctx);
-  const std::lock_guard lock(s.machine().busy);
-  for (int64_t l = 0; l < plan.model.n_layers; ++l) {
-    MOEND_ASSIGN(const auto rotations, s.machine().Rotations(l));
-    MOEND_ASSIGN(auto packed, CompressScratch(*s.machine().compute, s.ledger, capture.layer(l), n,
-                                              s.experts(l), plan.guard, rotations, s.scorer_of(l), nullptr));
-    std::move(packed.begin(), packed.end(), s.heads(l).begin());
-  }
-  s.NoteHeads();
-  s.tokens = capture.tokens();
-  s.prompt_tokens = n;
-  s.logits = capture.logits();
-  return session;
+  return Caught("compressing a text", [&]() -> Expected<Session> {
+    MOEND_ASSIGN(auto session, Session::Create(engine, plan, options));
+    Session::Impl& s = session.impl();
+    const auto n = static_cast<int64_t>(capture.tokens().size());
+    if (n > s.n_ctx)
+      return Fail(ErrorCode::kTooLong, "{} tokens do not fit in a context of {} tokens", n, s.n_ctx);
+    const std::lock_guard lock(s.machine().busy);
+    for (int64_t l = 0; l < plan.model.n_layers; ++l) {
+      MOEND_ASSIGN(const auto rotations, s.machine().Rotations(l));
+      MOEND_ASSIGN(auto packed,
+                   CompressScratch(*s.machine().compute, s.ledger, capture.layer(l), n, s.experts(l),
+                                   plan.guard, rotations, s.scorer_of(l), nullptr));
+      std::move(packed.begin(), packed.end(), s.heads(l).begin());
+    }
+    s.NoteHeads();
+    s.tokens = capture.tokens();
+    s.prompt_tokens = n;
+    s.logits = capture.logits();
+    return session;
+  });
 }
 
 }  // namespace moend

@@ -3,6 +3,7 @@
 #include <bit>
 #include <cstring>
 
+#include "moend/base/caught.h"
 #include "moend/cache/serialize.h"
 #include "moend/engine/compress.h"
 #include "moend/engine/engine_impl.h"
@@ -41,113 +42,124 @@ Expected<int64_t> TakeNumber(std::string_view& left) {
 }  // namespace
 
 Expected<void> RecompressSession(Session& session, const Plan& plan) {
-  Session::Impl& s = session.impl();
-  MOEND_TRY(CheckSameModel(plan.model, s.plan.model, "the plan"));
-  if (plan.layers.size() != s.plan.layers.size() || plan.guard != s.plan.guard ||
-      (!plan.heads.empty() && plan.heads.size() != s.caches.size()))
-    return Fail(ErrorCode::kMismatch,
-                "the plan has {} layers and {} heads or protects other tokens; the session has {}",
-                plan.layers.size(), plan.heads.size(), s.plan.layers.size());
-  if (s.scorer->needs().query_stats && !s.queries && Evicts(plan)) {
-    MOEND_ASSIGN(s.queries, MakeQueryModel(s.engine->model(), plan.queries));
-  }
-  const std::lock_guard lock(s.machine().busy);
-  const int64_t n_heads = s.plan.model.shape.n_kv_heads;
-  for (int64_t i = 0; i < std::ssize(s.caches); ++i) {
-    LayerCache& cache = s.caches[static_cast<std::size_t>(i)];
-    if (const Expert expert = plan.expert(i / n_heads, i % n_heads); expert != cache.expert()) {
-      MOEND_ASSIGN(cache, cache.Repack(expert));
+  return Caught("compressing a context further", [&]() -> Expected<void> {
+    Session::Impl& s = session.impl();
+    MOEND_TRY(s.CheckUsable());
+    MOEND_TRY(CheckSameModel(plan.model, s.plan.model, "the plan"));
+    if (plan.layers.size() != s.plan.layers.size() || plan.guard != s.plan.guard ||
+        (!plan.heads.empty() && plan.heads.size() != s.caches.size()))
+      return Fail(ErrorCode::kMismatch,
+                  "the plan has {} layers and {} heads or protects other tokens; the session has {}",
+                  plan.layers.size(), plan.heads.size(), s.plan.layers.size());
+    if (s.scorer->needs().query_stats && !s.queries && Evicts(plan)) {
+      MOEND_ASSIGN(s.queries, MakeQueryModel(s.engine->model(), plan.queries));
     }
-    // Nobody is asking anything just now: the scorer goes by what it keeps with the cache.
-    MOEND_TRY(EvictExcess(cache, s.scorer->of_layer(i / n_heads), s.prompt_tokens, QueryRows{nullptr, 0, 1},
-                          s.queries_of(i)));
-  }
-  const std::string scorer = s.plan.scorer;
-  s.plan = plan;
-  s.plan.scorer = scorer;
-  s.ring = {};
-  s.since_eviction = 0;
-  return {};
+    const std::lock_guard lock(s.machine().busy);
+    s.failed = true;
+    const int64_t n_heads = s.plan.model.shape.n_kv_heads;
+    for (int64_t i = 0; i < std::ssize(s.caches); ++i) {
+      LayerCache& cache = s.caches[static_cast<std::size_t>(i)];
+      if (const Expert expert = plan.expert(i / n_heads, i % n_heads); expert != cache.expert()) {
+        MOEND_ASSIGN(cache, cache.Repack(expert));
+      }
+      // Nobody is asking anything just now: the scorer goes by what it keeps with the cache.
+      MOEND_TRY(EvictExcess(cache, s.scorer->of_layer(i / n_heads), s.prompt_tokens, QueryRows{nullptr, 0, 1},
+                            s.queries_of(i)));
+    }
+    const std::string scorer = s.plan.scorer;
+    s.plan = plan;
+    s.plan.scorer = scorer;
+    s.ring = {};
+    s.since_eviction = 0;
+    s.failed = false;
+    return {};
+  });
 }
 
 // "MOENDSS2" | tokens since the last eviction | tokens of the first prompt | n tokens, i32 each | n layers |
 // n bytes, SerializeCache() each
 Expected<std::string> SaveSession(const Session& session) {
-  const Session::Impl& s = session.impl();
-  std::string out(kMagic);
-  Append(out, s.since_eviction);
-  Append(out, s.prompt_tokens);
-  Append(out, std::ssize(s.tokens));
-  out.append(reinterpret_cast<const char*>(s.tokens.data()), s.tokens.size() * sizeof(int32_t));
-  Append(out, std::ssize(s.caches));
-  for (const LayerCache& cache : s.caches) {
-    MOEND_ASSIGN(const std::string blob, SerializeCache(cache));
-    Append(out, std::ssize(blob));
-    out += blob;
-  }
-  return out;
+  return Caught("saving a context", [&]() -> Expected<std::string> {
+    const Session::Impl& s = session.impl();
+    MOEND_TRY(s.CheckUsable());
+    std::string out(kMagic);
+    Append(out, s.since_eviction);
+    Append(out, s.prompt_tokens);
+    Append(out, std::ssize(s.tokens));
+    out.append(reinterpret_cast<const char*>(s.tokens.data()), s.tokens.size() * sizeof(int32_t));
+    Append(out, std::ssize(s.caches));
+    for (const LayerCache& cache : s.caches) {
+      MOEND_ASSIGN(const std::string blob, SerializeCache(cache));
+      Append(out, std::ssize(blob));
+      out += blob;
+    }
+    return out;
+  });
 }
 
 Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& plan,
                                  const SessionOptions& options, std::string_view bytes) {
-  if (!bytes.starts_with(kMagic))
-    return Fail(ErrorCode::kCorrupt, "{} does not begin with {}", kSource, kMagic);
-  bytes.remove_prefix(kMagic.size());
-  MOEND_ASSIGN(Session session, Session::Create(std::move(engine), plan, options));
-  Session::Impl& s = session.impl();
-  MOEND_ASSIGN(s.since_eviction, TakeNumber(bytes));
-  if (s.since_eviction < 0 || s.since_eviction >= kEvictInterval)
-    return Fail(ErrorCode::kCorrupt, "{} was evicted {} tokens ago; {} is the most", kSource,
-                s.since_eviction, kEvictInterval - 1);
-  MOEND_ASSIGN(s.prompt_tokens, TakeNumber(bytes));
-  MOEND_ASSIGN(const int64_t n, TakeNumber(bytes));
-  if (s.prompt_tokens < 0 || s.prompt_tokens > n)
-    return Fail(ErrorCode::kCorrupt, "{} has a prompt of {} tokens among {}", kSource, s.prompt_tokens, n);
-  if (n <= 0 || n > s.n_ctx)
-    return Fail(ErrorCode::kCorrupt, "{} has {} tokens; the context holds 1 to {}", kSource, n, s.n_ctx);
-  MOEND_ASSIGN(const std::string_view ids, Take(bytes, n * static_cast<int64_t>(sizeof(int32_t))));
-  s.tokens.resize(static_cast<std::size_t>(n));
-  std::memcpy(s.tokens.data(), ids.data(), ids.size());
-  const int64_t n_vocab = s.engine->model().hparams().n_vocab;
-  for (const int32_t t : s.tokens)
-    if (t < 0 || t >= n_vocab) return Fail(ErrorCode::kCorrupt, "{} has token {} of {}", kSource, t, n_vocab);
-  MOEND_ASSIGN(const int64_t n_caches, TakeNumber(bytes));
-  if (n_caches != std::ssize(s.caches))
-    return Fail(ErrorCode::kMismatch, "{} has {} KV heads in all, the model {}", kSource, n_caches,
-                s.caches.size());
-  int64_t kept = 0, allowed = 0;  // tokens of a layer's heads together
-  for (int64_t i = 0; i < n_caches; ++i) {
-    LayerCache& cache = s.caches[static_cast<std::size_t>(i)];
-    const int64_t heads = plan.model.shape.n_kv_heads;
-    MOEND_ASSIGN(const auto rotations, s.machine().Rotations(i / heads));
-    MOEND_ASSIGN(const int64_t size, TakeNumber(bytes));
-    MOEND_ASSIGN(const std::string_view blob, Take(bytes, size));
-    MOEND_ASSIGN(LayerCache restored,
-                 DeserializeCache(s.ledger, blob, kSource, rotations[static_cast<std::size_t>(i % heads)]));
-    Expert expert = cache.expert();
-    kept += KeptTokens(restored.expert().keep, cache.guard(), n);
-    allowed += KeptTokens(expert.keep, cache.guard(), n);
-    if (plan.adaptive_heads) expert.keep = restored.expert().keep;  // as it was dealt out then
-    if (restored.shape() != cache.shape() || restored.expert() != expert ||
-        restored.guard() != cache.guard() || restored.tokens_seen() != n)
-      return Fail(ErrorCode::kMismatch, "{} was made with another plan, or its layers differ in length",
-                  kSource);
-    // What a head holds beyond its share came since the last eviction, but for part of a page; and heads that
-    // share their layer's tokens do not have more of them together, but for a page each.
-    if (restored.Excess(0) > s.since_eviction + kPageTokens - 1)
-      return Fail(ErrorCode::kCorrupt, "{} holds {} tokens of a KV head more than its plan allows", kSource,
-                  restored.Excess(0));
-    if ((i + 1) % heads == 0) {
-      if (kept > allowed + heads * kPageTokens)
-        return Fail(ErrorCode::kCorrupt, "{} keeps {} tokens of a layer's heads where its plan allows {}",
-                    kSource, kept, allowed);
-      kept = allowed = 0;
+  return Caught("restoring a context", [&]() -> Expected<Session> {
+    if (!bytes.starts_with(kMagic))
+      return Fail(ErrorCode::kCorrupt, "{} does not begin with {}", kSource, kMagic);
+    bytes.remove_prefix(kMagic.size());
+    MOEND_ASSIGN(Session session, Session::Create(std::move(engine), plan, options));
+    Session::Impl& s = session.impl();
+    MOEND_ASSIGN(s.since_eviction, TakeNumber(bytes));
+    if (s.since_eviction < 0 || s.since_eviction >= kEvictInterval)
+      return Fail(ErrorCode::kCorrupt, "{} was evicted {} tokens ago; {} is the most", kSource,
+                  s.since_eviction, kEvictInterval - 1);
+    MOEND_ASSIGN(s.prompt_tokens, TakeNumber(bytes));
+    MOEND_ASSIGN(const int64_t n, TakeNumber(bytes));
+    if (s.prompt_tokens < 0 || s.prompt_tokens > n)
+      return Fail(ErrorCode::kCorrupt, "{} has a prompt of {} tokens among {}", kSource, s.prompt_tokens, n);
+    if (n <= 0 || n > s.n_ctx)
+      return Fail(ErrorCode::kCorrupt, "{} has {} tokens; the context holds 1 to {}", kSource, n, s.n_ctx);
+    MOEND_ASSIGN(const std::string_view ids, Take(bytes, n * static_cast<int64_t>(sizeof(int32_t))));
+    s.tokens.resize(static_cast<std::size_t>(n));
+    std::memcpy(s.tokens.data(), ids.data(), ids.size());
+    const int64_t n_vocab = s.engine->model().hparams().n_vocab;
+    for (const int32_t t : s.tokens)
+      if (t < 0 || t >= n_vocab)
+        return Fail(ErrorCode::kCorrupt, "{} has token {} of {}", kSource, t, n_vocab);
+    MOEND_ASSIGN(const int64_t n_caches, TakeNumber(bytes));
+    if (n_caches != std::ssize(s.caches))
+      return Fail(ErrorCode::kMismatch, "{} has {} KV heads in all, the model {}", kSource, n_caches,
+                  s.caches.size());
+    int64_t kept = 0, allowed = 0;  // tokens of a layer's heads together
+    for (int64_t i = 0; i < n_caches; ++i) {
+      LayerCache& cache = s.caches[static_cast<std::size_t>(i)];
+      const int64_t heads = plan.model.shape.n_kv_heads;
+      MOEND_ASSIGN(const auto rotations, s.machine().Rotations(i / heads));
+      MOEND_ASSIGN(const int64_t size, TakeNumber(bytes));
+      MOEND_ASSIGN(const std::string_view blob, Take(bytes, size));
+      MOEND_ASSIGN(LayerCache restored,
+                   DeserializeCache(s.ledger, blob, kSource, rotations[static_cast<std::size_t>(i % heads)]));
+      Expert expert = cache.expert();
+      kept += KeptTokens(restored.expert().keep, cache.guard(), n);
+      allowed += KeptTokens(expert.keep, cache.guard(), n);
+      if (plan.adaptive_heads) expert.keep = restored.expert().keep;  // as it was dealt out then
+      if (restored.shape() != cache.shape() || restored.expert() != expert ||
+          restored.guard() != cache.guard() || restored.tokens_seen() != n)
+        return Fail(ErrorCode::kMismatch, "{} was made with another plan, or its layers differ in length",
+                    kSource);
+      // What a head holds beyond its share came since the last eviction, but for part of a page; and heads
+      // that share their layer's tokens do not have more of them together, but for a page each.
+      if (restored.Excess(0) > s.since_eviction + kPageTokens - 1)
+        return Fail(ErrorCode::kCorrupt, "{} holds {} tokens of a KV head more than its plan allows", kSource,
+                    restored.Excess(0));
+      if ((i + 1) % heads == 0) {
+        if (kept > allowed + heads * kPageTokens)
+          return Fail(ErrorCode::kCorrupt, "{} keeps {} tokens of a layer's heads where its plan allows {}",
+                      kSource, kept, allowed);
+        kept = allowed = 0;
+      }
+      cache = std::move(restored);
     }
-    cache = std::move(restored);
-  }
-  s.NoteHeads();
-  if (!bytes.empty()) return Fail(ErrorCode::kCorrupt, "{} has {} bytes too many", kSource, bytes.size());
-  return session;
+    s.NoteHeads();
+    if (!bytes.empty()) return Fail(ErrorCode::kCorrupt, "{} has {} bytes too many", kSource, bytes.size());
+    return session;
+  });
 }
 
 }  // namespace moend

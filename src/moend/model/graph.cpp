@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
+
+#include "moend/base/caught.h"
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -59,25 +62,38 @@ const float* Data(const ggml_tensor* t) {
 // The custom operations. Each names the tensors it reads as sources, which keeps ggml's allocator from
 // giving their memory away too early, and the operation before it, which orders them. Store and Attend have
 // no result of their own; one float stands for it.
+template <class F>
+void Call(const HookSlot* slot, F&& f) noexcept {
+  AttentionHook& hook = *slot->hook;
+  if (hook.failed()) return;
+  try {
+    f(hook);
+  } catch (...) {
+    hook.NoteException();
+  }
+}
+
 void StoreOp(ggml_tensor* dst, int thread, int /*n_threads*/, void* user) {
   const auto* slot = static_cast<const HookSlot*>(user);
   const BarrierNote note(slot->hook);
   if (thread != 0) return;  // ggml calls every operation on all threads
   const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2];
-  slot->hook->Store(slot->layer, Data(q), Data(k), Data(v), q->ne[2]);
+  Call(slot, [&](AttentionHook& hook) { hook.Store(slot->layer, Data(q), Data(k), Data(v), q->ne[2]); });
 }
 
 void AttendOp(ggml_tensor* dst, int thread, int n_threads, void* user) {
   const auto* slot = static_cast<const HookSlot*>(user);
   const BarrierNote note(slot->hook);
   const ggml_tensor* q = dst->src[0];
-  slot->hook->Attend(slot->layer, Data(q), q->ne[2], thread, n_threads);
+  Call(slot, [&](AttentionHook& hook) { hook.Attend(slot->layer, Data(q), q->ne[2], thread, n_threads); });
 }
 
 void CombineOp(ggml_tensor* dst, int thread, int n_threads, void* user) {
   const auto* slot = static_cast<const HookSlot*>(user);
   const BarrierNote note(slot->hook);
-  slot->hook->Combine(slot->layer, static_cast<float*>(dst->data), dst->ne[1], thread, n_threads);
+  Call(slot, [&](AttentionHook& hook) {
+    hook.Combine(slot->layer, static_cast<float*>(dst->data), dst->ne[1], thread, n_threads);
+  });
 }
 
 // q: [head_size, n_heads, n], k, v: [head_size, n_kv_heads, n], all contiguous. Returns
@@ -176,6 +192,24 @@ ggml_tensor* AddToStream(ggml_context* ctx, const HyperParams& h, const LayerPar
 }
 
 }  // namespace
+
+Expected<void> AttentionHook::TakeError() {
+  if (!failed()) return {};
+  Error error = std::exchange(error_, Error());
+  failed_.store(false, std::memory_order_relaxed);
+  noted_.store(false, std::memory_order_relaxed);
+  return std::unexpected(std::move(error));
+}
+
+void AttentionHook::NoteError(Error error) noexcept {
+  if (noted_.exchange(true, std::memory_order_relaxed)) return;
+  error_ = std::move(error);
+  failed_.store(true, std::memory_order_release);
+}
+
+void AttentionHook::NoteException() noexcept {
+  NoteError(ErrorOf(std::current_exception(), "attending"));
+}
 
 int64_t NodesPerLayer(const HyperParams& h) {
   constexpr int64_t kDense = 56, kExperts = 40;

@@ -5,6 +5,7 @@
 
 #include <ggml.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "moend/base/error.h"
@@ -17,12 +18,26 @@ namespace moend {
 // [n][n_heads][head_size] and k, v: f32 [n][n_kv_heads][head_size], post bias, norm and RoPE; q is not yet
 // scaled. out: f32 [n][n_heads][head_size]; complete after Combine. k and v are valid during Store only, q
 // during Store and Attend: out may take their place in memory.
+//
+// The three may throw. Nothing leaves through ggml, whose threads are in the middle of the graph: the first
+// exception is kept, the hook is not called again in this graph, and whoever ran the graph asks TakeError().
 class AttentionHook {
  public:
   virtual ~AttentionHook() = default;
+  // Whether the graph that runs, or is about to, is in vain. Any thread may ask.
+  bool failed() const { return failed_.load(std::memory_order_acquire); }
+  // The error of the graph that ended, if any; the hook can be used again then.
+  Expected<void> TakeError();
+  // What a hook does that meets an error before its graph or in it. Any thread; the first one stays.
+  void NoteError(Error error) noexcept;
+  void NoteException() noexcept;  // the one that is being handled
   virtual void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) = 0;
   virtual void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) = 0;
   virtual void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) = 0;
+
+ private:
+  std::atomic<bool> noted_{false}, failed_{false};  // failed_ once error_ is there
+  Error error_;
 };
 
 // User data of the three custom operations of a layer; the caller keeps one per (graph, layer) alive while

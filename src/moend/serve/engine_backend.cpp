@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "moend/engine/layer_scratch.h"
+#include "moend/engine/repetition.h"
 #include "moend/engine/session_state.h"
 #include "moend/plan/query_stats.h"
 #include "moend/score/scorer.h"
@@ -129,10 +131,20 @@ class EngineBackend : public Backend {
 
   int64_t PrefillScratch(int64_t n_past, int64_t n_new) const override {
     const KvShape& shape = plan_.model.shape;
+    const HyperParams& hp = engine_->model().hparams();
     const int64_t tokens = RoundUp(std::max<int64_t>(n_new, 1), kPageTokens);
-    int64_t bytes = FullLayerBytes(shape, tokens) + std::min(n_new, needs_.observed_queries) * QueryBytes() +
-                    4 * kCacheLine;
-    if (needs_.accumulated) bytes += shape.n_kv_heads * n_new * 4;
+    ScorerNeeds needs = needs_;
+    needs.repetition &= n_past == 0 && Evicts(plan_);
+    if (plan_.refit) needs.reference_tokens = LayerScratch::ReferenceTokens(n_new);
+    int64_t bytes = LayerScratch::Bytes(shape, hp.n_heads, tokens, n_new, needs);
+    bytes += RoundUp(n_new * hp.n_embd * 4, kCacheLine);  // hidden states
+    // Each thread's share of what a layer's tokens received.
+    if (needs.accumulated) bytes += engine_->n_threads() * RoundUp(shape.n_kv_heads * n_new * 4, kCacheLine);
+    if (needs.repetition) bytes += Repetition::MostBytes(hp, engine_->n_threads(), n_new);
+    // A head is packed once more with the values of the refit.
+    int64_t head = 0;
+    ForEachHead([&](const Expert& e) { head = std::max(head, HeadBytes(e, n_new)); });
+    if (needs.repetition && plan_.refit) bytes += head;
     // A further turn is packed whole before its layer is evicted.
     int64_t page = 0;
     ForEachHead([&](const Expert& e) { page = std::max(page, PageBytes(e)); });
