@@ -232,6 +232,7 @@ TEST(Calibrate, ResumesWhereItWasStopped) {
   ASSERT_TRUE(parsed) << parsed.error().message;
   const Profile resumed = MustCalibrate(tiny.engine, chunks, options, *parsed);
   EXPECT_EQ(resumed.chunks, 3);
+  EXPECT_EQ(ToJson(resumed), ToJson(whole)) << "byte for byte";
   for (std::size_t l = 0; l < whole.cells.size(); ++l) {
     for (std::size_t e = 0; e < whole.experts.size(); ++e) {
       EXPECT_DOUBLE_EQ(resumed.cells[l][e].kl, whole.cells[l][e].kl);

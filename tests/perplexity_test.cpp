@@ -140,6 +140,10 @@ TEST(Perplexity, ANearlyFullCacheIsNearlyTheFullOne) {
   ASSERT_EQ(results->size(), 2u);
   EXPECT_LT((*results)[1].kld.mean, 1e-3);
   EXPECT_GT((*results)[1].kld.mean, 0);
+  // And the other way round: layers that compress, heads that do not.
+  std::ranges::fill(plan.layers, Expert{1.0, 2, 2});
+  plan.heads[0] = Expert{};
+  EXPECT_FALSE(Compresses(plan));
 }
 
 TEST(Perplexity, LibllamasCachesAreComparedWithItsOwn) {

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <cmath>
+#include <memory>
 #include <random>
 #include <string>
 #include <utility>
@@ -104,6 +106,39 @@ TEST(PlanTest, RoundTripIsExact) {
   const auto without = ParsePlan(ToJson(plan), "p");
   ASSERT_TRUE(without) << without.error().message;
   ExpectEqual(*without, plan);
+}
+
+// Every number that can be read can be written, and what was written is read as the same.
+TEST(PlanTest, StatisticsOfAnySizeAreWritten) {
+  auto stats = std::make_shared<QueryStats>();
+  stats->tokens = 10;
+  const Plan base = MakePlan();
+  stats->n_heads = base.model.shape.n_kv_heads;
+  stats->n_pairs = base.model.shape.head_size / 2;
+  stats->pairs.resize(static_cast<std::size_t>(base.model.n_layers * stats->n_heads * stats->n_pairs));
+  const double numbers[] = {1e-310, -4.9e-324, 2.2250738585072014e-308, 0, -0.0, 123456.789, 1e15, -1e-300};
+  for (std::size_t i = 0; i < stats->pairs.size(); ++i)
+    stats->pairs[i] = {numbers[i % 8], numbers[(i + 3) % 8], std::fabs(numbers[(i + 5) % 8])};
+  Plan plan = base;
+  plan.queries = stats;
+  const std::string written = ToJson(plan);
+  const auto parsed = ParsePlan(written, "p");
+  ASSERT_TRUE(parsed) << parsed.error().message;
+  EXPECT_EQ(ToJson(*parsed), written);
+  const auto rounded = RoundQueryStats(stats);
+  for (std::size_t i = 0; i < stats->pairs.size(); ++i) {
+    EXPECT_EQ(parsed->queries->pairs[i].re, rounded->pairs[i].re);
+    EXPECT_NEAR(rounded->pairs[i].re, stats->pairs[i].re, std::fabs(stats->pairs[i].re) * 6e-4 + 1e-307);
+  }
+  Plan from_file = base;  // as someone may edit it
+  from_file.queries = rounded;
+  std::string text = ToJson(from_file);
+  const std::size_t begin = text.find('[', text.find("\"re\"")) + 1;
+  text.replace(begin, text.find(',', begin) - begin, "1e-310");
+  const auto tiny = ParsePlan(text, "p");
+  ASSERT_TRUE(tiny) << tiny.error().message;
+  EXPECT_EQ(tiny->queries->pairs[0].re, 1e-310);
+  EXPECT_FALSE(ToJson(*tiny).empty());
 }
 
 TEST(PlanTest, AScorerForEachLayerIsRead) {

@@ -282,7 +282,7 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
     }
     MixIn(profile.cells, sums.cells, profile.chunks);
     MixIn(profile.head_cells, sums.head_cells, profile.chunks);
-    profile.queries = sums.queries;
+    profile.queries = RoundQueryStats(sums.queries);
     ++profile.chunks;
     if (!by_logits && profile.chunks == n_chunks)
       MOEND_TRY(CheckPlans(*engine, chunk, profile,

@@ -28,7 +28,7 @@ double KlDivergence(const float* p, const float* q, int64_t n) {
     cross += e * (double{p[i]} - q[i]);
   }
   const double kl = cross / p_sum - (p_max + std::log(p_sum)) + (q_max + std::log(q_sum));
-  return std::max(0.0, kl);
+  return kl < 0 ? 0 : kl;  // rounding; what is no number stays so
 }
 
 // 16 bit and every token: the full cache itself.
@@ -135,6 +135,8 @@ Expected<std::vector<double>> Probe::TailKl(const std::vector<float>& hidden) {
     const int64_t at = i * hp_.n_vocab;
     kl[static_cast<std::size_t>(i)] = KlDivergence(logits_.data() + at, measured_.data() + at, hp_.n_vocab);
   }));
+  if (!std::all_of(kl.begin(), kl.end(), [](double x) { return std::isfinite(x); }))
+    return Fail(ErrorCode::kInternal, "a KL divergence between logits is no number");
   return kl;
 }
 
@@ -156,6 +158,9 @@ Expected<ProfileCell> Probe::MeasureLayer(int64_t layer, std::span<const Expert>
     const double d = double{attention[i]} - attention_[li][i];
     error += d * d;
   }
+  if (!std::isfinite(error))
+    return Fail(ErrorCode::kInternal, "the attention of layer {} is no number once its cache is compressed",
+                layer);
   const double norm = SquaredNorm(attention_[li]);
   cell.l2 = norm > 0 ? std::sqrt(error / norm) : 0;
   for (int64_t l = layer + 1; l < hp_.n_layers; ++l) {

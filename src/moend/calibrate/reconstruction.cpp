@@ -201,6 +201,10 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
       MOEND_ASSIGN(const auto caches, CompressScratch(*machine.compute, std::make_shared<Ledger>(), scratch,
                                                       n, all, profile.guard, rotations, of, &scores));
       MOEND_ASSIGN(auto errors, sample.Measure(caches));
+      for (const auto* losses : {&errors.output, &errors.relative})
+        if (!std::ranges::all_of(*losses, [](double x) { return std::isfinite(x); }))
+          return Fail(ErrorCode::kInternal,
+                      "what a KV head of layer {} loses when it is compressed is no number", l);
       measured.push_back(std::move(errors));
     }
     const auto find = [&](const Expert& part) -> const Sample::Errors& {

@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
@@ -10,6 +9,7 @@
 #include <optional>
 
 #include "moend/base/file.h"
+#include "moend/base/number.h"
 #include "moend/calibrate/calibrate.h"
 #include "moend/calibrate/default_text.h"
 #include "moend/calibrate/paper.h"
@@ -56,11 +56,7 @@ struct CalibrateFlags {
 
 // "4/2" is K 4 bit, V 2 bit; "4" is both.
 Expected<std::pair<int, int>> ParseBits(const std::string& text) {
-  const auto number = [](std::string_view s) {
-    int value = 0;
-    const auto [end, error] = std::from_chars(s.data(), s.data() + s.size(), value);
-    return error == std::errc() && end == s.data() + s.size() ? value : 0;
-  };
+  const auto number = [](std::string_view s) { return ParseNumber<int>(s).value_or(0); };
   const std::size_t slash = std::min(text.find('/'), text.size());
   const int k = number(std::string_view(text).substr(0, slash));
   const int v = slash < text.size() ? number(std::string_view(text).substr(slash + 1)) : k;
@@ -124,7 +120,7 @@ Expected<void> RunPaper(const CalibrateFlags& flags) {
   MOEND_ASSIGN(Profile profile, CalibrateLikePaper(*engine, std::span(text).first(kPaperTokens)));
   profile.scorer = flags.options.scorer == kAutoScorer ? kDefaultScorer : flags.options.scorer;
   profile.guard = flags.options.guard;
-  MOEND_TRY(WriteFileAtomically(flags.output, ToJson(profile)));
+  MOEND_TRY(SaveProfile(profile, flags.output));
   Note(fmt::format("wrote {}; it has no KL: moend solve {} --metric l2 -c TOKENS ...", flags.output,
                    flags.output));
   fmt::print("{}", DescribeProfile(profile, OutputStyle()));
@@ -162,7 +158,7 @@ Expected<void> RunMethod(CalibrateFlags flags, ProfileMethod method, const std::
     return !Interrupt::requested();
   };
   const auto save = [&](const Profile& so_far) -> Expected<void> {
-    MOEND_TRY(WriteFileAtomically(flags.output, ToJson(so_far)));
+    MOEND_TRY(SaveProfile(so_far, flags.output));
     saved = so_far.chunks;
     bar.Clear();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

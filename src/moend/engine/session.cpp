@@ -257,7 +257,8 @@ Expected<void> Session::DecodeBatch(std::span<Session* const> sessions, std::spa
         s.logits.assign(rows + static_cast<int64_t>(b) * hp.n_vocab,
                         rows + static_cast<int64_t>(b + 1) * hp.n_vocab);
       s.tokens.push_back(tokens[b]);
-      auto finished = Caught("evicting tokens", [&] { return s.FinishStep(); });
+      auto finished = machine.compute->CheckFinite(s.logits);
+      if (finished) finished = Caught("evicting tokens", [&] { return s.FinishStep(); });
       s.failed = !finished;
       if (!finished && result) result = std::move(finished);
     }

@@ -194,7 +194,8 @@ Method MethodOf(const Plan& plan, const std::string& scorer) {
 
 bool Compresses(const Plan& plan) {
   const auto changed = [](const Expert& e) { return e != Expert{}; };
-  return std::ranges::any_of(plan.layers, changed) || std::ranges::any_of(plan.heads, changed);
+  // A plan that is routed by KV head says nothing with its layers.
+  return std::ranges::any_of(plan.heads.empty() ? plan.layers : plan.heads, changed);
 }
 
 std::string LabelOf(const std::string& variant, const std::string& scorer, double compression) {

@@ -124,6 +124,8 @@ struct Plan {
 Expected<Profile> ParseProfile(const std::string& json, const std::string& source);
 Expected<Plan> ParsePlan(const std::string& json, const std::string& source);
 std::string ToJson(const Profile& profile);
+// Writes ToJson() to a file; kInvalidArgument when a loss is not finite, which no file can hold.
+Expected<void> SaveProfile(const Profile& profile, const std::string& path);
 std::string ToJson(const Plan& plan);
 
 Expected<Profile> LoadProfile(const std::string& path);

@@ -187,6 +187,27 @@ std::string ToJson(const Profile& profile) {
   return Pretty(object);
 }
 
+Expected<void> SaveProfile(const Profile& profile, const std::string& path) {
+  for (const auto* rows : {&profile.cells, &profile.head_cells})
+    for (std::size_t row = 0; row < rows->size(); ++row)
+      for (const ProfileCell& cell : (*rows)[row])
+        if (!std::isfinite(cell.kl) || !std::isfinite(cell.l2))
+          return Fail(ErrorCode::kInvalidArgument,
+                      "{} is not written: row {} of its losses has kl {} and l2 {}, which are no losses",
+                      path, row, cell.kl, cell.l2);
+  for (const ProfileCheck& check : profile.checks)
+    if (!std::isfinite(check.predicted) || !std::isfinite(check.measured))
+      return Fail(ErrorCode::kInvalidArgument,
+                  "{} is not written: at {}x it predicts {} and measured {}, which are no losses", path,
+                  check.compression, check.predicted, check.measured);
+  if (profile.queries)
+    for (const QueryPair& pair : profile.queries->pairs)
+      if (!std::isfinite(pair.re) || !std::isfinite(pair.im) || !std::isfinite(pair.length))
+        return Fail(ErrorCode::kInvalidArgument,
+                    "{} is not written: a statistic of its queries is not finite", path);
+  return WriteFileAtomically(path, ToJson(profile));
+}
+
 Expected<Profile> LoadProfile(const std::string& path) {
   MOEND_ASSIGN(const std::string json, ReadFile(path, kMaxJsonBytes));
   return ParseProfile(json, path);

@@ -1,5 +1,9 @@
 #include "moend/plan/query_stats.h"
 
+#include <cmath>
+#include <limits>
+
+#include "moend/base/number.h"
 #include "moend/plan/query_stats_json.h"
 
 namespace moend {
@@ -8,9 +12,11 @@ namespace {
 constexpr int64_t kMostHeads = 4096;
 constexpr double kMost = 1e15;
 
-// Four significant digits: far finer than what statistics of another text differ by.
+// Four significant digits: far finer than what statistics of another text differ by. What is too small for
+// them is nothing.
 double Rounded(double x) {
-  return std::stod(fmt::format("{:.3e}", x));
+  const double rounded = ParseNumber<double>(fmt::format("{:.3e}", x)).value_or(x);
+  return std::fabs(rounded) < std::numeric_limits<double>::min() ? 0 : rounded;
 }
 
 Expected<void> ReadNumbers(const JsonNode& parent, std::string_view key, double low, int64_t n,
@@ -53,6 +59,13 @@ Expected<void> CheckQueryStats(const QueryStats& stats, int64_t n_layers, const 
               "statistics of {} pairs of channels in {} query heads do not belong to {} layers with {} KV "
               "heads of {}",
               stats.n_pairs, stats.n_heads, n_layers, shape.n_kv_heads, shape.head_size);
+}
+
+std::shared_ptr<const QueryStats> RoundQueryStats(const std::shared_ptr<const QueryStats>& stats) {
+  if (!stats) return nullptr;
+  auto rounded = std::make_shared<QueryStats>(*stats);
+  for (QueryPair& pair : rounded->pairs) pair = {Rounded(pair.re), Rounded(pair.im), Rounded(pair.length)};
+  return rounded;
 }
 
 void WriteQueryStats(const std::shared_ptr<const QueryStats>& stats, nlohmann::ordered_json& object) {

@@ -40,6 +40,10 @@ struct QueryStats {
 std::shared_ptr<const QueryStats> MergeQueryStats(std::shared_ptr<const QueryStats> a,
                                                   std::shared_ptr<const QueryStats> b);
 
+// As a file holds them, with four digits: what goes on from a saved file and what was never interrupted are
+// then the same.
+std::shared_ptr<const QueryStats> RoundQueryStats(const std::shared_ptr<const QueryStats>& stats);
+
 // kMismatch unless the statistics are of `n_layers` layers with such K/V heads.
 Expected<void> CheckQueryStats(const QueryStats& stats, int64_t n_layers, const KvShape& shape);
 
