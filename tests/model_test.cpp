@@ -4,11 +4,14 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <thread>
 
+#include "moend/model/mapped_file.h"
+#include "tests/support/plain_runner.h"
 #include "tests/support/test_model.h"
 
 namespace moend::test {
@@ -95,6 +98,42 @@ TEST_F(ModelTest, WeightsLieInTheMappedFile) {
     EXPECT_NE(line.find("moend-reference-23m-q8_0.gguf"), std::string::npos) << line;
   }
   EXPECT_TRUE(found);
+}
+
+// Without a mapping the file may be overwritten in place, or cut off, while the model is in use.
+TEST_F(ModelTest, WhatWasReadInsteadOfMappedIsSafeFromWriters) {
+  const std::string path = Write({});
+  const auto mapped = Load(path), read = Load(path, {.map = false});
+  ASSERT_TRUE(mapped);
+  ASSERT_TRUE(read);
+  EXPECT_EQ(read->hash(), mapped->hash());
+  const std::vector<int32_t> tokens = RandomTokens(12, 1);
+  const auto before = PlainLogits(*read, tokens, 8);
+  ASSERT_FALSE(before.empty());
+  EXPECT_EQ(before, PlainLogits(*mapped, tokens, 8));
+  std::ofstream(path, std::ios::trunc) << "no model";
+  EXPECT_EQ(PlainLogits(*read, tokens, 8), before);
+}
+
+TEST_F(ModelTest, AFileThatChangesWhileItIsLoadedIsNoticed) {
+  const std::string path = Write({});
+  for (const bool map : {true, false}) {
+    const auto file = MappedFile::Open(path, map);
+    ASSERT_TRUE(file) << file.error().message;
+    EXPECT_TRUE(file->CheckUnchanged(path));
+    EXPECT_EQ(file->CheckUnchanged(path + ".none").error().code, ErrorCode::kNotFound);
+    // Written to.
+    std::ofstream(path, std::ios::app) << "x";
+    const auto longer = file->CheckUnchanged(path);
+    ASSERT_FALSE(longer);
+    EXPECT_NE(longer.error().message.find("changed while"), std::string::npos);
+  }
+  // Another one under its name.
+  const auto file = MappedFile::Open(path);
+  ASSERT_TRUE(file);
+  std::filesystem::copy_file(path, path + ".copy");
+  std::filesystem::rename(path + ".copy", path);
+  EXPECT_FALSE(file->CheckUnchanged(path));
 }
 
 TEST_F(ModelTest, ReadsRopeScaling) {
@@ -305,6 +344,16 @@ TEST_F(ModelTest, SplitFilesAreOneModel) {
   EXPECT_GT(model->file_bytes(), one->file_bytes());
   EXPECT_EQ(*model->tokenizer().Tokenize("the in", true, false),
             *one->tokenizer().Tokenize("the in", true, false));
+  for (const bool map : {true, false}) {  // any part may change
+    const auto file = GgufFile::Open(name(1, 3), map);
+    ASSERT_TRUE(file);
+    EXPECT_TRUE(file->CheckUnchanged());
+    const auto time = std::filesystem::last_write_time(name(3, 3));
+    std::filesystem::last_write_time(name(3, 3), time + std::chrono::seconds(1));
+    const auto changed = file->CheckUnchanged();
+    ASSERT_FALSE(changed);
+    EXPECT_NE(changed.error().message.find(name(3, 3)), std::string::npos);
+  }
 
   ExpectRefused(name(2, 3), ErrorCode::kInvalidArgument, {"part 2 of 3", "name the first", name(1, 3)});
   std::filesystem::copy_file(name(1, 3), dir_ / "other.gguf");
@@ -350,6 +399,13 @@ TEST_F(ModelTest, TokenizesAndBack) {
   const auto with_bos = t.Tokenize("in", true, false);
   ASSERT_TRUE(with_bos);
   EXPECT_EQ(*with_bos, (std::vector<int32_t>{264, 259}));  // "in" is a merge
+  // A text or a template that spells out the first token gets no second one; one that spells it twice means
+  // that.
+  EXPECT_EQ(*t.Tokenize("<|bos|>in", true, true), *with_bos);
+  EXPECT_EQ(*t.Tokenize("<|bos|>in", false, true), *with_bos);
+  EXPECT_EQ(*t.Tokenize("<|bos|>", true, true), (std::vector<int32_t>{264}));
+  EXPECT_EQ(*t.Tokenize("<|bos|><|bos|>in", true, true), (std::vector<int32_t>{264, 264, 259}));
+  EXPECT_GT(t.Tokenize("<|bos|>in", true, false)->size(), 3u) << "as text it is text";
   EXPECT_EQ(t.Tokenize("<|eos|>", false, true)->size(), 1u);
   EXPECT_EQ(t.Tokenize("<|eos|>", false, false)->size(), 7u);
   EXPECT_EQ(t.Piece(265, true), "<|eos|>");

@@ -284,11 +284,12 @@ Expected<GgufFile> GgufFile::Parse(std::span<const uint8_t> file, const std::str
   return GgufParser(file, path).Run();
 }
 
-Expected<GgufFile> GgufFile::Open(const std::string& path) {
-  MOEND_ASSIGN(MappedFile mapping, MappedFile::Open(path));
+Expected<GgufFile> GgufFile::Open(const std::string& path, bool map) {
+  MOEND_ASSIGN(MappedFile mapping, MappedFile::Open(path, map));
   MOEND_ASSIGN(GgufFile file, Parse(mapping.bytes(), path));
   file.mappings_.push_back(std::move(mapping));
-  MOEND_TRY(file.AddParts());
+  file.mapped_paths_.push_back(path);
+  MOEND_TRY(file.AddParts(map));
   return file;
 }
 

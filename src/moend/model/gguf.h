@@ -67,10 +67,10 @@ std::string ShapeText(const std::array<int64_t, 4>& ne);
 
 class GgufFile {
  public:
-  // Maps the file and checks it as a whole; the first of a model's parts (NAME-00001-of-00003.gguf) opens the
-  // others too. kCorrupt names what contradicts what, kNotFound a part that is missing; kUnsupported for
-  // versions and byte orders that moend does not read.
-  static Expected<GgufFile> Open(const std::string& path);
+  // Maps the file, or reads it, and checks it as a whole; the first of a model's parts
+  // (NAME-00001-of-00003.gguf) opens the others too. kCorrupt names what contradicts what, kNotFound a part
+  // that is missing; kUnsupported for versions and byte orders that moend does not read.
+  static Expected<GgufFile> Open(const std::string& path, bool map = true);
   // The same over bytes that the caller keeps alive; `path` is for messages.
   static Expected<GgufFile> Parse(std::span<const uint8_t> file, const std::string& path);
 
@@ -78,6 +78,9 @@ class GgufFile {
   // The bytes of each part; one unless the model is split.
   std::span<const std::span<const uint8_t>> parts() const { return parts_; }
   int64_t total_bytes() const;
+  // kCorrupt when a part is another file by now, or was written to. For who has read them by their names once
+  // more.
+  Expected<void> CheckUnchanged() const;
   std::span<const GgufTensor> tensors() const { return tensors_; }
   const GgufTensor* FindTensor(std::string_view name) const;
   const GgufValue* Find(std::string_view key) const;
@@ -99,8 +102,9 @@ class GgufFile {
  private:
   friend class GgufParser;
   std::string path_;
-  Expected<void> AddParts();
-  std::vector<MappedFile> mappings_;
+  Expected<void> AddParts(bool map);
+  std::vector<MappedFile> mappings_;       // none where the caller keeps the bytes
+  std::vector<std::string> mapped_paths_;  // of each
   std::vector<std::span<const uint8_t>> parts_;
   std::unordered_map<std::string_view, GgufValue> values_;  // names and values point into parts_
   std::vector<GgufTensor> tensors_;

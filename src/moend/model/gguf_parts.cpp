@@ -21,7 +21,12 @@ int64_t GgufFile::total_bytes() const {
   return bytes;
 }
 
-Expected<void> GgufFile::AddParts() {
+Expected<void> GgufFile::CheckUnchanged() const {
+  for (std::size_t i = 0; i < mappings_.size(); ++i) MOEND_TRY(mappings_[i].CheckUnchanged(mapped_paths_[i]));
+  return {};
+}
+
+Expected<void> GgufFile::AddParts(bool map) {
   MOEND_ASSIGN(const int64_t count, Integer("split.count", 0, kMostParts, 0));
   if (count <= 1) return {};
   MOEND_ASSIGN(const int64_t number, Integer("split.no", 0, count - 1));
@@ -36,7 +41,7 @@ Expected<void> GgufFile::AddParts() {
                 number + 1, count, stem, Suffix(0, count));
   for (int64_t p = 1; p < count; ++p) {
     const std::string path = stem + Suffix(p, count);
-    auto mapping = MappedFile::Open(path);
+    auto mapping = MappedFile::Open(path, map);
     if (!mapping && mapping.error().code == ErrorCode::kNotFound)
       return Fail(ErrorCode::kNotFound, "{} is the first of {} parts of a model; part {}, {}, is missing",
                   path_, count, p + 1, path);
@@ -57,6 +62,7 @@ Expected<void> GgufFile::AddParts() {
     }
     parts_.push_back(mapping->bytes());
     mappings_.push_back(std::move(*mapping));
+    mapped_paths_.push_back(path);
   }
   MOEND_ASSIGN(const int64_t tensors,
                Integer("split.tensors.count", 0, INT64_MAX, static_cast<int64_t>(tensors_.size())));

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -25,9 +26,21 @@ struct Descriptor {
   }
 };
 
+constexpr std::size_t kMostAtOnce = std::size_t{1} << 30;  // the system reads no more than 2 GiB at once
+
+FileIdentity IdentityOf(const struct stat& info) {
+  return {info.st_dev, info.st_ino, info.st_size,
+          int64_t{info.st_mtim.tv_sec} * 1000000000 + info.st_mtim.tv_nsec};
+}
+
+std::unexpected<Error> Changed(const std::string& path) {
+  return Fail(ErrorCode::kCorrupt,
+              "{} was changed while it was being loaded; put a new model in place by renaming it", path);
+}
+
 }  // namespace
 
-Expected<MappedFile> MappedFile::Open(const std::string& path) {
+Expected<MappedFile> MappedFile::Open(const std::string& path, bool map) {
   if (path.find('\0') != std::string::npos)
     return Fail(ErrorCode::kInvalidArgument, "a file name must not contain a zero byte");
   // O_NONBLOCK: opening a pipe by mistake must not wait for its other end.
@@ -41,21 +54,45 @@ Expected<MappedFile> MappedFile::Open(const std::string& path) {
     return Fail(ErrorCode::kInvalidArgument, "{} is not a regular file and cannot be mapped", path);
 
   MappedFile mapped;
+  mapped.identity_ = IdentityOf(info);
   if (info.st_size == 0) return mapped;
   const auto size = static_cast<std::size_t>(info.st_size);
-  void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd, 0);
+  void* data = map ? ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd, 0)
+                   : ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED && !map)
+    return Fail(ErrorCode::kOutOfMemory, "{}: no memory for its {} bytes; without --no-mmap it needs none",
+                path, size);
   if (data == MAP_FAILED) return SystemError(path, "map");
   mapped.data_ = static_cast<const uint8_t*>(data);
   mapped.size_ = size;
+  if (map) return mapped;
+  for (std::size_t done = 0; done < size;) {
+    const ssize_t n = ::read(file.fd, static_cast<uint8_t*>(data) + done, std::min(size - done, kMostAtOnce));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return SystemError(path, "read");
+    if (n == 0) return Changed(path);
+    done += static_cast<std::size_t>(n);
+  }
+  MOEND_TRY(mapped.CheckUnchanged(path));
   return mapped;
 }
 
+Expected<void> MappedFile::CheckUnchanged(const std::string& path) const {
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0) return SystemError(path, "examine");
+  if (IdentityOf(info) != identity_) return Changed(path);
+  return {};
+}
+
 MappedFile::MappedFile(MappedFile&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)),
+      identity_(other.identity_) {}
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(identity_, other.identity_);
   return *this;
 }
 

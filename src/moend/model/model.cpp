@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "moend/base/caught.h"
 #include "moend/model/fingerprint.h"
 #include "moend/model/gguf.h"
 #include "moend/model/hparams.h"
@@ -51,18 +52,22 @@ class LoadedModel final : public Model {
 }  // namespace
 
 Expected<std::shared_ptr<const Model>> Model::Load(const std::string& path, const LoadOptions& options) {
-  StartLibllama();  // before ggml repacks weights, which it would print
-  ggml_cpu_init();  // tables of the half float conversions; safe to repeat
-  MOEND_ASSIGN(GgufFile file, GgufFile::Open(path));
-  MOEND_ASSIGN(HyperParams hparams, ReadHyperParams(file));
-  MOEND_ASSIGN(BoundWeights bound, BindWeights(file, hparams, options.repack));
-  std::unique_ptr<Tokenizer> tokenizer;
-  if (options.vocabulary) {
-    MOEND_ASSIGN(tokenizer, LoadTokenizer(file, hparams.n_vocab));
-  }
-  std::string hash = ModelHash(file, hparams);
-  return std::make_shared<const LoadedModel>(std::move(file), std::move(hparams), std::move(bound),
-                                             std::move(tokenizer), std::move(hash));
+  return Caught("loading a model", [&]() -> Expected<std::shared_ptr<const Model>> {
+    StartLibllama();  // before ggml repacks weights, which it would print
+    ggml_cpu_init();  // tables of the half float conversions; safe to repeat
+    MOEND_ASSIGN(GgufFile file, GgufFile::Open(path, options.map));
+    MOEND_ASSIGN(HyperParams hparams, ReadHyperParams(file));
+    MOEND_ASSIGN(BoundWeights bound, BindWeights(file, hparams, options.repack));
+    std::unique_ptr<Tokenizer> tokenizer;
+    if (options.vocabulary) {
+      MOEND_ASSIGN(tokenizer, LoadTokenizer(file, hparams.n_vocab));
+    }
+    std::string hash = ModelHash(file, hparams);
+    // libllama read the file by its name; and what was checked must be what stays.
+    MOEND_TRY(file.CheckUnchanged());
+    return std::make_shared<const LoadedModel>(std::move(file), std::move(hparams), std::move(bound),
+                                               std::move(tokenizer), std::move(hash));
+  });
 }
 
 }  // namespace moend

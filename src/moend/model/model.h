@@ -103,6 +103,9 @@ struct LoadOptions {
   // most K quants; with AMX Q8_0 too). Costs as much memory as they take in the file; results differ by the
   // order of the sums.
   bool repack = true;
+  // Map the file. It must not be written to or cut short while the model lives then (replacing it by a rename
+  // is harmless); false reads it into memory of its own.
+  bool map = true;
 };
 
 struct ChatMessage {
