@@ -1,7 +1,10 @@
 // The program as a user meets it: exit codes, what goes to stdout and what to stderr, and words for
 // everything that can be wrong.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
+#include <algorithm>
 #include <csignal>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -84,6 +87,14 @@ TEST(Usage, WrongUsageIsExitCodeTwo) {
       {"run", "-m", kModel, "-p", "a", "-n", "many"},
       {"run", "-m", kModel, "-p", "a", "-n", "-7"},
       {"run", "-m", kModel, "-p", "a", "--no-such-flag"},
+      {"run", "-m", kModel, "-p", "a", "--temp", "nan"},
+      {"run", "-m", kModel, "-p", "a", "--temp", "-1"},
+      {"run", "-m", kModel, "-p", "a", "--temp", "inf"},
+      {"run", "-m", kModel, "-p", "a", "--temp", "1x"},
+      {"run", "-m", kModel, "-p", "a", "--top-p", "2"},
+      {"run", "-m", kModel, "-p", "a", "--top-p", "nan"},
+      {"run", "-m", kModel, "-p", "a", "--min-p", "5"},
+      {"run", "-m", kModel, "-p", "a", "--top-k", "-2"},
       {"run", "-m", kModel, "-p", "a", "--compression", "4"},
       {"run", "-m", kModel, "-p", "a", "--profile", "x"},
       {"run", "-m", kModel, "-p", "a", "--plan", "x", "--profile", "y", "--compression", "4"},
@@ -249,6 +260,47 @@ TEST(Chat, ReadsEachTurnOnce) {
   EXPECT_EQ(j["text"].get<std::string>() + "\n", first.out);
   ExpectError(Moend({"run", "-m", kModel, "--chat", "-p", "Hello"}), 1, {"chat template"});
   ExpectError(Moend({"run", "-m", kModel, "--chat"}, conversation), 1, {"chat template"});
+}
+
+// A context that is full loses its oldest turns, not the conversation; the system message stays.
+TEST(Chat, DropsOldTurnsWhenTheContextIsFull) {
+  const TemporaryFolder folder;
+  const std::string model = folder.path("chat.gguf");
+  test::TestModelOptions options;
+  options.chat_template = true;
+  ASSERT_TRUE(test::WriteTestModel(options, model));
+  ProcessOptions conversation;
+  for (int turn = 0; turn < 8; ++turn) conversation.input += fmt::format("This is message number {}\n", turn);
+  std::vector<std::string> command = {"run", "-m",     model, "--chat",          "-n",
+                                      "12",  "--temp", "0",   "--system-prompt", "Be brief"};
+  command.insert(command.end(), {"-c", "200", "--ignore-eos"});
+  const ProcessResult all = Moend(command, conversation);
+  EXPECT_EQ(all.code, 0) << all.err;
+  EXPECT_TRUE(Contains(all.err, "the context of 200 tokens is full: the oldest ")) << all.err;
+  EXPECT_GE(std::count(all.out.begin(), all.out.end(), '\n'), 8) << "every message is answered: " << all.out;
+  EXPECT_FALSE(Contains(all.err, "moend: error")) << all.err;
+  // An answer that fills the context ends there, and the conversation goes on.
+  conversation.input = "Hello\nHello\n";
+  command = {"run", "-m", model, "--chat", "--temp", "0", "--ignore-eos", "-c", "100"};
+  const ProcessResult full = Moend(command, conversation);
+  EXPECT_EQ(full.code, 0) << full.err;
+  EXPECT_TRUE(Contains(full.err, "the answer ends where the context of 100 tokens is full")) << full.err;
+  EXPECT_TRUE(Contains(full.err, "the oldest turn is dropped")) << full.err;
+  // A message that does not fit alone is refused, the next one is answered.
+  conversation.input = std::string(300, 'x') + "\nHello\n";
+  const ProcessResult large = Moend(command, conversation);
+  EXPECT_EQ(large.code, 0) << large.err;
+  EXPECT_TRUE(Contains(large.err, "this message takes ")) << large.err;
+  EXPECT_FALSE(large.out.empty());
+}
+
+// A pipe where a model is meant is refused, not waited for.
+TEST(BadInput, InspectDoesNotWaitForAPipe) {
+  const TemporaryFolder folder;
+  const std::string pipe = folder.path("pipe");
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  ExpectError(Moend({"inspect", pipe}), 1, {pipe, "not a regular file"});
+  ExpectError(Moend({"run", "-m", pipe, "-p", "a"}), 1, {pipe, "not a regular file"});
 }
 
 TEST(BadInput, Models) {

@@ -115,5 +115,21 @@ TEST(PerplexityCommand, Prints) {
   EXPECT_GT(saved["results"][2]["kld"]["mean"], saved["results"][1]["kld"]["mean"]);
 }
 
+// As llama-perplexity: "<|eos|>" in a text is seven letters unless it is said to be a token.
+TEST(PerplexityCommand, SpecialTokensAreTextUnlessAskedFor) {
+  const World world;
+  std::string text;
+  for (int i = 0; i < 60; ++i) text += fmt::format("word{}<|eos|>", i);
+  ASSERT_TRUE(WriteFileAtomically(world.text, text));
+  const auto tokens = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"perplexity", "-m", world.model, "-f", world.text, "-c", "16"});
+    const auto result = Moend(more);
+    EXPECT_EQ(result.code, 0) << result.err;
+    const auto at = result.out.find("Tokens");
+    return std::stoll(result.out.substr(result.out.find(':', at) + 1));
+  };
+  EXPECT_GT(tokens({}), tokens({"--parse-special"}) + 60);
+}
+
 }  // namespace
 }  // namespace moend

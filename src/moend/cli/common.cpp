@@ -14,8 +14,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 
 #include "moend/base/file.h"
+#include "moend/base/machine.h"
 #include "moend/score/scorer.h"
 #include "moend/solve/solve.h"
 
@@ -84,9 +86,11 @@ void ModelFlags::AddTo(CLI::App& app) {
   app.add_option("-m,--model", path, "GGUF file (architectures llama, qwen2, qwen3)")
       ->required()
       ->type_name("FILE");
-  app.add_option("-t,--threads", threads, "threads; 0: one a core")
+  app.add_option("-t,--threads", threads, "threads; 0: one for each CPU that the process may use")
       ->check(CLI::Range(0, 1024))
       ->type_name("N");
+  app.add_flag("--no-mmap", no_mmap,
+               "read the model into memory: it may then be overwritten while it is in use");
   app.add_flag("--no-repack", no_repack, "leave all weights as in the file: less memory, slower");
 }
 
@@ -94,10 +98,18 @@ Expected<std::shared_ptr<Engine>> ModelFlags::Load() const {
   LoadOptions load;
   load.n_threads = threads;
   load.repack = !no_repack;
+  load.map = !no_mmap;
   MOEND_ASSIGN(auto model, Model::Load(path, load));
   EngineOptions options;
   options.n_threads = threads;
-  return Engine::Create(std::move(model), options);
+  MOEND_ASSIGN(auto engine, Engine::Create(std::move(model), options));
+  const MachineLimits limits = ReadMachineLimits();
+  const auto machine = static_cast<int>(std::thread::hardware_concurrency());
+  if (engine->n_threads() < threads || (threads == 0 && engine->n_threads() < machine))
+    Note(fmt::format("{} thread{}: the process may use {} of the machine's {} CPUs{}", engine->n_threads(),
+                     engine->n_threads() == 1 ? "" : "s", limits.cpus, std::max(machine, limits.cpus),
+                     limits.cpu_quota > 0 ? fmt::format(", {:g} at a time", limits.cpu_quota) : ""));
+  return engine;
 }
 
 void PlanFlags::AddTo(CLI::App& app) {
@@ -234,6 +246,14 @@ Expected<std::vector<std::vector<int32_t>>> ReadTexts(const std::vector<std::str
     texts.push_back(std::move(tokens));
   }
   return texts;
+}
+
+std::string MiBText(int64_t bytes) {
+  const double mib = MiB(bytes);
+  if (mib < 1000) return fmt::format("{:.4g}", mib);
+  std::string text = fmt::format("{:.0f}", mib);
+  for (std::size_t at = text.size(); at > 3;) text.insert(at -= 3, ",");
+  return text;
 }
 
 double MiB(int64_t bytes) {

@@ -38,11 +38,11 @@ void AddEnvironment(CLI::App& app);
 // The first of these variables that is set and empty; empty when none is.
 std::string EmptyVariable(const CLI::App& app);
 
-// -m, -t, --no-repack
+// -m, -t, --no-repack, --no-mmap
 struct ModelFlags {
   std::string path;
   int threads = 0;
-  bool no_repack = false;
+  bool no_repack = false, no_mmap = false;
 
   void AddTo(CLI::App& app);
   Expected<std::shared_ptr<Engine>> Load() const;
@@ -92,7 +92,8 @@ Expected<std::vector<std::vector<int32_t>>> ReadTexts(const std::vector<std::str
                                                       const Tokenizer& tokenizer);
 
 double MiB(int64_t bytes);
-int64_t PeakResidentBytes();  // of this process so far
+std::string MiBText(int64_t bytes);  // for people: 0.5, 847.3, 12,050
+int64_t PeakResidentBytes();         // of this process so far
 
 // Reads Ctrl-C as a request while it lives; a second Ctrl-C ends the process at once.
 class Interrupt {

@@ -1,5 +1,6 @@
 // moend inspect: explains a model, a profile or a plan.
 #include <fmt/format.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -22,10 +23,13 @@ Examples:
 A model: what it is and what its K/V cache takes. A profile: a heat map, a row a layer, a column an expert. A
 plan: what each layer keeps, with how many bits, in how many bytes.)";
 
-// The first bytes of a file, fewer when it is shorter.
-Expected<std::string> Head(const std::string& path, std::size_t n) {
+// The first bytes of a file, fewer when it is shorter. None of what is no regular file, such as a pipe, which
+// would be waited for: the reader that comes next says what is wrong with it.
+std::string Head(const std::string& path, std::size_t n) {
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0 || !S_ISREG(info.st_mode)) return {};
   const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
-  if (!file) return std::string();  // the reader that comes next says why
+  if (!file) return {};
   std::string head(n, '\0');
   head.resize(std::fread(head.data(), 1, n, file.get()));
   return head;
@@ -77,7 +81,7 @@ Expected<void> ExplainModel(const std::string& path) {
 }
 
 Expected<void> Run(const std::string& path) {
-  MOEND_ASSIGN(const std::string head, Head(path, 64));
+  const std::string head = Head(path, 64);
   const std::size_t first = head.find_first_not_of(" \t\r\n\xEF\xBB\xBF");
   if (first == std::string::npos || head[first] != '{') return ExplainModel(path);
   MOEND_ASSIGN(const std::string text, ReadFile(path, int64_t{128} << 20));

@@ -25,13 +25,15 @@ Examples:
 
 The text is cut into chunks; the first half of each is read and compressed, the second half predicted. Every
 prediction of a compressed cache is compared with the full cache's (KL divergence). Terms and layout are
-llama.cpp's; several caches make a table. --llama-cache runs libllama on the same chunks with its own cache
-types and compares those with libllama's f16 cache, by the same code.)";
+llama.cpp's; as there, "<|end|>" and the like in the text are read as text. Several caches make a table.
+--llama-cache runs libllama on the same chunks with its own cache types and compares those with libllama's f16
+cache, by the same code.)";
 
 struct PerplexityFlags {
   ModelFlags model;
   MethodFlags methods;
   std::string file, output;
+  bool parse_special = false;
   eval::PerplexityOptions options;
 };
 
@@ -43,7 +45,7 @@ Expected<void> Run(PerplexityFlags& flags) {
   if (flags.options.n_ctx > trained)
     return Fail(ErrorCode::kInvalidArgument, "chunks of {} tokens are not possible; {} was trained for {}",
                 flags.options.n_ctx, flags.model.path, trained);
-  MOEND_ASSIGN(const auto tokens, engine->model().tokenizer().Tokenize(text, true, true));
+  MOEND_ASSIGN(const auto tokens, engine->model().tokenizer().Tokenize(text, true, flags.parse_special));
   MOEND_ASSIGN(const auto methods, flags.methods.Make(*engine, flags.options.n_ctx, {"2d_hetero"}));
 
   const Interrupt interrupt;
@@ -90,6 +92,8 @@ void AddPerplexity(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->check(CLI::Range(0, INT32_MAX))
       ->type_name("N");
+  command->add_flag("--parse-special", f.parse_special,
+                    "special tokens that the text spells out are tokens, not text");
   command->footer(kFooter);
   command->callback([flags, &exit_code] {
     const MethodFlags& m = flags->methods;

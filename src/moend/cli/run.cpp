@@ -11,6 +11,7 @@
 #include "moend/cli/chat.h"
 #include "moend/cli/commands.h"
 #include "moend/cli/common.h"
+#include "moend/cli/sampler_flags.h"
 #include "moend/cli/stats.h"
 #include "moend/engine/generate.h"
 
@@ -175,18 +176,7 @@ void AddRun(CLI::App& app, int& exit_code) {
   command->add_option("-s,--seed", o.seed, "of the sampling; -1: another one each time")
       ->capture_default_str()
       ->type_name("N");
-  command->add_option("--temp,--temperature", o.sampler.temperature, "0: always the likeliest token")
-      ->capture_default_str()
-      ->type_name("T");
-  command->add_option("--top-k", o.sampler.top_k, "only the K likeliest tokens; 0: all")
-      ->capture_default_str()
-      ->type_name("K");
-  command->add_option("--top-p", o.sampler.top_p, "only the likeliest with this sum; 1: all")
-      ->capture_default_str()
-      ->type_name("P");
-  command->add_option("--min-p", o.sampler.min_p, "only those with this share of the likeliest; 0: all")
-      ->capture_default_str()
-      ->type_name("P");
+  AddSamplerFlags(*command, o.sampler);
   o.plan.AddTo(*command);
   command->add_flag("--chat,--conversation", o.chat,
                     "use the model's chat template; without -p and -f, a conversation");

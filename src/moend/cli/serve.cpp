@@ -3,13 +3,13 @@
 #include <malloc.h>
 #include <sys/resource.h>
 
-#include <charconv>
 #include <cstdio>
 #include <limits>
 
 #include "moend/base/file.h"
 #include "moend/cli/commands.h"
 #include "moend/cli/common.h"
+#include "moend/cli/sampler_flags.h"
 #include "moend/cli/stop_signal.h"
 #include "moend/serve/engine_backend.h"
 #include "moend/serve/server.h"
@@ -191,9 +191,9 @@ Expected<void> Serve(ServeFlags& flags) {
   const int64_t context = backend->ContextBound(info.n_ctx);
   server.Serve(std::move(backend), std::move(store));
   stop.Ready();
-  log.Info("ready: {}, plan {}, context {} tokens of at most {:.1f} MiB, K/V budget {:.4g} MiB, {} threads",
-           info.model_name, info.plan_name, info.n_ctx, MiB(context), MiB(server.gauges().kv_budget_bytes),
-           engine->n_threads());
+  log.Info("ready: {}, plan {}, context {} tokens of at most {:.1f} MiB, K/V budget {} MiB, {} threads",
+           info.model_name, info.plan_name, info.n_ctx, MiB(context),
+           MiBText(server.gauges().kv_budget_bytes), engine->n_threads());
 
   constexpr int kTrimInterval = 10;  // seconds
   while (!stop.Wait(kTrimInterval)) {
@@ -203,19 +203,6 @@ Expected<void> Serve(ServeFlags& flags) {
   log.Info("finishing the accepted requests");
   server.Drain(std::chrono::duration<double>(flags.drain_seconds));
   return {};
-}
-
-// CLI::Range lets a NaN through.
-CLI::Validator Between(double low, double high) {
-  return CLI::Validator(
-      [low, high](std::string& text) {
-        double value = 0;
-        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-        const bool ok =
-            error == std::errc() && end == text.data() + text.size() && value >= low && value <= high;
-        return ok ? std::string() : fmt::format("Value {} not in range {} to {}", text, low, high);
-      },
-      "");
 }
 
 void AddLimits(CLI::App& command, serve::Limits& l) {
@@ -309,9 +296,9 @@ void AddServe(CLI::App& app, int& exit_code) {
       ->type_name("S");
 
   command
-      ->add_option(
-          "--kv-budget-mib", f.kv_budget_mib,
-          "of all K/V caches together; 0: all slots full and as much again, at most half of the memory")
+      ->add_option("--kv-budget-mib", f.kv_budget_mib,
+                   "of all K/V caches together; 0: all slots full and as much again, at most half of the "
+                   "memory that the process may have")
       ->capture_default_str()
       ->check(Between(0, 1e9))
       ->type_name("MIB")
@@ -341,23 +328,7 @@ void AddServe(CLI::App& app, int& exit_code) {
       ->type_name("S")
       ->group("K/V cache");
 
-  SamplerOptions& s = f.server.sampler;
-  command->add_option("--temp,--temperature", s.temperature, "for requests that do not say")
-      ->capture_default_str()
-      ->check(Between(0, 2))
-      ->type_name("T");
-  command->add_option("--top-k", s.top_k, "for requests that do not say")
-      ->capture_default_str()
-      ->check(CLI::Range(int64_t{-1}, kMost))
-      ->type_name("K");
-  command->add_option("--top-p", s.top_p, "for requests that do not say")
-      ->capture_default_str()
-      ->check(Between(0, 1))
-      ->type_name("P");
-  command->add_option("--min-p", s.min_p, "for requests that do not say")
-      ->capture_default_str()
-      ->check(Between(0, 1))
-      ->type_name("P");
+  AddSamplerFlags(*command, f.server.sampler, "; for requests that do not say");
   AddLimits(*command, f.server.limits);
   command->footer(kFooter);
   command->callback([flags, &exit_code] {

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <optional>
-#include <thread>
 
 #include "moend/base/caught.h"
+#include "moend/base/machine.h"
 #include "moend/engine/engine_impl.h"
 
 namespace moend {
@@ -14,8 +14,8 @@ Engine::~Engine() = default;
 
 Expected<std::shared_ptr<Engine>> Engine::Create(std::shared_ptr<const Model> model,
                                                  const EngineOptions& options) {
-  int threads = options.n_threads;
-  if (threads <= 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  const MachineLimits limits = ReadMachineLimits();
+  const int threads = options.n_threads > 0 ? std::min(options.n_threads, limits.cpus) : limits.threads();
   return Caught("making an engine", [&]() -> Expected<std::shared_ptr<Engine>> {
     auto impl = std::make_unique<Impl>();
     impl->model = model;

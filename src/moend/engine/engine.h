@@ -21,8 +21,10 @@
 namespace moend {
 
 struct EngineOptions {
-  int n_threads = 0;           // 0: as many as the machine has cores
-  int64_t block_tokens = 512;  // tokens of a prefill block
+  // 0: as many as the process may run at once (base/machine.h). Never more than the CPUs of its affinity
+  // mask: threads wait for each other by spinning.
+  int n_threads = 0;
+  int64_t block_tokens = 512;  // of a prefill block
 };
 
 // Called now and then during long work with the share done, 0 to 1; returning false stops it (kCancelled).

@@ -1,8 +1,8 @@
 #include "moend/serve/server.h"
 
-#include <unistd.h>
-
 #include <algorithm>
+
+#include "moend/base/machine.h"
 
 namespace moend::serve {
 namespace {
@@ -17,7 +17,7 @@ ApiError Loading() {
 int64_t DefaultBudget(const Backend& backend, int64_t slots) {
   const int64_t n_ctx = backend.info().n_ctx;
   const int64_t wanted = 2 * slots * backend.ContextBound(n_ctx) + backend.PrefillScratch(0, n_ctx);
-  const int64_t memory = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+  const int64_t memory = ReadMachineLimits().usable_memory();
   return memory > 0 ? std::min(wanted, memory / 2) : wanted;
 }
 

@@ -2,13 +2,13 @@
 // holding each other up: who waits can still give up.
 #pragma once
 
-#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <mutex>
-#include <thread>
+
+#include "moend/base/machine.h"
 
 namespace moend::serve {
 
@@ -44,10 +44,10 @@ class Turnstile {
     }
   };
 
-  const unsigned kMost = std::max(1u, std::thread::hardware_concurrency());
+  const int kMost = ReadMachineLimits().threads();
   std::mutex mutex_;
   std::condition_variable left_;
-  unsigned inside_ = 0;
+  int inside_ = 0;
 };
 
 }  // namespace moend::serve
