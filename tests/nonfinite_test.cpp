@@ -221,7 +221,7 @@ TEST(NotFinite, NoDivergenceIsZeroForWantOfANumber) {
 TEST(NotFinite, ALossThatIsNoneIsNotSaved) {
   const test::TempDir dir;
   Profile profile;
-  profile.model = {"llama", "m", 1, {1, 32}, "h"};
+  profile.model = {"llama", "m", 1, {1, 32}, "0123456789abcdef"};
   profile.length = 512;
   profile.evaluated = 64;
   profile.experts = {{1.0, 4, 4}};
