@@ -230,7 +230,7 @@ TEST(OutOfMemory, APrefill) {
 
 // Threads of ggml's pool fail, too. Few: spinning threads crawl on a busy machine.
 TEST(OutOfMemory, APrefillOfTwoThreads) {
-  FailPrefills(World(2, "h2o"), 47);
+  for (const char* scorer : {"h2o", "reconstruct"}) FailPrefills(World(2, scorer), 47);
 }
 
 TEST(OutOfMemory, AFurtherTurn) {
