@@ -112,7 +112,7 @@ TEST(Compact, PagesOfOthersStayAsTheyAre) {
     Model model;
     const auto positions = second->positions(0);
     model.positions.emplace_back(positions.begin(), positions.end());
-    model.packings = 2;
+    model.packings = 5;
     for (int i = 0; i < 3; ++i)
       ASSERT_TRUE(fork->Evict(0, RandomScores(random, fork->view(0).n_pages * 64), Pick(random, 0, 300)));
     Check(*second, model);

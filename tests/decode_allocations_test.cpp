@@ -58,7 +58,7 @@ namespace moend {
 namespace {
 
 struct Steps {
-  int64_t quiet = 0, growing = 0;  // without and with a change of the cache's bytes
+  int64_t quiet = 0, growing = 0;  // without and with tokens that are packed
   int64_t in_quiet = 0;            // allocations of the quiet ones
 };
 
@@ -76,17 +76,22 @@ Steps Decode(int threads, const Expert& expert, int64_t tokens) {
   auto session = Session::Create(*engine, plan);
   if (!session) return steps;
   // Far enough that the list of tokens has room for all that follow.
-  EXPECT_TRUE(session->Prefill(test::RandomTokens(300, 1)));
-  for (const int32_t token : test::RandomTokens(2, 2)) EXPECT_TRUE(session->Decode(token));
+  EXPECT_TRUE(session->Prefill(test::RandomTokens(32 + 4 * kPageTokens, 1)));
+  int64_t unpacked = 0;
+  for (const int32_t token : test::RandomTokens(2, 2)) {
+    EXPECT_TRUE(session->Decode(token));
+    ++unpacked;
+  }
   for (const int32_t token : test::RandomTokens(tokens, 3)) {
     const int64_t bytes = session->stats().bytes, before = allocations;
     const auto decoded = session->Decode(token);
     const int64_t made = allocations - before;
     EXPECT_TRUE(decoded);
-    if (session->stats().bytes != bytes) {
+    if (++unpacked % kPackTokens == 0) {
       ++steps.growing;
       continue;
     }
+    EXPECT_EQ(session->stats().bytes, bytes);
     ++steps.quiet;
     steps.in_quiet += made;
   }

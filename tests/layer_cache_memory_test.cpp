@@ -150,7 +150,7 @@ TEST(OutOfMemory, EvictChangesEverythingOrNothing) {
              [&] {
                const bool done = fork->tokens(0) == 500;
                Model model = done ? after : before;
-               model.packings = 2;
+               model.packings = 5;
                Check(*fork, model);
                if (done) fork = copy();
              });

@@ -63,25 +63,37 @@ TEST(PageLayout, RefusesWhatNoKernelReads) {
 
 TEST(KeptTokens, KeepsEverythingAtOne) {
   for (int64_t n : {0, 1, 31, 32, 33, 95, 96, 97, 1000, 16384}) EXPECT_EQ(KeptTokens(1.0, Protected{}, n), n);
-  EXPECT_EQ(KeptPages(1.0, Protected{}, 95), 0);
+  EXPECT_EQ(KeptPages(1.0, Protected{}, 32), 0);
+  EXPECT_EQ(KeptPages(1.0, Protected{}, 33), 1);
   EXPECT_EQ(KeptPages(1.0, Protected{}, 96), 1);
-  EXPECT_EQ(KeptPages(1.0, Protected{}, 16384), (16384 - 32) / 64);
+  EXPECT_EQ(KeptPages(1.0, Protected{}, 97), 2);
+  EXPECT_EQ(KeptPages(1.0, Protected{}, 16384), 256);
 }
 
 TEST(KeptTokens, NeverGoesBelowTheProtectedOnes) {
   const Protected guard{.sinks = 4, .window = 28};
   for (int64_t n = 0; n <= 32; ++n) EXPECT_EQ(KeptTokens(0.01, guard, n), n);
   EXPECT_EQ(KeptTokens(0.01, guard, 33), 32);
-  EXPECT_EQ(KeptTokens(0.25, guard, 1000), 250);
-  EXPECT_EQ(KeptPages(0.25, guard, 1000), (250 - 32) / 64);
-  EXPECT_EQ(KeptPages(0.25, guard, 127), 0);
+  EXPECT_EQ(KeptTokens(0.25, guard, 131), 32);
+  EXPECT_EQ(KeptPages(0.25, guard, 131), 0);
+}
+
+TEST(KeptTokens, PagesThatArePaidForAreFilled) {
+  const Protected guard{.sinks = 4, .window = 28};
+  EXPECT_EQ(KeptTokens(0.25, guard, 132), 32 + 64);
+  EXPECT_EQ(KeptTokens(0.25, guard, 1000), 32 + 4 * 64);  // 250 - 32 are 3.4 pages
+  EXPECT_EQ(KeptPages(0.25, guard, 1000), 4);
+  EXPECT_EQ(KeptTokens(0.95, guard, 100), 32 + 64);
+  EXPECT_EQ(KeptTokens(0.95, guard, 90), 90) << "as many as there are";
+  EXPECT_EQ(KeptPages(0.95, guard, 90), 1);
 }
 
 TEST(KeptTokens, RatiosThatBinaryCannotWriteAreExact) {
-  EXPECT_EQ(KeptTokens(0.29, Protected{0, 0}, 100), 29);
-  EXPECT_EQ(KeptTokens(0.7, Protected{0, 0}, 10), 7);
-  EXPECT_EQ(KeptTokens(0.1, Protected{0, 0}, 30), 3);
-  EXPECT_EQ(KeptTokens(0.3, Protected{0, 0}, 9), 2);
+  EXPECT_EQ(ShareOf(0.29, 100), 29);
+  EXPECT_EQ(ShareOf(0.7, 10), 7);
+  EXPECT_EQ(ShareOf(0.1, 30), 3);
+  EXPECT_EQ(ShareOf(0.3, 9), 2);
+  EXPECT_EQ(KeptPages(0.29, Protected{0, 0}, 6400), 29);
 }
 
 TEST(KeptTokens, GrowsWithTokensAndWithKeep) {
@@ -94,20 +106,20 @@ TEST(KeptTokens, GrowsWithTokensAndWithKeep) {
     const int64_t kept = KeptTokens(keep, guard, n);
     EXPECT_LE(kept, n);
     EXPECT_GE(kept, std::min(n, guard.sinks + guard.window));
-    EXPECT_LE(static_cast<double>(kept), std::max(keep * static_cast<double>(n) + 1e-6,
-                                                  static_cast<double>(guard.sinks + guard.window)));
+    EXPECT_LT(static_cast<double>(kept), std::max(keep * static_cast<double>(n) + 1e-6 + kPageTokens,
+                                                  static_cast<double>(guard.sinks + guard.window + 1)));
     EXPECT_LE(kept, KeptTokens(keep, guard, n + 1));
     EXPECT_LE(kept, KeptTokens(std::min(1.0, keep + 0.05), guard, n));
-    EXPECT_LE(KeptPages(keep, guard, n) * kPageTokens, n);
+    EXPECT_GE(KeptPages(keep, guard, n) * kPageTokens, kept - guard.sinks - guard.window);
   }
 }
 
 TEST(LayerBytes, CountsEveryPartByHand) {
   const KvShape shape{.n_kv_heads = 2, .head_size = 64};
   const Expert expert{.keep = 0.5, .k_bits = 4, .v_bits = 2};
-  // 1000 tokens: 500 stay, 468 unprotected, 7 pages.
+  // 1000 tokens: 500 stay, 468 unprotected, 8 pages; 48 raw.
   const int64_t page = 128 + 128 + 128 + 128 + 64 * 32 + 64 * 16 + 64;
-  const int64_t head = 7 * page + 8 * 16 + 128 + 96 * 64 * 4;
+  const int64_t head = 8 * page + 8 * 16 + 128 + 48 * 64 * 4;
   EXPECT_EQ(*LayerBytes(shape, expert, Protected{}, 1000, 0), 2 * head);
   EXPECT_EQ(*LayerBytes(shape, expert, Protected{}, 1000, 4), 2 * (head + 8 * 64 * 4));
   EXPECT_EQ(FullLayerBytes(shape, 1000), 1000 * 2 * 64 * 4);

@@ -10,10 +10,6 @@
 namespace moend {
 namespace {
 
-uint64_t FirstSlots(int64_t n) {
-  return n == kPageTokens ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
-}
-
 struct Run {
   std::size_t first = 0, size = 0;
 };

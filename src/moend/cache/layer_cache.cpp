@@ -10,8 +10,6 @@
 namespace moend {
 namespace {
 
-constexpr int64_t kMaxTokens = int64_t{1} << 31;  // positions are uint32_t
-
 // Copies K (or V) of a page to a page that stores it with as many bits.
 void CopySide(const PageLayout& from, const uint8_t* source, const PageLayout& to, uint8_t* page, bool keys) {
   const int bits = keys ? from.k_bits : from.v_bits;
@@ -65,15 +63,16 @@ Expected<LayerCache> LayerCache::Create(std::shared_ptr<Ledger> ledger, const Kv
   });
 }
 
-void LayerCache::Impl::PackPage(int64_t h, PageScratch& from, const float* feedback, uint8_t* page) const {
+void LayerCache::Impl::PackPage(int64_t h, PageScratch& from, const float* feedback, uint64_t live,
+                                uint8_t* page) const {
   if (const KeyRotation* turn = rotation(h))
     simd::RotateLanes(from.k.data(), shape.head_size, turn->balance, nullptr);
   if (feedback && layout.k_bits < 16) {
     PackKeysFeedback(layout, from.k.data(), feedback, page);
   } else {
-    PackKeys(layout, from.k.data(), ~uint64_t{0}, page);
+    PackKeys(layout, from.k.data(), live, page);
   }
-  PackValues(layout, from.v.data(), ~uint64_t{0}, page);
+  PackValues(layout, from.v.data(), live, page);
 }
 
 void LayerCache::Impl::Clear() {
@@ -85,64 +84,6 @@ void LayerCache::Impl::Clear() {
   }
   raw = RawTokens(shape);
   tokens_seen = n_raw = 0;
-}
-
-Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int64_t m) {
-  // First everything that can fail.
-  const bool packs = n_raw + m == RawLimit();
-  MOEND_TRY(raw.Reserve(ledger, n_raw + m));
-  for (CacheHead& head : heads) MOEND_TRY(head.positions.Reserve(ledger, tokens_seen + m));
-  PageScratch scratch;
-  std::vector<PageRef> pages;
-  if (packs) {
-    MOEND_ASSIGN(scratch, PageScratch::Create(shape.head_size));
-    pages.reserve(heads.size());
-    for (CacheHead& head : heads) {
-      MOEND_TRY(head.table.Fit(head.table.size() + 1));
-      MOEND_ASSIGN(auto page, PageRef::Create(ledger, layout));
-      pages.push_back(std::move(page));
-    }
-  }
-
-  for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
-    for (int64_t i = 0; i < m; ++i) {
-      const int64_t offset = (i * shape.n_kv_heads + h) * shape.head_size;
-      raw.Store(h, n_raw + i, k + offset, v + offset);
-      head(h).positions.Insert(tokens_seen + i);
-    }
-  }
-  n_raw += m;
-  tokens_seen += m;
-  if (!packs) return {};
-  for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
-    PageRef& page = pages[static_cast<std::size_t>(h)];
-    raw.LoadPage(h, guard.sinks, scratch);
-    PackPage(h, scratch, nullptr, page.data());
-    head(h).table.Push(std::move(page), ~uint64_t{0});
-    head(h).paged += kPageTokens;
-    raw.RemovePage(h, guard.sinks, n_raw);
-  }
-  n_raw -= kPageTokens;
-  return {};
-}
-
-Expected<void> LayerCache::Append(const float* k, const float* v, int64_t n) {
-  Impl& s = *impl_;
-  if (n < 0 || s.filling)
-    return Fail(ErrorCode::kInvalidArgument, "{} tokens cannot be appended{}", n,
-                s.filling ? " while the cache is being filled" : "");
-  if (n > kMaxTokens - s.tokens_seen)
-    return Fail(ErrorCode::kTooLong, "{} more tokens after {} are beyond the {} that a cache can number", n,
-                s.tokens_seen, kMaxTokens);
-  return CatchBadAlloc([&]() -> Expected<void> {
-    const int64_t stride = s.shape.n_kv_heads * s.shape.head_size;
-    for (int64_t done = 0; done < n;) {
-      const int64_t m = std::min(n - done, s.RawLimit() - s.n_raw);
-      MOEND_TRY(s.AppendChunk(k + done * stride, v + done * stride, m));
-      done += m;
-    }
-    return {};
-  });
 }
 
 Expected<LayerCache> LayerCache::Fork() const {

@@ -2,8 +2,10 @@
 //
 //     sinks (raw) | packed pages of 64, ascending positions, some slots evicted | newest tokens (raw)
 //
-// Raw tokens are unquantized half floats. When sinks + window + 64 raw tokens are there, the oldest 64 behind
-// the sinks are packed into a page. Eviction marks slots of pages dead and then compacts: runs of
+// Raw tokens are unquantized half floats. When sinks + window + 16 raw tokens are there, the oldest behind
+// the sinks are packed: into the room that the last page has behind its last live slot, else into a new page.
+// (A page's worth of raw tokens costs as much as 5 packed pages: held back until a page is full, they took a
+// third of a 14x budget at 4,096 tokens.) Eviction marks slots of pages dead and then compacts: runs of
 // neighbouring pages whose dead slots add up to a page are re-packed into fewer pages. Original positions are
 // a bitmap over the tokens seen. All memory, the tables included, comes from one Ledger; bytes() is what was
 // allocated.
@@ -56,20 +58,21 @@ class LayerCache {
                           const float* scores, const float* feedback = nullptr);
   Expected<void> EndFill();
 
-  // Appends tokens at positions tokens_seen()...; k and v are f32 [n][n_kv_heads][head_size]. Packs pages as
-  // they fill. A packed slot's score starts at 0. On an error the tokens up to tokens_seen() are in, the
-  // others are not.
+  // Appends tokens at positions tokens_seen()...; k and v are f32 [n][n_kv_heads][head_size]. Of many tokens
+  // whole pages are packed; of a few, kPackTokens at a time, whose K may widen the ranges of a page's
+  // channels: its codes are then rounded once more. A packed slot's score starts at 0. On an error the tokens
+  // up to tokens_seen() are in, the others are not.
   Expected<void> Append(const float* k, const float* v, int64_t n);
 
   // Evicts the `count` live paged tokens of KV head `head` with the lowest score (scores[page * 64 + slot];
   // dead slots ignored; ties: the older token goes; NaN is lowest), then compacts: fewer than 64 slots are
-  // dead afterwards. Evicts fewer when fewer are paged. Threads may evict from different heads at the same
+  // dead afterwards, the room of the last page included. Evicts fewer when fewer are paged; 0 only compacts,
+  // and needs no scores. Threads may evict from different heads at the same
   // time. On an error nothing has changed.
   Expected<void> Evict(int64_t head, std::span<const float> scores, int64_t count);
 
   // How many paged tokens Evict must take from each head now so that at most KeptTokens(keep, guard,
-  // tokens_seen()) stay, in at most KeptPages() pages. After Evict(Excess()) of every head bytes() is at most
-  // LayerBytes(tokens_seen()).
+  // tokens_seen()) stay. After Evict(Excess()) of every head bytes() is at most LayerBytes(tokens_seen()).
   int64_t Excess(int64_t head) const;
 
   // A second cache with the same content; pages are shared until one side re-packs them (copy on write).

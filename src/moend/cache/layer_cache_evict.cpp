@@ -23,10 +23,8 @@ bool GoesFirst(const Candidate& a, const Candidate& b) {
 int64_t LayerCache::Excess(int64_t head) const {
   const Impl& s = *impl_;
   const int64_t paged = s.head(head).paged;
-  const int64_t tokens = paged + s.n_raw - KeptTokens(s.expert.keep, s.guard, s.tokens_seen);
-  // Raw tokens that fall short of a page do not entitle to one.
-  const int64_t slots = paged - KeptPages(s.expert.keep, s.guard, s.tokens_seen) * kPageTokens;
-  return std::clamp<int64_t>(std::max(tokens, slots), 0, paged);
+  const int64_t excess = paged + s.n_raw - KeptTokens(s.expert.keep, s.guard, s.tokens_seen);
+  return std::clamp<int64_t>(excess, 0, paged);
 }
 
 Expected<void> LayerCache::Evict(int64_t h, std::span<const float> scores, int64_t count) {
@@ -36,25 +34,26 @@ Expected<void> LayerCache::Evict(int64_t h, std::span<const float> scores, int64
                 s.filling ? " while the cache is being filled" : "");
   CacheHead& head = s.head(h);
   PageTable& table = head.table;
-  if (static_cast<int64_t>(scores.size()) != table.size() * kPageTokens)
+  if (static_cast<int64_t>(scores.size()) != table.size() * kPageTokens && (count > 0 || !scores.empty()))
     return Fail(ErrorCode::kInvalidArgument, "{} scores were given for {} pages of {} slots", scores.size(),
                 table.size(), kPageTokens);
-  count = std::min(count, head.paged);
-  if (count <= 0) return {};
+  count = std::clamp<int64_t>(count, 0, head.paged);
+  // Room that a new last page brought may be a page's worth together with what was dead before.
+  if (count == 0 && table.size() * kPageTokens - head.paged < kPageTokens) return {};
   return CatchBadAlloc([&]() -> Expected<void> {
     std::vector<Candidate> candidates;
     candidates.reserve(static_cast<std::size_t>(head.paged));
     for (int64_t page = 0; page < table.size(); ++page) {
       for (uint64_t left = table.live()[page]; left; left &= left - 1) {
         const int64_t slot = page * kPageTokens + std::countr_zero(left);
-        const float score = scores[static_cast<std::size_t>(slot)];
+        const float score = scores.empty() ? 0 : scores[static_cast<std::size_t>(slot)];
         // An undefined score must not undo the order.
         candidates.push_back(
             {std::isnan(score) ? -INFINITY : score, slot, static_cast<int64_t>(candidates.size())});
       }
     }
     const auto end = candidates.begin() + count;
-    std::nth_element(candidates.begin(), end - 1, candidates.end(), GoesFirst);
+    std::nth_element(candidates.begin(), end, candidates.end(), GoesFirst);
 
     std::vector<uint64_t> live(table.live(), table.live() + table.size());
     std::vector<char> goes(candidates.size());

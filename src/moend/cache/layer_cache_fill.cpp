@@ -7,24 +7,29 @@
 namespace moend {
 namespace {
 
-// Tokens at 64 ascending positions, as floats.
-void LoadPage(const DenseView& from, const uint32_t* positions, PageScratch& to) {
+// Tokens at n <= 64 ascending positions, as floats. Slots behind them repeat K of the last one, so that they
+// do not count where all slots are looked at.
+void LoadPage(const DenseView& from, const uint32_t* positions, int64_t n, PageScratch& to) {
   const int64_t hs = from.head_size;
-  for (int64_t t = 0; t < kPageTokens;) {
+  for (int64_t t = 0; t < n;) {
     // Neighbours of one block are copied together.
     const int64_t position = positions[t], in_block = position % kPageTokens;
     int64_t run = 1;
-    while (t + run < kPageTokens && in_block + run < kPageTokens && positions[t + run] == position + run)
-      ++run;
+    while (t + run < n && in_block + run < kPageTokens && positions[t + run] == position + run) ++run;
     const uint16_t* k = from.k + (position - in_block) * hs + in_block;
     for (int64_t c = 0; c < hs; ++c)
       std::copy_n(k + c * kPageTokens, run, to.halves.data() + c * kPageTokens + t);
     t += run;
   }
+  if (n < kPageTokens)
+    for (int64_t c = 0; c < hs; ++c) {
+      uint16_t* row = to.halves.data() + c * kPageTokens;
+      std::fill(row + n, row + kPageTokens, row[n - 1]);
+    }
   HalvesToFloats(to.halves.data(), hs * kPageTokens, to.k.data());
-  for (int64_t t = 0; t < kPageTokens;) {
+  for (int64_t t = 0; t < n;) {
     int64_t run = 1;
-    while (t + run < kPageTokens && positions[t + run] == positions[t] + run) ++run;
+    while (t + run < n && positions[t + run] == positions[t] + run) ++run;
     HalvesToFloats(from.v + positions[t] * hs, run * hs, to.v.data() + t * hs);
     t += run;
   }
@@ -49,13 +54,13 @@ Expected<void> LayerCache::BeginFill(int64_t n_tokens, int64_t n_kept) {
   if (s.tokens_seen > 0 || s.filling)
     return Fail(ErrorCode::kInvalidArgument, "only an empty cache can be filled; this one saw {} tokens",
                 s.tokens_seen);
-  const int64_t guarded = s.guard.sinks + s.guard.window;
+  const int64_t guarded = s.Guarded();
   if (n_kept < std::min(n_tokens, guarded) || n_kept > n_tokens || n_tokens > int64_t{1} << 31)
     return Fail(ErrorCode::kInvalidArgument,
                 "{} of {} tokens cannot be kept; at least the {} protected ones must be, at most all", n_kept,
                 n_tokens, std::min(n_tokens, guarded));
-  const int64_t pages = std::max<int64_t>(0, n_kept - guarded) / kPageTokens;
-  MOEND_TRY(CatchBadAlloc([&] { return s.raw.Reserve(s.ledger, n_kept - pages * kPageTokens); }));
+  // With room for those that follow, so that no more is allocated for raw tokens later.
+  MOEND_TRY(CatchBadAlloc([&] { return s.raw.Reserve(s.ledger, std::min(n_tokens, RawCapacity(s.guard))); }));
   s.filling = true;
   s.fill_tokens = n_tokens;
   s.fill_kept = n_kept;
@@ -88,22 +93,23 @@ Expected<void> LayerCache::FillHead(int64_t h, const DenseView& from, std::span<
           kept.size(), h, s.fill_kept, s.fill_tokens, s.guard.window);
 
     CacheHead& head = s.head(h);
-    const int64_t guarded = s.guard.sinks + s.guard.window;
-    const int64_t pages = std::max<int64_t>(0, s.fill_kept - guarded) / kPageTokens;
+    const int64_t paged = std::max<int64_t>(0, s.fill_kept - s.Guarded());
+    const int64_t pages = RoundUp(paged, kPageTokens) / kPageTokens;
     const int64_t sinks = std::min(s.guard.sinks, s.fill_kept);
     MOEND_TRY(head.table.Fit(pages));
     MOEND_TRY(head.positions.Reserve(s.ledger, s.fill_tokens));
     MOEND_ASSIGN(auto scratch, PageScratch::Create(s.shape.head_size));
     for (int64_t i = 0; i < pages; ++i) {
       const uint32_t* positions = kept.data() + sinks + i * kPageTokens;
+      const int64_t n = std::min(kPageTokens, paged - i * kPageTokens);
       MOEND_ASSIGN(auto page, PageRef::Create(s.ledger, s.layout));
-      LoadPage(from, positions, scratch);
-      s.PackPage(h, scratch, feedback, page.data());
-      head.table.Push(std::move(page), ~uint64_t{0});
+      LoadPage(from, positions, n, scratch);
+      s.PackPage(h, scratch, feedback, FirstSlots(n), page.data());
+      head.table.Push(std::move(page), FirstSlots(n));
       if (float* out = head.table.scores(); out && scores)
-        for (int64_t t = 0; t < kPageTokens; ++t) out[i * kPageTokens + t] = scores[positions[t]];
+        for (int64_t t = 0; t < n; ++t) out[i * kPageTokens + t] = scores[positions[t]];
     }
-    head.paged = pages * kPageTokens;
+    head.paged = paged;
     for (int64_t i = 0; i < sinks; ++i) s.raw.Store(h, i, from, kept[i]);
     for (int64_t i = sinks + head.paged; i < s.fill_kept; ++i) s.raw.Store(h, i - head.paged, from, kept[i]);
     for (const uint32_t position : kept) head.positions.Insert(position);

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "moend/base/caught.h"
@@ -50,18 +52,25 @@ struct LayerCache::Impl {
   const KeyRotation* rotation(int64_t h) const {
     return rotations && expert.k_bits < 16 ? rotations->head(h) : nullptr;
   }
-  // Packs the 64 tokens in `from`, which may be changed, into a page of a head; `feedback` may be null.
-  void PackPage(int64_t h, PageScratch& from, const float* feedback, uint8_t* page) const;
+  // Packs the `live` ones of the 64 tokens in `from`, which may be changed, into a page of a head. `feedback`
+  // may be null; if it is not, K of the other slots is to lie within the range of the live ones.
+  void PackPage(int64_t h, PageScratch& from, const float* feedback, uint64_t live, uint8_t* page) const;
 
-  // Raw tokens at which the oldest page of them is packed.
-  int64_t RawLimit() const { return guard.sinks + guard.window + kPageTokens; }
+  // Tokens that can be packed into one page of every head: the last one, or a new one where that is full.
+  int64_t Room() const {
+    int64_t room = kPageTokens;
+    for (const CacheHead& h : heads)
+      if (h.table.Room() > 0) room = std::min(room, h.table.Room());
+    return room;
+  }
+  int64_t Guarded() const { return guard.sinks + guard.window; }
   int64_t SinksSeen() const { return std::min(guard.sinks, n_raw); }
 
   // Back to an empty cache; needs no memory.
   void Clear();
 
-  // Appends m tokens that fit below RawLimit(), and packs when it is reached.
-  Expected<void> AppendChunk(const float* k, const float* v, int64_t m);
+  // Appends m tokens to the raw ones; if these are then `limit`, packs as many as go into one page.
+  Expected<void> AppendChunk(const float* k, const float* v, int64_t m, int64_t limit);
 };
 
 }  // namespace moend

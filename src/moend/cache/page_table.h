@@ -1,6 +1,7 @@
 // Pages of one KV head: reference-counted memory from the ledger, and the table that points to it.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -46,6 +47,11 @@ class PageRef {
 // False is final; true may change to false at any time, when another cache lets go.
 bool IsShared(const PageLayout& layout, const uint8_t* page);
 
+// The mask of a page's first n slots.
+constexpr uint64_t FirstSlots(int64_t n) {
+  return n == kPageTokens ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+}
+
 // Pointers, live masks and (optionally) scores of the pages, in one allocation that fits them by cache lines.
 class PageTable {
  public:
@@ -73,6 +79,9 @@ class PageTable {
 
   // With room made by Fit(). Scores start at 0.
   void Push(PageRef page, uint64_t live);
+
+  // Slots of the last page behind its last live one.
+  int64_t Room() const { return size_ == 0 ? 0 : std::countl_zero(live()[size_ - 1]); }
 
   // Drops entries from `size` on. Their references are the caller's business.
   void Truncate(int64_t size) { size_ = size; }

@@ -1,6 +1,7 @@
 #include "moend/cache/raw_tokens.h"
 
 #include <algorithm>
+#include <array>
 
 #include "moend/base/half.h"
 #include "moend/cache/codec.h"
@@ -19,22 +20,29 @@ Expected<PageScratch> PageScratch::Create(int64_t head_size) {
   return scratch;
 }
 
-Expected<void> RawTokens::Reserve(const std::shared_ptr<Ledger>& ledger, int64_t n) {
-  if (n <= capacity_) return {};
-  RawTokens grown(shape_);
-  grown.capacity_ = RoundUp(n, kRawBlockTokens);
-  MOEND_ASSIGN(grown.memory_, Buffer<uint16_t>::Create(ledger, shape_.n_kv_heads * grown.HeadStride()));
-  const int64_t old = capacity_ * shape_.head_size, now = grown.capacity_ * shape_.head_size;
+Expected<void> RawTokens::Resize(const std::shared_ptr<Ledger>& ledger, int64_t capacity) {
+  RawTokens resized(shape_);
+  resized.capacity_ = capacity;
+  MOEND_ASSIGN(resized.memory_, Buffer<uint16_t>::Create(ledger, shape_.n_kv_heads * resized.HeadStride()));
+  const int64_t now = capacity * shape_.head_size, kept = std::min(capacity_ * shape_.head_size, now);
   for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
-    if (old > 0) {
-      std::copy_n(keys(h), old, grown.keys(h));
-      std::copy_n(values(h), old, grown.values(h));
+    if (kept > 0) {
+      std::copy_n(keys(h), kept, resized.keys(h));
+      std::copy_n(values(h), kept, resized.values(h));
     }
-    std::fill(grown.keys(h) + old, grown.keys(h) + now, uint16_t{0});
-    std::fill(grown.values(h) + old, grown.values(h) + now, uint16_t{0});
+    std::fill(resized.keys(h) + kept, resized.keys(h) + now, uint16_t{0});
+    std::fill(resized.values(h) + kept, resized.values(h) + now, uint16_t{0});
   }
-  *this = std::move(grown);
+  *this = std::move(resized);
   return {};
+}
+
+Expected<void> RawTokens::Reserve(const std::shared_ptr<Ledger>& ledger, int64_t n) {
+  return n <= capacity_ ? Expected<void>() : Resize(ledger, RoundUp(n, kRawBlockTokens));
+}
+
+void RawTokens::Shrink(const std::shared_ptr<Ledger>& ledger, int64_t n) {
+  if (RoundUp(n, kRawBlockTokens) < capacity_) (void)Resize(ledger, RoundUp(n, kRawBlockTokens));
 }
 
 void RawTokens::Store(int64_t head, int64_t token, const float* k, const float* v) {
@@ -52,35 +60,29 @@ void RawTokens::Store(int64_t head, int64_t token, const DenseView& from, int64_
   for (int64_t c = 0; c < hs; ++c) value[c] = FiniteHalf(from.v[position * hs + c]);
 }
 
-void RawTokens::LoadPage(int64_t head, int64_t first, PageScratch& to) const {
+void RawTokens::Load(int64_t head, int64_t first, int64_t n, int64_t slot, PageScratch& to) const {
   const int64_t hs = shape_.head_size;
-  for (int64_t t = 0; t < kPageTokens;) {
-    const int64_t token = first + t;
-    const int64_t run = std::min(kRawBlockTokens - token % kRawBlockTokens, kPageTokens - t);
-    const uint16_t* key = keys(head) + KeyOffset(token);
-    for (int64_t c = 0; c < hs; ++c)
-      std::copy_n(key + c * kRawBlockTokens, run, to.halves.data() + c * kPageTokens + t);
-    t += run;
+  std::array<uint16_t, kPageTokens> row;
+  for (int64_t c = 0; c < hs; ++c) {
+    const uint16_t* key = keys(head) + c * kRawBlockTokens;
+    for (int64_t t = 0; t < n;) {
+      const int64_t run = std::min(kRawBlockTokens - (first + t) % kRawBlockTokens, n - t);
+      std::copy_n(key + KeyOffset(first + t), run, row.data() + t);
+      t += run;
+    }
+    HalvesToFloats(row.data(), n, to.k.data() + c * kPageTokens + slot);
   }
-  HalvesToFloats(to.halves.data(), hs * kPageTokens, to.k.data());
-  HalvesToFloats(values(head) + first * hs, hs * kPageTokens, to.v.data());
+  HalvesToFloats(values(head) + first * hs, hs * n, to.v.data() + slot * hs);
 }
 
-void RawTokens::RemovePage(int64_t head, int64_t first, int64_t size) {
-  // A page is a whole number of blocks, so every token keeps its lane.
-  static_assert(kPageTokens % kRawBlockTokens == 0);
-  const int64_t hs = shape_.head_size, left = size - kPageTokens;
-  const int64_t block = kRawBlockTokens * hs, page = kPageTokens * hs;
-  for (int64_t token = first; token < left;) {
-    const int64_t lane = token % kRawBlockTokens, run = kRawBlockTokens - lane;
-    uint16_t* to = keys(head) + token / kRawBlockTokens * block;
-    for (int64_t c = 0; c < hs; ++c) {
-      uint16_t* row = to + c * kRawBlockTokens + lane;
-      std::copy_n(row + page, run, row);
-    }
-    token += run;
+void RawTokens::Remove(int64_t head, int64_t first, int64_t n, int64_t size) {
+  const int64_t hs = shape_.head_size;
+  for (int64_t token = first + n; token < size; ++token) {
+    const uint16_t* from = keys(head) + KeyOffset(token);
+    uint16_t* to = keys(head) + KeyOffset(token - n);
+    for (int64_t c = 0; c < hs; ++c) to[c * kRawBlockTokens] = from[c * kRawBlockTokens];
   }
-  std::copy(values(head) + (first + kPageTokens) * hs, values(head) + size * hs, values(head) + first * hs);
+  std::copy(values(head) + (first + n) * hs, values(head) + size * hs, values(head) + first * hs);
 }
 
 Expected<RawTokens> RawTokens::Copy(const std::shared_ptr<Ledger>& ledger) const {

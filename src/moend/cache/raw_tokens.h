@@ -27,6 +27,8 @@ class RawTokens {
 
   // Room for n tokens a head, in blocks; never shrinks.
   Expected<void> Reserve(const std::shared_ptr<Ledger>& ledger, int64_t n);
+  // Gives back what is beyond n tokens, if there is memory for the copy.
+  void Shrink(const std::shared_ptr<Ledger>& ledger, int64_t n);
 
   const uint16_t* keys(int64_t head) const { return memory_.data() + head * HeadStride(); }
   const uint16_t* values(int64_t head) const { return keys(head) + capacity_ * shape_.head_size; }
@@ -38,15 +40,16 @@ class RawTokens {
   void Store(int64_t head, int64_t token, const float* k, const float* v);
   void Store(int64_t head, int64_t token, const DenseView& from, int64_t position);
 
-  // Tokens [first, first + 64) as floats.
-  void LoadPage(int64_t head, int64_t first, PageScratch& to) const;
+  // Tokens [first, first + n) as floats, to slots [slot, slot + n) of a page.
+  void Load(int64_t head, int64_t first, int64_t n, int64_t slot, PageScratch& to) const;
 
-  // Takes tokens [first, first + 64) out of `size`; those behind move up.
-  void RemovePage(int64_t head, int64_t first, int64_t size);
+  // Takes tokens [first, first + n) out of `size`; those behind move up.
+  void Remove(int64_t head, int64_t first, int64_t n, int64_t size);
 
   Expected<RawTokens> Copy(const std::shared_ptr<Ledger>& ledger) const;
 
  private:
+  Expected<void> Resize(const std::shared_ptr<Ledger>& ledger, int64_t capacity);
   int64_t HeadStride() const { return 2 * capacity_ * shape_.head_size; }
   // Where token's channel 0 is in K; channels are kRawBlockTokens apart.
   int64_t KeyOffset(int64_t token) const {

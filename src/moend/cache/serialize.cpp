@@ -12,7 +12,7 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "the format is written as it is in memory");
 
 constexpr uint64_t kMagic = 0x766B646E656F6Du;  // "moendkv"
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 
 struct Header {
   uint64_t magic = kMagic;
@@ -121,7 +121,9 @@ Expected<void> ReadHead(Reader& reader, LayerCache::Impl& s, CacheHead& head, co
   std::vector<uint64_t> live(static_cast<std::size_t>(n_pages));
   if (!reader.Read(live.data(), n_pages)) return corrupt("its page table is cut off");
   for (const uint64_t mask : live) head.paged += std::popcount(mask);
-  if (n_pages * kPageTokens - head.paged >= kPageTokens)
+  // The last page's room does not count: it may have come since the last eviction.
+  const int64_t room = live.empty() ? 0 : std::countl_zero(live.back());
+  if (n_pages * kPageTokens - head.paged - room >= kPageTokens || room >= kPageTokens)
     return corrupt("a page's worth of its slots is dead");
   if (!ArePositionsSound(s, head)) return corrupt("its positions do not match its tokens");
   std::vector<float> scores(static_cast<std::size_t>(s.keep_scores ? n_pages * kPageTokens : 0));
@@ -204,7 +206,7 @@ Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::strin
     const int64_t seen = header.tokens_seen, n_raw = header.n_raw;
     const int64_t guarded = guard.sinks + guard.window;
     if (seen < 0 || seen > int64_t{1} << 31 || n_raw < std::min(seen, guarded) ||
-        n_raw > std::min(seen, guarded + kPageTokens - 1))
+        n_raw > std::min(seen, guarded + kPackTokens - 1))
       return corrupt("its token counts contradict each other");
 
     Reader reader(blob.substr(sizeof(Header)));

@@ -94,7 +94,7 @@ Expected<std::vector<ProfileCell>> MeasureLayer(const HyperParams& hp, const Rec
     for (std::size_t e = 0; e < experts.size(); ++e) {
       const Expert& expert = experts[e];
       uint64_t kept = 0;
-      for (const uint32_t t : SelectKept(order, {0, 0}, KeptTokens(expert.keep, {0, 1}, n)))
+      for (const uint32_t t : SelectKept(order, {0, 0}, std::max<int64_t>(1, ShareOf(expert.keep, n))))
         kept |= uint64_t{1} << t;
       MOEND_ASSIGN(const PageLayout layout, MakePageLayout(d, expert.k_bits, expert.v_bits));
       MOEND_ASSIGN(auto page, Buffer<uint8_t>::Create(nullptr, layout.bytes));

@@ -143,9 +143,9 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
           restored.guard() != cache.guard() || restored.tokens_seen() != n)
         return Fail(ErrorCode::kMismatch, "{} was made with another plan, or its layers differ in length",
                     kSource);
-      // What a head holds beyond its share came since the last eviction, but for part of a page; and heads
-      // that share their layer's tokens do not have more of them together, but for a page each.
-      if (restored.Excess(0) > s.since_eviction + kPageTokens - 1)
+      // What a head holds beyond its share came since the last eviction; and heads that share their layer's
+      // tokens do not have more of them together, but for a page each.
+      if (restored.Excess(0) > s.since_eviction)
         return Fail(ErrorCode::kCorrupt, "{} holds {} tokens of a KV head more than its plan allows", kSource,
                     restored.Excess(0));
       if ((i + 1) % heads == 0) {

@@ -87,21 +87,27 @@ Expected<void> CheckCacheConfig(const KvShape& shape, const Expert& expert, cons
   return {};
 }
 
-int64_t KeptTokens(double keep, const Protected& guard, int64_t n_tokens) {
+int64_t ShareOf(double keep, int64_t n_tokens) {
   if (keep >= 1.0) return n_tokens;
   // The factor forgives the binary rounding of ratios: 0.29 of 100 tokens are 29.
   const double share = std::floor(keep * static_cast<double>(n_tokens) * (1.0 + 1e-12));
-  const int64_t least = std::min(n_tokens, guard.sinks + guard.window);
-  return std::clamp(static_cast<int64_t>(share), least, n_tokens);
+  return std::min(n_tokens, static_cast<int64_t>(share));
+}
+
+int64_t KeptTokens(double keep, const Protected& guard, int64_t n_tokens) {
+  if (keep >= 1.0) return n_tokens;
+  const int64_t guarded = guard.sinks + guard.window;
+  const int64_t others = std::max<int64_t>(ShareOf(keep, n_tokens) - guarded, 0);
+  return std::min(n_tokens, guarded + RoundUp(others, kPageTokens));
 }
 
 int64_t KeptPages(double keep, const Protected& guard, int64_t n_tokens) {
-  const int64_t unprotected = KeptTokens(keep, guard, n_tokens) - guard.sinks - guard.window;
-  return std::max<int64_t>(unprotected, 0) / kPageTokens;
+  const int64_t others = KeptTokens(keep, guard, n_tokens) - guard.sinks - guard.window;
+  return RoundUp(std::max<int64_t>(others, 0), kPageTokens) / kPageTokens;
 }
 
 int64_t RawCapacity(const Protected& guard) {
-  return RoundUp(guard.sinks + guard.window + kPageTokens, kRawBlockTokens);
+  return RoundUp(guard.sinks + guard.window + kPackTokens, kRawBlockTokens);
 }
 
 int64_t TableEntries(int64_t pages) {

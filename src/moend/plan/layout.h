@@ -32,6 +32,7 @@ namespace moend {
 
 inline constexpr int64_t kPageTokens = 64;
 inline constexpr int64_t kRawBlockTokens = 16;  // granularity of the unquantized (raw) tokens
+inline constexpr int64_t kPackTokens = 16;      // raw tokens beyond the window that are packed together
 inline constexpr int64_t kEvictInterval = 128;  // generated tokens between two evictions
 
 // Groups of channels that share a V scale: at most 64 channels where head_size allows it, else the whole
@@ -58,15 +59,19 @@ Expected<PageLayout> MakePageLayout(int64_t head_size, int k_bits, int v_bits);
 // kInvalidArgument, naming the value, for a shape, an expert or a guard that no cache can have.
 Expected<void> CheckCacheConfig(const KvShape& shape, const Expert& expert, const Protected& guard);
 
-// Most tokens that each KV head holds after `n_tokens` were seen and eviction has run: floor(keep *
-// n_tokens), but never fewer than the protected ones and never more than n_tokens. Of these, sinks + window
-// are raw, KeptPages() * 64 are paged, and the rest, less than a page, stays raw as well.
+// floor(keep * n_tokens), for ratios that binary cannot write, too.
+int64_t ShareOf(double keep, int64_t n_tokens);
+
+// Most tokens that each KV head holds after `n_tokens` were seen and eviction has run: keep * n_tokens, where
+// what is not protected is rounded up to whole pages, for a page that is paid for is filled; never fewer than
+// the protected ones and never more than n_tokens. Of these, sinks + window and up to kPackTokens - 1 more
+// are raw.
 int64_t KeptTokens(double keep, const Protected& guard, int64_t n_tokens);
 
-// Full pages among KeptTokens(): floor((KeptTokens - sinks - window) / 64), at least 0.
+// Pages that hold what is not protected of KeptTokens(); the last one may have room.
 int64_t KeptPages(double keep, const Protected& guard, int64_t n_tokens);
 
-// Most raw tokens a KV head holds at once: sinks + window + one page that is about to be packed, in whole
+// Most raw tokens a KV head holds at once: sinks + window + those that are about to be packed, in whole
 // blocks.
 int64_t RawCapacity(const Protected& guard);
 

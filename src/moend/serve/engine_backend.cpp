@@ -113,9 +113,9 @@ class EngineBackend : public Backend {
   int64_t peak_bytes() const override { return ledger_->peak(); }
 
   int64_t ContextBound(int64_t n_tokens) const override {
-    // Between two evictions a head holds up to kEvictInterval tokens too many; a page more is open, and
-    // another is being written while its run of pages is compacted.
-    constexpr int64_t kSlackPages = kEvictInterval / kPageTokens + 2;
+    // Between two evictions a head holds up to kEvictInterval tokens too many; a page more is open, which may
+    // be the copy of a shared one, and another is being written while its run of pages is compacted.
+    constexpr int64_t kSlackPages = kEvictInterval / kPageTokens + 3;
     int64_t bytes = 0;
     bool evicts = false;
     ForEachHead([&](const Expert& e) {
