@@ -8,6 +8,7 @@
 #include "moend/base/half.h"
 #include "moend/cache/value_refit.h"
 #include "moend/calibrate/calibrate.h"
+#include "moend/calibrate/sensitivity.h"
 #include "moend/engine/capture.h"
 #include "moend/engine/repetition.h"
 #include "moend/solve/solve.h"
@@ -235,7 +236,7 @@ TEST(CalibrateByRepetition, MeasuresEveryHeadWithTwoReadings) {
         return {};
       });
   ASSERT_TRUE(profile) << profile.error().message;
-  EXPECT_EQ(saves, 2);
+  EXPECT_EQ(saves, 2 + 2 + 1);  // chunks, probes, check
   EXPECT_EQ(profile->scorer, "reconstruct");
   EXPECT_EQ(profile->method, ProfileMethod::kReconstruction);
   ASSERT_EQ(std::ssize(profile->head_cells), hp.n_layers * hp.n_kv_heads);
@@ -252,6 +253,9 @@ TEST(CalibrateByRepetition, MeasuresEveryHeadWithTwoReadings) {
         }
       }
     }
+  EXPECT_EQ(profile->probed, 2);
+  ASSERT_EQ(profile->sensitivity.size(), profile->head_cells.size());
+  for (const Sensitivity& s : profile->sensitivity) EXPECT_TRUE(s.error >= 0 && s.kl >= 0);
   ASSERT_FALSE(profile->checks.empty());
   for (std::size_t i = 1; i < profile->checks.size(); ++i)
     EXPECT_GE(profile->checks[i].predicted, profile->checks[i - 1].predicted);
@@ -266,6 +270,29 @@ TEST(CalibrateByRepetition, MeasuresEveryHeadWithTwoReadings) {
   const auto solved = Solve(*profile, request);
   ASSERT_TRUE(solved) << solved.error().message;
   EXPECT_TRUE(std::isfinite(solved->expected_kl));
+}
+
+TEST(Sensitivities, WeightLossesOfHeadsAndWhatAddsThemUp) {
+  Profile profile;
+  profile.model.n_layers = 2;
+  profile.model.shape = {2, 64};
+  profile.experts = {{0.1, 4, 4}, {1.0, 16, 16}};
+  profile.cells.assign(2, std::vector<ProfileCell>(2));
+  for (int row = 0; row < 4; ++row) profile.head_cells.push_back({{0.5, 1.0 + row}, {0.0, 0.0}});
+  Profile weighted = profile;
+  WeightLosses(weighted);  // nothing is known
+  EXPECT_EQ(weighted.head_cells[3][0].kl, 4.0);
+  // The last head's errors move the logits a hundred times as much; of the first one nothing was measured.
+  weighted.sensitivity = {{0, 0}, {1, 0.1}, {1, 0.1}, {1, 10}};
+  WeightLosses(weighted);
+  EXPECT_NEAR(weighted.head_cells[0][0].kl, 1.0 * 10.2 / 3, 1e-9);  // as the mean of all
+  EXPECT_NEAR(weighted.head_cells[1][0].kl, 2.0 * 0.1, 2.0 * 0.25);
+  EXPECT_NEAR(weighted.head_cells[3][0].kl, 4.0 * 10, 4.0 * 0.5);
+  EXPECT_EQ(weighted.cells[1][0].kl, weighted.head_cells[2][0].kl + weighted.head_cells[3][0].kl);
+  EXPECT_EQ(weighted.head_cells[3][0].l2, 0.5);
+  UnweightLosses(weighted);
+  for (std::size_t row = 0; row < 4; ++row)
+    EXPECT_NEAR(weighted.head_cells[row][0].kl, profile.head_cells[row][0].kl, 1e-12);
 }
 
 TEST(CalibrateByRepetition, AModelThatDoesNotRepeatIsNotMeasuredByIt) {

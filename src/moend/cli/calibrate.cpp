@@ -154,7 +154,7 @@ Expected<void> RunMethod(CalibrateFlags flags, ProfileMethod method, const std::
   const auto start = std::chrono::steady_clock::now();
   int64_t saved = profile.chunks;
   const auto progress = [&](const CalibrateProgress& p) {
-    bar.Update(p.done, fmt::format("chunk {} of {}", p.chunk + 1, p.chunks));
+    bar.Update(p.done, fmt::format("{} {} of {}", p.step, p.index + 1, p.count));
     return !Interrupt::requested();
   };
   const auto save = [&](const Profile& so_far) -> Expected<void> {
@@ -162,8 +162,11 @@ Expected<void> RunMethod(CalibrateFlags flags, ProfileMethod method, const std::
     saved = so_far.chunks;
     bar.Clear();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    Note(
-        fmt::format("chunk {} of {} saved to {} after {}", saved, n_chunks, flags.output, Duration(seconds)));
+    const std::string what =
+        so_far.checks.empty() && so_far.probed == 0 ? fmt::format("chunk {} of {}", saved, n_chunks)
+        : so_far.checks.empty() ? fmt::format("what KV heads mean for the logits of {} texts", so_far.probed)
+                                : "what whole plans lose";
+    Note(fmt::format("{} saved to {} after {}", what, flags.output, Duration(seconds)));
     return {};
   };
   auto finished = Calibrate(engine, chunks, flags.options, std::move(profile), progress, save);

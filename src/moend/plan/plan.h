@@ -51,13 +51,20 @@ struct ProfileCell {
 };
 
 // How a Profile's losses were measured: by the logits of runs with one row compressed at a time, or by what
-// compression does to the queries of a repetition (calibrate/reconstruction.h), of which kl has no unit.
+// compression does to the queries of a repetition (calibrate/reconstruction.h), of which kl has no unit until
+// it is weighted by sensitivities.
 enum class ProfileMethod { kLogits, kReconstruction };
 
 // A whole plan, predicted by the profile and measured on text.
 struct ProfileCheck {
   double compression = 0, predicted = 0;
   double measured = 0;  // mean KL(full || compressed) in nats a token
+};
+
+// Of KV heads compressed alone (calibrate/sensitivity.h): the losses that were predicted from their errors,
+// and the KL(full || compressed) that was measured, each summed over the probed texts.
+struct Sensitivity {
+  double error = 0, kl = 0;
 };
 
 struct Profile {
@@ -77,6 +84,9 @@ struct Profile {
   // The same for a single KV head compressed alone: [layer * n_kv_heads + head][expert]; empty when not
   // measured.
   std::vector<std::vector<ProfileCell>> head_cells;
+  // [layer * n_kv_heads + head], by which the kl of the cells is weighted; empty when not measured.
+  std::vector<Sensitivity> sensitivity;
+  int64_t probed = 0;                         // texts that these are sums over
   std::vector<ProfileCheck> checks;           // by ascending prediction; may be empty
   std::shared_ptr<const QueryStats> queries;  // null in profiles of older versions
 };
