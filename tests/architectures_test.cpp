@@ -66,6 +66,64 @@ std::vector<Case> Cases() {
   o.n_kv_heads = o.n_heads;
   add("Olmoe", o);
 
+  // Sliding layers: windows that one block crosses, that blocks cross, of one token, and longer than anything.
+  o = Options("gemma3");
+  o.tied = true;
+  o.n_layers = 7;  // the third and sixth see everything
+  o.window = 24;
+  o.window_pattern = 3;
+  o.rope_freq_base = 1e6f;
+  add("Gemma3", o);
+  o.n_layers = 6;
+  o.window_pattern = 0;  // five sliding, one full
+  o.n_heads = 5;         // one KV head of an odd group
+  o.n_kv_heads = 1;
+  o.head_size = 48;
+  o.window = 129;
+  o.rope_scaling = "linear";
+  o.rope_factor = 8.0f;
+  o.final_soft_cap = 4.0f;
+  add("Gemma3LinearRope", o);
+  o = Options("gemma3");
+  o.tied = true;
+  o.n_layers = 4;
+  o.window = 1;
+  o.sliding = {true, false, false, true};
+  add("Gemma3WindowOfOne", o);
+  o = Options("gemma3");
+  o.n_layers = 2;  // no window at all, with an output matrix
+  add("Gemma3Full", o);
+  o = Options("gemma2");
+  o.tied = true;
+  o.n_layers = 4;
+  o.window = 65;
+  o.qk_gain = 3.5f;  // scores far beyond the caps
+  o.attn_soft_cap = 8.0f;
+  o.final_soft_cap = 3.0f;
+  add("Gemma2", o);
+  o.n_layers = 46;  // the size whose queries have another scale
+  o.n_embd = 96;
+  o.n_heads = 2;
+  o.n_ff = 64;
+  o.qk_gain = 1.4f;  // what large scores round otherwise, so many layers would blow up
+  o.attn_soft_cap = o.final_soft_cap = 0;  // 50 and 30
+  o.window = 0;                            // 4,096
+  add("Gemma2Wide", o);
+  o = Experts("gpt-oss", 5, 2);
+  o.biases = true;
+  o.n_layers = 4;
+  o.n_heads = 6;
+  o.window = 33;
+  add("GptOss", o);
+  o.n_heads = 4;
+  o.n_layers = 3;
+  o.window = 128;
+  o.rope_scaling = "yarn";
+  o.rope_factor = 32.0f;
+  o.rope_original_context = 128;
+  o.rope_freq_base = 150000.0f;
+  add("GptOssYarn", o);
+
   o = Options("phi3");
   o.fused_qkv = true;
   add("Phi3", o);
@@ -179,7 +237,7 @@ TEST_P(Architectures, SessionsGiveTheSame) {
   EXPECT_LT(d.mean_kl, 1e-4);
   EXPECT_LT(d.worst_kl, 1e-2);
 
-  for (Expert& e : plan.layers) e = {0.5, 4, 4};
+  CompressAlike(plan, {0.5, 4, 4});
   plan.variant = "2d_uniform";
   for (const char* scorer : {"keydiff", "snapkv"}) {
     plan.scorer = scorer;

@@ -60,4 +60,17 @@ struct QueryRows {
   const float* sinks = nullptr;  // f32 [group]: a score that takes its share and adds no value (InitState)
 };
 
+// What the queries of a layer have in common, as QueryRows wants it; `sinks` are of all query heads.
+struct AttentionStyle {
+  float scale = 1;  // of the softmax, which queries are multiplied by
+  float soft_cap = 0;
+  int64_t window = 0;
+  const float* sinks = nullptr;  // f32 [n_heads], or null
+
+  // Of KV head `head`, whose `group` query heads are neighbours; q is scaled already.
+  QueryRows Rows(const float* q, int64_t rows, int64_t group, int64_t head) const {
+    return {q, rows, group, soft_cap, window, 0, sinks ? sinks + head * group : nullptr};
+  }
+};
+
 }  // namespace moend

@@ -14,6 +14,9 @@ constexpr std::array kArchitectures = {
     Architecture{"qwen3", kNeox, false, DescribeQwen3},
     Architecture{"qwen3moe", kNeox, false, DescribeQwen3Moe},
     Architecture{"olmoe", kNeox, false, DescribeOlmoe},
+    Architecture{"gemma2", kNeox, false, DescribeGemma2},
+    Architecture{"gemma3", kNeox, false, DescribeGemma3},
+    Architecture{"gpt-oss", kNeox, false, DescribeGptOss},
     Architecture{"phi3", kNeox, true, DescribePhi3},
     Architecture{"smollm3", kNormal, false, DescribeSmollm3},
     Architecture{"granite", kNormal, false, DescribeGranite},
@@ -78,6 +81,44 @@ Expected<void> ReadSharedExpert(const GgufFile& file, HyperParams& h, int64_t fa
     layer.ffn.shared_gate = gate;
   }
   return {};
+}
+
+Expected<void> ReadWindows(const GgufFile& file, HyperParams& h, std::optional<int64_t> fallback,
+                           int64_t pattern, float freq_base) {
+  const std::string window_key = Key(h, "attention.sliding_window");
+  int64_t window = 0;
+  if (file.Find(window_key) || !fallback) {
+    MOEND_ASSIGN(window, file.Integer(window_key, 1, kMaxSlidingWindow));
+  } else {
+    window = *fallback;
+  }
+  if (window == 0) return {};
+  MOEND_ASSIGN(freq_base, file.Real(Key(h, "rope.freq_base_swa"), freq_base));
+  if (!(freq_base > 1.0f))
+    return Fail(ErrorCode::kCorrupt, "{}: {} is {}, but must be above 1", file.path(),
+                Key(h, "rope.freq_base_swa"), freq_base);
+  const std::string pattern_key = Key(h, "attention.sliding_window_pattern");
+  const GgufValue* given = file.Find(pattern_key);
+  std::vector<bool> sliding;
+  if (given && given->is_array) {
+    MOEND_ASSIGN(sliding, file.Booleans(pattern_key, h.n_layers));
+  } else {
+    // More than there are layers would leave no full one, which nobody writes down like that.
+    MOEND_ASSIGN(pattern, file.Integer(pattern_key, 1, h.n_layers, pattern));
+    for (int64_t l = 0; l < h.n_layers; ++l) sliding.push_back(l % pattern < pattern - 1);
+  }
+  for (std::size_t l = 0; l < sliding.size(); ++l) {
+    if (!sliding[l]) continue;
+    h.layers[l].window = window;
+    h.layers[l].rope.freq_base = freq_base;
+  }
+  return {};
+}
+
+Expected<float> ReadSoftCap(const GgufFile& file, const std::string& key, float fallback) {
+  MOEND_ASSIGN(const float cap, file.Real(key, fallback));
+  if (cap < 0) return Fail(ErrorCode::kCorrupt, "{}: {} is {}, below 0", file.path(), key, cap);
+  return cap;
 }
 
 Expected<void> RefuseExperts(const GgufFile& file, const HyperParams& h) {
