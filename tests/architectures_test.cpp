@@ -66,7 +66,8 @@ std::vector<Case> Cases() {
   o.n_kv_heads = o.n_heads;
   add("Olmoe", o);
 
-  // Sliding layers: windows that one block crosses, that blocks cross, of one token, and longer than anything.
+  // Sliding layers: windows that one block crosses, that blocks cross, of one token, and longer than
+  // anything.
   o = Options("gemma3");
   o.tied = true;
   o.n_layers = 7;  // the third and sixth see everything
@@ -105,7 +106,7 @@ std::vector<Case> Cases() {
   o.n_embd = 96;
   o.n_heads = 2;
   o.n_ff = 64;
-  o.qk_gain = 1.4f;  // what large scores round otherwise, so many layers would blow up
+  o.qk_gain = 1.4f;                        // what large scores round otherwise, so many layers would blow up
   o.attn_soft_cap = o.final_soft_cap = 0;  // 50 and 30
   o.window = 0;                            // 4,096
   add("Gemma2Wide", o);

@@ -1,5 +1,5 @@
-// Sliding layers: their caches, and sessions of models that have them, which must be exact however a context is
-// read.
+// Sliding layers: their caches, and sessions of models that have them, which must be exact however a context
+// is read.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -226,8 +226,8 @@ class SlidingSessions : public testing::TestWithParam<const char*> {
   }
   // That the session, which has read some tokens, predicts what libllama does.
   void ExpectExact(const Session& session, const std::string& what) {
-    const LogitDistance d = Compare({want_[session.tokens().size() - 1]},
-                                    {{session.logits().begin(), session.logits().end()}});
+    const LogitDistance d =
+        Compare({want_[session.tokens().size() - 1]}, {{session.logits().begin(), session.logits().end()}});
     EXPECT_LT(d.worst_kl, 1e-3) << what << ", " << session.tokens().size() << " tokens";
     EXPECT_LT(d.largest_gap, 0.05) << what;
     EXPECT_LE(session.stats().bytes,
@@ -414,9 +414,8 @@ TEST(Sliding, BadFilesAreNamed) {
       },
       ErrorCode::kCorrupt, "sliding_window_pattern is 0");
   const auto flags = [&](std::vector<int8_t> values) {
-    return [=](gguf_context* f) {
-      gguf_set_arr_data(f, pattern, GGUF_TYPE_BOOL, values.data(), values.size());
-    };
+    return
+        [=](gguf_context* f) { gguf_set_arr_data(f, pattern, GGUF_TYPE_BOOL, values.data(), values.size()); };
   };
   refused(flags({1, 0}), ErrorCode::kCorrupt, "2 values instead of 5");
   refused(flags({1, 0, 1, 0, 1, 0}), ErrorCode::kCorrupt, "6 values instead of 5");
@@ -443,7 +442,8 @@ TEST(Sliding, BadFilesAreNamed) {
           ErrorCode::kCorrupt, "lacks the key gpt-oss.attention.sliding_window");
   refused({}, ErrorCode::kCorrupt, "lacks the tensor blk.3.attn_sinks.weight",
           without("blk.3.attn_sinks.weight"));
-  refused({}, ErrorCode::kCorrupt, "lacks the tensor blk.1.ffn_up_exps.bias", without("blk.1.ffn_up_exps.bias"));
+  refused({}, ErrorCode::kCorrupt, "lacks the tensor blk.1.ffn_up_exps.bias",
+          without("blk.1.ffn_up_exps.bias"));
   refused(number("gpt-oss.attention.head_count", 2), ErrorCode::kCorrupt, "attn_q");
 }
 

@@ -20,9 +20,7 @@ float Half(float x) {
 }  // namespace
 
 DenseHook::DenseHook(const Model& model)
-    : model_(model),
-      h_(model.hparams()),
-      layers_(static_cast<std::size_t>(model.hparams().n_layers)) {}
+    : model_(model), h_(model.hparams()), layers_(static_cast<std::size_t>(model.hparams().n_layers)) {}
 
 int64_t DenseHook::stored(int64_t layer) const {
   return static_cast<int64_t>(layers_[static_cast<std::size_t>(layer)].k.size()) /
@@ -48,8 +46,7 @@ void DenseHook::Attend(int64_t layer, const float* q, int64_t n, int thread, int
     const int64_t token = row / h_.n_heads, kv_head = row % h_.n_heads / group;
     const int64_t seen = first + token + 1;
     p.resize(static_cast<std::size_t>(seen));
-    const float* sink =
-        sinks ? static_cast<const float*>(sinks->data) + row % h_.n_heads : nullptr;
+    const float* sink = sinks ? static_cast<const float*>(sinks->data) + row % h_.n_heads : nullptr;
     float top = sink ? *sink : -INFINITY;
     const int64_t oldest = params.window > 0 ? std::max<int64_t>(0, seen - params.window) : 0;
     for (int64_t t = 0; t < seen; ++t) {

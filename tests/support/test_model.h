@@ -38,12 +38,12 @@ struct TestModelOptions {
   float logit_scale = 0, residual_scale = 0, embedding_scale = 0, attention_scale = 0;  // granite; 0: no key
   float temperature_scale = 0;                                                          // mistral3; 0: no key
   float yarn_beta_fast = 0, yarn_log_multiplier = 0;                                    // mistral3; 0: no key
-  int64_t window = 0, window_pattern = 0;     // gemma, gpt-oss; 0: no key
-  std::vector<bool> sliding;                  // the pattern, layer by layer
+  int64_t window = 0, window_pattern = 0;       // gemma, gpt-oss; 0: no key
+  std::vector<bool> sliding;                    // the pattern, layer by layer
   float attn_soft_cap = 0, final_soft_cap = 0;  // gemma; 0: no key
   float qk_gain = 1.4f;                         // scores have a spread of about its square
   bool vision = false;                          // gemma3: tensors of an image encoder
-  bool rope_finetuned = true;  // granite: false says that there is no RoPE
+  bool rope_finetuned = true;                   // granite: false says that there is no RoPE
   uint64_t seed = 1;
 };
 

@@ -9,8 +9,9 @@
 // neighbouring pages whose dead slots add up to a page are re-packed into fewer pages. Original positions are
 // a bitmap over the tokens seen.
 //
-// The cache of a sliding layer is simpler: the newest tokens, raw, and nothing else. kPackTokens are dropped at
-// a time, so that up to kPackTokens - 1 older ones are there, which whoever attends masks (QueryRows::window).
+// The cache of a sliding layer is simpler: the newest tokens, raw, and nothing else. kPackTokens are dropped
+// at a time, so that up to kPackTokens - 1 older ones are there, which whoever attends masks
+// (QueryRows::window).
 //
 // All memory, the tables included, comes from one Ledger; bytes() is what was
 // allocated.

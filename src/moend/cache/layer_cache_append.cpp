@@ -146,12 +146,12 @@ Expected<void> LayerCache::Append(const float* k, const float* v, int64_t n) {
 Expected<void> LayerCache::AppendNewest(std::span<const DenseView> from) {
   Impl& s = *impl_;
   const int64_t n = from.empty() ? 0 : from[0].n_tokens;
-  const bool fits = std::ranges::all_of(from, [&](const DenseView& head) {
-    return head.head_size == s.shape.head_size && head.n_tokens == n;
-  });
+  const bool fits = std::ranges::all_of(
+      from, [&](const DenseView& head) { return head.head_size == s.shape.head_size && head.n_tokens == n; });
   if (!s.sliding || !fits || std::ssize(from) != s.shape.n_kv_heads || n < 0)
-    return Fail(ErrorCode::kInvalidArgument, "{} tokens of {} KV heads cannot be appended to a {} cache of {}",
-                n, from.size(), s.sliding ? "sliding" : "full", s.shape.n_kv_heads);
+    return Fail(ErrorCode::kInvalidArgument,
+                "{} tokens of {} KV heads cannot be appended to a {} cache of {}", n, from.size(),
+                s.sliding ? "sliding" : "full", s.shape.n_kv_heads);
   if (n > kMaxTokens - s.tokens_seen)
     return Fail(ErrorCode::kTooLong, "{} more tokens after {} are beyond the {} that a cache can number", n,
                 s.tokens_seen, kMaxTokens);
@@ -159,7 +159,8 @@ Expected<void> LayerCache::AppendNewest(std::span<const DenseView> from) {
     const int64_t window = s.guard.window, added = std::min(n, window);
     const int64_t kept = std::min(s.n_raw, window - added);  // of those that are there
     // With room for those that follow, so that no more is allocated later.
-    MOEND_TRY(s.raw.Reserve(s.ledger, std::max(kept + added, std::min(s.tokens_seen + n, RawCapacity(s.guard)))));
+    MOEND_TRY(
+        s.raw.Reserve(s.ledger, std::max(kept + added, std::min(s.tokens_seen + n, RawCapacity(s.guard)))));
     for (int64_t h = 0; h < s.shape.n_kv_heads; ++h) {
       s.raw.Remove(h, 0, s.n_raw - kept, s.n_raw);
       const DenseView& head = from[static_cast<std::size_t>(h)];

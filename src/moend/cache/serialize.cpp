@@ -12,7 +12,7 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "the format is written as it is in memory");
 
 constexpr uint64_t kMagic = 0x766B646E656F6Du;  // "moendkv"
-constexpr uint32_t kVersion = 3;         // pages
+constexpr uint32_t kVersion = 3;                // pages
 constexpr uint32_t kSlidingVersion = 4;  // a sliding layer's: raw tokens, and neither pages nor positions
 
 struct Header {
@@ -208,8 +208,8 @@ Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::strin
     const Protected guard{header.sinks, header.window};
     if (header.keep_scores > 1 || header.rotated > 1 || !CheckCacheConfig(shape, expert, guard))
       return corrupt("its shape or expert does not exist");
-    if (sliding && (expert != Expert{} || guard.sinks != 0 || guard.window < 1 || header.keep_scores ||
-                    header.rotated))
+    if (sliding &&
+        (expert != Expert{} || guard.sinks != 0 || guard.window < 1 || header.keep_scores || header.rotated))
       return corrupt("a sliding layer is not compressed");
     if (sliding) rotations = nullptr;
     if (header.rotated != (rotations != nullptr) || (rotations && rotations->shape() != shape))

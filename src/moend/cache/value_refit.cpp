@@ -87,9 +87,8 @@ class Queries {
   Expected<std::vector<float>> Transposed(const DenseView& kv, std::span<const float> rows) {
     std::vector<float> out(static_cast<std::size_t>(kv.n_tokens * d_), 0.0f);
     MOEND_TRY(ForTokens(kv, [&](const DenseView& part, int64_t first, int thread) {
-      simd::ColumnOutputsCausal(part, part.n_tokens, Some(0, rows_), state_.data(),
-                                state_.data() + rows_, rows.data(), out.data() + first * d_,
-                                workspace(thread));
+      simd::ColumnOutputsCausal(part, part.n_tokens, Some(0, rows_), state_.data(), state_.data() + rows_,
+                                rows.data(), out.data() + first * d_, workspace(thread));
     }));
     return out;
   }
@@ -125,7 +124,7 @@ class Queries {
 
   const Parallel& parallel_;
   int64_t d_ = 0, rows_ = 0;
-  QueryRows style_;  // what they have beside q and rows
+  QueryRows style_;               // what they have beside q and rows
   std::vector<float> q_, state_;  // [rows][head_size]; max [rows], sum [rows]
   std::vector<Buffer<float>> workspaces_;
 };

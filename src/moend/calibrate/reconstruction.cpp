@@ -132,10 +132,10 @@ class Sample {
 
   Compute* compute_ = nullptr;
   int64_t d_ = 0, heads_ = 0, group_ = 1, tokens_ = 0;
-  std::vector<float> q_, full_;  // f32 [KV head][token][group][head_size]
+  std::vector<float> q_, full_;    // f32 [KV head][token][group][head_size]
   std::vector<QueryRows> styles_;  // [KV head]: what they have beside q and rows
-  std::vector<float> weights_;   // [token] 1 / |x|^2
-  std::vector<float> grams_;     // f32 [query head][head_size][head_size]
+  std::vector<float> weights_;     // [token] 1 / |x|^2
+  std::vector<float> grams_;       // f32 [query head][head_size][head_size]
   std::vector<Buffer<float>> workspaces_;
 };
 

@@ -58,8 +58,8 @@ class LayerScratch {
   float* needed(int64_t head);
   const float* needed(int64_t head) const { return const_cast<LayerScratch*>(this)->needed(head); }
 
-  // Keeps the queries, which are of this scratch's layer, of some of a repetition's `total` tokens, of which [index, index + n) are given: f32
-  // [n][n_heads][head_size], unscaled; `weight`: 1 / |x|^2 of each.
+  // Keeps the queries, which are of this scratch's layer, of some of a repetition's `total` tokens, of which
+  // [index, index + n) are given: f32 [n][n_heads][head_size], unscaled; `weight`: 1 / |x|^2 of each.
   void Refer(const float* q, const float* weight, int64_t index, int64_t n, int64_t total);
   // How many to keep of a context of n tokens: for a refit about twice as many rows as tokens stay, for the
   // measuring of losses some thousand.

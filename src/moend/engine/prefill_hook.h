@@ -29,8 +29,8 @@ class PrefillHook : public AttentionHook {
   // the threads sum up is counted in the context's ledger.
   Expected<void> BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index,
                                  std::span<const float> weights);
-  // Adds to context->needed(), unless the layer is a sliding one, what the part's queries gave, but for the values, once it is through; and gives
-  // the threads' sums back.
+  // Adds to context->needed(), unless the layer is a sliding one, what the part's queries gave, but for the
+  // values, once it is through; and gives the threads' sums back.
   void EndRepetition();
   // Adds the attention that tokens received in the layer's blocks to scratch->accumulated(), and gives the
   // threads' sums back.
@@ -60,7 +60,7 @@ class PrefillHook : public AttentionHook {
   std::shared_ptr<const Model> model_;
   KvShape shape_;
   int64_t n_heads_, group_;
-  AttentionStyle style_;  // of the layer at hand
+  AttentionStyle style_;              // of the layer at hand
   std::span<const LayerCache> past_;  // one a KV head, or none
   LayerScratch* scratch_ = nullptr;
   LayerScratch* context_ = nullptr;  // what is repeated, or nothing

@@ -38,15 +38,15 @@ enum class Router {
 // down(activation(gate(x)) * up(x)).
 struct FfnParams {
   Activation activation = Activation::kSilu;
-  int64_t n_ff = 0;          // of the dense network, or of one expert
-  bool fused = false;        // gate and up are the halves of one matrix
-  int64_t n_experts = 0;     // 0: dense
-  int64_t n_used = 0;        // experts a token goes through
+  int64_t n_ff = 0;       // of the dense network, or of one expert
+  bool fused = false;     // gate and up are the halves of one matrix
+  int64_t n_experts = 0;  // 0: dense
+  int64_t n_used = 0;     // experts a token goes through
   Router router = Router::kSoftmax;
   bool expert_biases = false;  // of the router and of the experts' three matrices
   bool normalize = false;      // the weights of those used add up to 1
-  int64_t n_ff_shared = 0;   // of an expert that all tokens go through beside; 0: none
-  bool shared_gate = false;  // whose output is weighed by a sigmoid
+  int64_t n_ff_shared = 0;     // of an expert that all tokens go through beside; 0: none
+  bool shared_gate = false;    // whose output is weighed by a sigmoid
 };
 
 struct LayerParams {

@@ -195,10 +195,9 @@ Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_by
   int64_t total = 0;
   for (int64_t i = 0; i < std::ssize(rows); ++i) {
     const int64_t window = plan.model.window(by_head ? i / plan.model.shape.n_kv_heads : i);
-    MOEND_ASSIGN(const int64_t bytes,
-                 window > 0 ? WindowBytes(shape, window, n_tokens)
-                            : LayerBytes(shape, rows[static_cast<std::size_t>(i)], plan.guard, n_tokens,
-                                         score_bytes));
+    MOEND_ASSIGN(const int64_t bytes, window > 0 ? WindowBytes(shape, window, n_tokens)
+                                                 : LayerBytes(shape, rows[static_cast<std::size_t>(i)],
+                                                              plan.guard, n_tokens, score_bytes));
     if (__builtin_add_overflow(total, bytes, &total))
       return Fail(ErrorCode::kInvalidArgument,
                   "a cache of {} tokens in {} layers has too many bytes to count", n_tokens,

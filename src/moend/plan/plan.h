@@ -32,7 +32,8 @@ struct Fingerprint {
   std::string
       hash;  // 16 hex digits over the hyper-parameters, tensor names, types, shapes and samples of their data
   // Of each layer: the newest tokens that a sliding layer sees, 0 for a full one; empty where all are full.
-  // A sliding layer remembers its window at 16 bit: it is no matter of plans, whose expert for it is Expert{}.
+  // A sliding layer remembers its window at 16 bit: it is no matter of plans, whose expert for it is
+  // Expert{}.
   std::vector<int64_t> windows = {};
   int64_t window(int64_t layer) const {
     return windows.empty() ? 0 : windows[static_cast<std::size_t>(layer)];

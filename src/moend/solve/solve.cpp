@@ -242,8 +242,7 @@ class Job {
         choices.push_back({b, 0});
         continue;
       }
-      for (std::size_t e = 0; e < experts.size(); ++e)
-        choices.push_back({bytes[e], losses_[row][column[e]]});
+      for (std::size_t e = 0; e < experts.size(); ++e) choices.push_back({bytes[e], losses_[row][column[e]]});
     }
     Plan& plan = solution_.plan;
     MOEND_ASSIGN(const std::vector<int> chosen,

@@ -44,8 +44,8 @@ inline constexpr int64_t kMaxSlidingWindow = 1 << 24;  // what a cache can prote
 Expected<void> ReadExperts(const GgufFile& file, HyperParams& h, bool required);
 // expert_shared_feed_forward_length; `fallback` where it is missing or 0.
 Expected<void> ReadSharedExpert(const GgufFile& file, HyperParams& h, int64_t fallback, bool gate);
-// The layers' windows: attention.sliding_window (`fallback` where it is missing, or 0 for none), in the layers
-// that attention.sliding_window_pattern names one by one, or, where it is a number n or missing (then
+// The layers' windows: attention.sliding_window (`fallback` where it is missing, or 0 for none), in the
+// layers that attention.sliding_window_pattern names one by one, or, where it is a number n or missing (then
 // `pattern`), in all but every nth. Sliding layers turn at rope.freq_base_swa (`freq_base` where it is
 // missing). kCorrupt for a window of 0, and for a pattern that does not fit the layers.
 Expected<void> ReadWindows(const GgufFile& file, HyperParams& h, std::optional<int64_t> fallback,

@@ -1,5 +1,5 @@
-// gemma2 and gemma3: embeddings times the root of their width, norms before and behind, GeGLU, sliding layers;
-// gemma2 with soft caps, gemma3 with a norm over each head of Q and K.
+// gemma2 and gemma3: embeddings times the root of their width, norms before and behind, GeGLU, sliding
+// layers; gemma2 with soft caps, gemma3 with a norm over each head of Q and K.
 #include <cmath>
 
 #include "moend/model/arch/arch.h"
