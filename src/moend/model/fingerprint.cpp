@@ -71,6 +71,10 @@ void HashLayers(Hasher& hash, const HyperParams& h) {
                       int64_t{l.ffn.normalize}, l.ffn.n_ff_shared, int64_t{l.ffn.shared_gate}})
       hash.Word(static_cast<uint64_t>(n));
     hash.Real(l.residual_scale);
+    if (l.ffn.selection_bias || l.ffn.weight_scale != 1) {
+      hash.Word(l.ffn.selection_bias);
+      hash.Real(l.ffn.weight_scale);
+    }
     if (!old_attention || l.ffn.activation != Activation::kSilu || l.ffn.router != Router::kSoftmax) {
       for (int64_t n : {l.window, int64_t{l.sinks}, static_cast<int64_t>(l.ffn.activation),
                         static_cast<int64_t>(l.ffn.router), int64_t{l.ffn.expert_biases}})

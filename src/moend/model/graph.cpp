@@ -171,8 +171,11 @@ ggml_tensor* ExpertsFfn(ggml_context* ctx, ggml_cgraph* graph, const FfnParams& 
   const int64_t n_embd = x->ne[0], n = x->ne[1];
   const bool late = f.router == Router::kSoftmaxOfChosen;
   ggml_tensor* logits = Linear(ctx, w.router, w.router_b, x);
-  ggml_tensor* probabilities = late ? logits : ggml_soft_max(ctx, logits);
-  ggml_tensor* chosen = ggml_argsort_top_k(ctx, probabilities, static_cast<int>(f.n_used));  // [n_used, n]
+  ggml_tensor* probabilities = late                           ? logits
+                               : f.router == Router::kSigmoid ? ggml_sigmoid(ctx, logits)
+                                                              : ggml_soft_max(ctx, logits);
+  ggml_tensor* selection = w.selection_b ? ggml_add(ctx, probabilities, w.selection_b) : probabilities;
+  ggml_tensor* chosen = ggml_argsort_top_k(ctx, selection, static_cast<int>(f.n_used));  // [n_used, n]
   ggml_tensor* weights =
       ggml_get_rows(ctx, ggml_reshape_3d(ctx, probabilities, 1, f.n_experts, n), chosen);  // [1, n_used, n]
   if (late) {
@@ -185,6 +188,7 @@ ggml_tensor* ExpertsFfn(ggml_context* ctx, ggml_cgraph* graph, const FfnParams& 
     ggml_tensor* sum = ggml_clamp(ctx, ggml_sum_rows(ctx, weights), kLeast, INFINITY);
     weights = ggml_reshape_3d(ctx, ggml_div(ctx, weights, sum), 1, f.n_used, n);
   }
+  if (f.weight_scale != 1.0f) weights = ggml_scale(ctx, weights, f.weight_scale);
   ggml_build_forward_expand(graph, weights);
 
   ggml_tensor* in = ggml_reshape_3d(ctx, x, n_embd, 1, n);

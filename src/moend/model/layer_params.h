@@ -33,6 +33,7 @@ enum class Activation {
 enum class Router {
   kSoftmax,          // of all
   kSoftmaxOfChosen,  // of those chosen
+  kSigmoid,          // of each by itself
 };
 
 // down(activation(gate(x)) * up(x)).
@@ -43,10 +44,12 @@ struct FfnParams {
   int64_t n_experts = 0;  // 0: dense
   int64_t n_used = 0;     // experts a token goes through
   Router router = Router::kSoftmax;
-  bool expert_biases = false;  // of the router and of the experts' three matrices
-  bool normalize = false;      // the weights of those used add up to 1
-  int64_t n_ff_shared = 0;     // of an expert that all tokens go through beside; 0: none
-  bool shared_gate = false;    // whose output is weighed by a sigmoid
+  bool expert_biases = false;   // of the router and of the experts' three matrices
+  bool selection_bias = false;  // a number an expert decides with its weight whether it is chosen
+  bool normalize = false;       // the weights of those used add up to 1
+  float weight_scale = 1.0f;    // that the weights are then multiplied by
+  int64_t n_ff_shared = 0;      // of an expert that all tokens go through beside; 0: none
+  bool shared_gate = false;     // whose output is weighed by a sigmoid
 };
 
 struct LayerParams {

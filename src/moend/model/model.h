@@ -30,6 +30,7 @@ struct OptionalTensors {
 
 struct HyperParams {
   std::string architecture_name, name;
+  int64_t n_blocks = 0;  // layers of the file: behind n_layers may be some for multi-token prediction
   int64_t n_layers = 0, n_embd = 0, n_ff = 0, n_vocab = 0, n_ctx_train = 0;
   int64_t n_heads = 0, n_kv_heads = 0, head_size = 0;  // of every layer
   float rms_eps = 1e-5f;
@@ -56,7 +57,7 @@ struct LayerWeights {
   // Experts: [n_embd, n_experts]; [in, out, n_experts]; the shared one; [n_embd].
   ggml_tensor *router = nullptr, *gate_experts = nullptr, *up_experts = nullptr, *down_experts = nullptr;
   // [n_experts]; [out, n_experts]
-  ggml_tensor *router_b = nullptr, *gate_experts_b = nullptr, *up_experts_b = nullptr,
+  ggml_tensor *router_b = nullptr, *selection_b = nullptr, *gate_experts_b = nullptr, *up_experts_b = nullptr,
               *down_experts_b = nullptr;
   ggml_tensor *gate_shared = nullptr, *up_shared = nullptr, *down_shared = nullptr, *shared_gate = nullptr;
 };
@@ -90,6 +91,7 @@ void ForEachWeight(const LayerWeights& w, F&& fn) {
                                w.up_experts,
                                w.down_experts,
                                w.router_b,
+                               w.selection_b,
                                w.gate_experts_b,
                                w.up_experts_b,
                                w.down_experts_b,

@@ -185,6 +185,9 @@ Expected<void> BindFfn(Binder& bind, const HyperParams& h, const FfnParams& f, c
       MOEND_ASSIGN(w.down_experts_b,
                    bind.Required(name("ffn_down_exps.bias"), Role::kVector, h.n_embd, f.n_experts));
     }
+    if (f.selection_bias) {
+      MOEND_ASSIGN(w.selection_b, bind.Required(name("exp_probs_b.bias"), Role::kVector, f.n_experts));
+    }
     if (f.n_ff_shared == 0) return {};
     MOEND_ASSIGN(w.gate_shared,
                  bind.Required(name("ffn_gate_shexp.weight"), Role::kMatrix, h.n_embd, f.n_ff_shared));
@@ -328,6 +331,7 @@ Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool re
   }
   if (h.optional.vision)
     for (const char* prefix : {"v.", "mm."}) bind.IgnoreAll(prefix);
+  for (int64_t block = h.n_layers; block < h.n_blocks; ++block) bind.IgnoreAll(fmt::format("blk.{}.", block));
   MOEND_TRY(bind.RefuseUnused());
   MOEND_ASSIGN(out.repacked, repacker.Finish());
   return out;

@@ -22,6 +22,8 @@ constexpr std::array kArchitectures = {
     Architecture{"granite", kNormal, false, DescribeGranite},
     Architecture{"granitemoe", kNormal, false, DescribeGranite},
     Architecture{"mistral3", kNormal, false, DescribeMistral3},
+    Architecture{"minimax-m2", kNeox, true, DescribeMinimaxM2},
+    Architecture{"glm4moe", kNeox, true, DescribeGlm4Moe, /*passes_prediction=*/true},
     Architecture{"glm4", kNormal, true, DescribeGlm4},
 };
 
@@ -55,7 +57,7 @@ std::string Key(const HyperParams& h, const char* name) {
 Expected<void> ReadExperts(const GgufFile& file, HyperParams& h, bool required) {
   MOEND_ASSIGN(const int64_t count, file.Integer(Key(h, "expert_count"), 0, kMaxExperts, 0));
   MOEND_ASSIGN(const int64_t used,
-               file.SameInteger(Key(h, "expert_used_count"), h.n_layers, 0, kMaxExperts, 0));
+               file.SameInteger(Key(h, "expert_used_count"), h.n_blocks, 0, kMaxExperts, 0));
   if (count == 0 && !required) return {};
   if (count == 0 || used == 0 || used > count)
     return Fail(ErrorCode::kCorrupt, "{} has {} experts of which {} are used at once", file.path(), count,
@@ -64,12 +66,27 @@ Expected<void> ReadExperts(const GgufFile& file, HyperParams& h, bool required) 
     return Fail(ErrorCode::kUnsupported, "{} uses {} experts at once; moend runs models that use up to {}",
                 file.path(), used, kMaxUsedExperts);
   MOEND_ASSIGN(const int64_t n_ff,
-               file.SameInteger(Key(h, "expert_feed_forward_length"), h.n_layers, 0, kMaxWidth, 0));
+               file.SameInteger(Key(h, "expert_feed_forward_length"), h.n_blocks, 0, kMaxWidth, 0));
+  MOEND_ASSIGN(const int64_t groups, file.Integer(Key(h, "expert_group_count"), 0, kMaxExperts, 0));
+  if (groups > 1)
+    return Fail(ErrorCode::kUnsupported,
+                "{} chooses among {} groups of experts first; moend runs models that choose among all",
+                file.path(), groups);
   for (LayerParams& layer : h.layers) {
     layer.ffn.n_experts = count;
     layer.ffn.n_used = used;
     if (n_ff > 0) layer.ffn.n_ff = n_ff;
   }
+  return {};
+}
+
+Expected<void> RequireSigmoid(const GgufFile& file, const HyperParams& h) {
+  constexpr int64_t kNone = 0, kSigmoid = 2;
+  MOEND_ASSIGN(const int64_t function, file.Integer(Key(h, "expert_gating_func"), 0, INT32_MAX, kNone));
+  if (function != kNone && function != kSigmoid)
+    return Fail(ErrorCode::kUnsupported,
+                "{} weighs its experts by function {}; moend runs the architecture {} with {}, the sigmoid",
+                file.path(), function, h.architecture_name, kSigmoid);
   return {};
 }
 
@@ -93,6 +110,14 @@ Expected<void> ReadWindows(const GgufFile& file, HyperParams& h, std::optional<i
     window = *fallback;
   }
   if (window == 0) return {};
+  for (const char* name : {"attention.key_length_swa", "attention.value_length_swa"}) {
+    MOEND_ASSIGN(const int64_t size, file.Integer(Key(h, name), 0, kMaxWidth, h.head_size));
+    if (size != h.head_size)
+      return Fail(ErrorCode::kUnsupported,
+                  "{}: {} is {}, and heads of full layers have {} channels; moend runs models where both are "
+                  "equal",
+                  file.path(), Key(h, name), size, h.head_size);
+  }
   MOEND_ASSIGN(freq_base, file.Real(Key(h, "rope.freq_base_swa"), freq_base));
   if (!(freq_base > 1.0f))
     return Fail(ErrorCode::kCorrupt, "{}: {} is {}, but must be above 1", file.path(),

@@ -21,6 +21,9 @@ struct Architecture {
   int rope_mode;
   bool partial_rope;  // fewer channels than a head has may be turned
   Describe describe;
+  // Layers for multi-token prediction, which only speed up, are passed over; else a file that has them is
+  // refused.
+  bool passes_prediction = false;
 };
 
 std::span<const Architecture> Architectures();
@@ -42,6 +45,9 @@ inline constexpr int64_t kMaxSlidingWindow = 1 << 24;  // what a cache can prote
 // the file has it. kCorrupt when the architecture needs experts and there are none (`required`), or more are
 // used than there are.
 Expected<void> ReadExperts(const GgufFile& file, HyperParams& h, bool required);
+// expert_gating_func: the sigmoid, which is what the architecture has where the key is missing. kUnsupported
+// for another.
+Expected<void> RequireSigmoid(const GgufFile& file, const HyperParams& h);
 // expert_shared_feed_forward_length; `fallback` where it is missing or 0.
 Expected<void> ReadSharedExpert(const GgufFile& file, HyperParams& h, int64_t fallback, bool gate);
 // The layers' windows: attention.sliding_window (`fallback` where it is missing, or 0 for none), in the
@@ -69,6 +75,8 @@ Expected<void> DescribeMistral3(const GgufFile& file, HyperParams& h);
 Expected<void> DescribeGemma2(const GgufFile& file, HyperParams& h);
 Expected<void> DescribeGemma3(const GgufFile& file, HyperParams& h);
 Expected<void> DescribeGptOss(const GgufFile& file, HyperParams& h);
+Expected<void> DescribeGlm4Moe(const GgufFile& file, HyperParams& h);
+Expected<void> DescribeMinimaxM2(const GgufFile& file, HyperParams& h);
 Expected<void> DescribeGlm4(const GgufFile& file, HyperParams& h);
 
 }  // namespace moend
