@@ -20,9 +20,9 @@ namespace {
 struct Tiny {
   test::TempDir dir;
   std::shared_ptr<Engine> engine;
-  Tiny() {
+  explicit Tiny(const test::TestModelOptions& options = {}) {
     const std::string path = dir / "tiny.gguf";
-    EXPECT_TRUE(test::WriteTestModel({}, path));
+    EXPECT_TRUE(test::WriteTestModel(options, path));
     auto model = Model::Load(path);
     EXPECT_TRUE(model) << model.error().message;
     auto made = Engine::Create(*model, {1, 64});
@@ -42,8 +42,9 @@ float KeyAt(const DenseView& kv, int64_t t, int64_t c) {
   return HalfToFloat(kv.k[t / kPageTokens * kv.head_size * kPageTokens + c * kPageTokens + t % kPageTokens]);
 }
 
-TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
-  const Tiny tiny;
+// Sliding layers attend as the model says, soft caps and sinks count, and of sliding layers nothing is told.
+void ExpectReadingAgain(const test::TestModelOptions& options) {
+  const Tiny tiny(options);
   const HyperParams& hp = tiny.engine->model().hparams();
   const int64_t n = 60, d = hp.head_size, group = hp.n_heads / hp.n_kv_heads;
   const std::vector<int32_t> context = test::RandomTokens(n, 5);
@@ -58,9 +59,16 @@ TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
   EXPECT_EQ(repeated.logits(), Read(tiny, context, "keydiff").logits());
   for (int64_t l = 0; l < hp.n_layers; ++l) {
     const std::vector<float> grams = tiny.engine->model().OutputGrams(l);
+    const AttentionStyle style = tiny.engine->model().Style(l);
     for (int64_t h = 0; h < hp.n_kv_heads; ++h) {
       const LayerScratch &got = repeated.layer(l), &want = plain.layer(l);
       const QueryRows q = got.reference(h);
+      if (style.window > 0) {
+        EXPECT_EQ(q.rows, 0);
+        continue;
+      }
+      EXPECT_EQ(q.soft_cap, style.soft_cap);
+      EXPECT_EQ(q.sinks, style.sinks ? style.sinks + h * group : nullptr);
       const QueryRows all = want.observed(h);
       ASSERT_EQ(q.rows, m * group);
       const float* same = all.q + (all.rows - m * group) * d;
@@ -70,10 +78,11 @@ TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
       std::vector<double> needed(static_cast<std::size_t>(n), 0.0);
       for (int64_t r = 0; r < q.rows; ++r) {
         std::vector<double> p;
-        double sum = 0;
+        double sum = style.sinks ? std::exp(double{style.sinks[h * group + r % group]}) : 0;
         for (int64_t t = 0; t <= n + r / group; ++t) {
           double score = 0;
           for (int64_t c = 0; c < d; ++c) score += double{q.q[r * d + c]} * KeyAt(kv, t, c);
+          if (style.soft_cap > 0) score = style.soft_cap * std::tanh(score / style.soft_cap);
           p.push_back(std::exp(score));
           sum += p.back();
         }
@@ -93,6 +102,31 @@ TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
         ASSERT_NEAR(got.needed(h)[t], expected, 0.02 * expected + 1e-9) << l << " " << h << " " << t;
       }
     }
+  }
+}
+
+TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
+  ExpectReadingAgain({});
+}
+
+TEST(Repetition, OfModelsWithSlidingLayers) {
+  for (const char* architecture : {"gemma2", "gemma3", "gpt-oss"}) {
+    SCOPED_TRACE(architecture);
+    test::TestModelOptions o;
+    o.architecture = architecture;
+    o.n_layers = 4;
+    o.window = 23;
+    o.window_pattern = 2;
+    if (o.architecture == "gpt-oss") {
+      o.n_experts = 4;
+      o.n_used = 2;
+      o.biases = true;
+    } else {
+      o.tied = true;
+    }
+    if (o.architecture == "gemma2") o.attn_soft_cap = 3;
+    o.weight_type = GGML_TYPE_F32;
+    ExpectReadingAgain(o);
   }
 }
 

@@ -31,6 +31,13 @@ struct Fingerprint {
   KvShape shape;
   std::string
       hash;  // 16 hex digits over the hyper-parameters, tensor names, types, shapes and samples of their data
+  // Of each layer: the newest tokens that a sliding layer sees, 0 for a full one; empty where all are full.
+  // A sliding layer remembers its window at 16 bit: it is no matter of plans, whose expert for it is
+  // Expert{}.
+  std::vector<int64_t> windows = {};
+  int64_t window(int64_t layer) const {
+    return windows.empty() ? 0 : windows[static_cast<std::size_t>(layer)];
+  }
   bool operator==(const Fingerprint&) const = default;
 };
 
@@ -148,10 +155,16 @@ Expected<void> CheckSameModel(const Fingerprint& made_for, const Fingerprint& ru
 // Whether any layer or KV head gives tokens up.
 bool Evicts(const Plan& plan);
 
+// kMismatch, naming the layer, for a plan that compresses a sliding one.
+Expected<void> CheckSlidingLayers(const Plan& plan, const std::string& source);
+
+// Gives every layer that can be compressed the expert.
+void CompressAlike(Plan& plan, const Expert& expert);
+
 // A plan that compresses nothing.
 Plan FullPlan(const Fingerprint& model, int64_t context_length);
 
-// Sum of LayerBytes over the layers / of FullLayerBytes.
+// Sum of LayerBytes over the layers / of FullLayerBytes; sliding layers by their windows in both.
 Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_bytes);
 int64_t FullBytes(const Fingerprint& model, int64_t n_tokens);
 
