@@ -16,9 +16,9 @@ constexpr double kCompression = 14;
 constexpr int kLossBits = 40;
 constexpr double kReadShare = 0.3;  // of the time, for the progress bar only
 
-// Tokens that are asked for: enough to say something, and for models of many heads no more than take about
+// Tokens that are measured: enough to say something, and for models of many heads no more than take about
 // as long as reading the text.
-int64_t AskedTokens(int64_t n_tokens, int64_t rows) {
+int64_t MeasuredTokens(int64_t n_tokens, int64_t rows) {
   static constexpr int64_t kFewest = 48, kMost = 192;
   return std::min(n_tokens / 4, std::clamp(4 * n_tokens / rows, kFewest, kMost));
 }
@@ -85,14 +85,16 @@ Expected<void> ProbeHeads(Engine& engine, std::span<const int32_t> chunk, Profil
        request.compression *= 0.7)
     solved = Solve(profile, request);
   if (!solved) return Forward(solved);
-  const int64_t asked = AskedTokens(n, rows);
-  MOEND_ASSIGN(const auto part, AskForPart(*machine.model, chunk, (n - asked) / 2, asked));
+  // Half of what is measured is what the text itself says next, half what it is asked for again: the heads
+  // that copy are not the only ones that count.
+  const int64_t half = MeasuredTokens(n, rows) / 2;
+  MOEND_ASSIGN(const auto part, AskForPart(*machine.model, chunk, (n - half) / 2, half));
   std::vector<int32_t> tokens(chunk.begin(), chunk.end());
   tokens.insert(tokens.end(), part.begin(), part.end());
   MOEND_ASSIGN(const auto scorer, MakeScorer(profile.scorer));
   Probe probe(machine, *scorer, profile.guard);
-  MOEND_TRY(
-      probe.Read(tokens, std::ssize(part), [&](double done) { return !tick || tick(kReadShare * done); }));
+  MOEND_TRY(probe.Read(tokens, half + std::ssize(part),
+                       [&](double done) { return !tick || tick(kReadShare * done); }));
   std::vector<Sensitivity> measured(static_cast<std::size_t>(rows));
   Profile plain = profile;
   UnweightLosses(plain);

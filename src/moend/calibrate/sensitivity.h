@@ -21,9 +21,9 @@ namespace moend {
 inline constexpr int64_t kProbedTexts = 4;
 
 // Solves for some compression, compresses what each KV head gets there, one head at a time, and measures the
-// logits of a model that is asked for a part of the chunk again. Adds to profile.sensitivity and counts the
-// text in profile.probed; the losses are weighted anew. kCancelled when `tick`, which gets the share done,
-// returns false. The caller holds the machine.
+// logits on the chunk's end and on a part of the chunk that the model is asked for again. Adds to
+// profile.sensitivity and counts the text in profile.probed; the losses are weighted anew. kCancelled when
+// `tick`, which gets the share done, returns false. The caller holds the machine.
 Expected<void> ProbeHeads(Engine& engine, std::span<const int32_t> chunk, Profile& profile,
                           const std::function<bool(double)>& tick);
 
