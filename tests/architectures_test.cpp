@@ -105,7 +105,8 @@ std::vector<Case> Cases() {
   o.n_layers = 46;  // the size whose queries have another scale
   o.n_embd = 96;
   o.n_heads = 2;
-  o.n_ff = 64;
+  o.head_size = 16;
+  o.n_ff = 32;
   o.qk_gain = 1.4f;                        // what large scores round otherwise, so many layers would blow up
   o.attn_soft_cap = o.final_soft_cap = 0;  // 50 and 30
   o.window = 0;                            // 4,096

@@ -141,6 +141,23 @@ TEST(SlidingPlan, TheSmallestBudgetHasTheWindowsInIt) {
   EXPECT_FALSE(Solve(profile, request));
 }
 
+// Calibration asks for the share that can be had.
+TEST(SlidingPlan, FullLayersAreCompressedByThemselves) {
+  const Profile profile = MakeProfile();
+  SolveRequest request;
+  request.context_length = 2000;
+  CompressFullLayers(profile.model, 8, request);
+  EXPECT_EQ(request.compression, 0);
+  EXPECT_EQ(request.budget_bytes, 3 * WindowBytes(profile.model.shape, kWindow, 2000).value() +
+                                      2 * FullLayerBytes(profile.model.shape, 2000) / 8);
+  EXPECT_TRUE(Solve(profile, request));
+  Fingerprint plain = profile.model;
+  plain.windows.clear();
+  CompressFullLayers(plain, 8, request);
+  EXPECT_EQ(request.compression, 8);
+  EXPECT_EQ(request.budget_bytes, 0);
+}
+
 TEST(SlidingPlan, AModelOfNothingButSlidingLayers) {
   Profile profile = MakeProfile();
   profile.model.windows.assign(5, kWindow);
@@ -234,6 +251,10 @@ TEST_P(SlidingCalibration, MeasuresFullLayersOnly) {
       EXPECT_NE(lost(profile->cells[static_cast<std::size_t>(l)]), slides) << l;
       for (int64_t h = 0; h < heads; ++h)
         EXPECT_NE(lost(profile->head_cells[static_cast<std::size_t>(l * heads + h)]), slides) << l;
+    }
+    if (method == ProfileMethod::kReconstruction) {
+      // As short as the texts are: the full layers alone are asked for.
+      EXPECT_GE(profile->checks.size(), 2u);
     }
     const auto again = ParseProfile(ToJson(*profile), "p");
     ASSERT_TRUE(again) << again.error().message;

@@ -277,7 +277,7 @@ Expected<void> CheckPlans(Engine& engine, std::span<const int32_t> chunk, Profil
     SolveRequest request;
     request.variant = Variant::k2dHeads;
     request.context_length = n;
-    request.compression = compression;
+    CompressFullLayers(profile.model, compression, request);
     request.score_bytes = scorer->needs().accumulated ? 4 : 0;
     request.min_keep = kDefaultMinKeep;
     request.floor_price = kDefaultFloorPrice;
@@ -286,7 +286,9 @@ Expected<void> CheckPlans(Engine& engine, std::span<const int32_t> chunk, Profil
     MOEND_ASSIGN(const auto kl, probe.MeasurePlan(solved->plan.heads));
     double mean = 0;
     for (const double x : kl) mean += x / static_cast<double>(kl.size());
-    checks.push_back({compression, solved->loss, mean});
+    const double ratio =
+        static_cast<double>(FullBytes(profile.model, n)) / static_cast<double>(solved->plan.budget_bytes);
+    checks.push_back({profile.model.windows.empty() ? compression : ratio, solved->loss, mean});
     if (tick && !tick(kReadShare + (1 - kReadShare) * static_cast<double>(checks.size()) /
                                        static_cast<double>(std::size(kCompressions))))
       return Fail(ErrorCode::kCancelled, "the calibration was stopped");

@@ -23,6 +23,12 @@ int64_t MeasuredTokens(int64_t n_tokens, int64_t rows) {
   return std::min(n_tokens / 4, std::clamp(4 * n_tokens / rows, kFewest, kMost));
 }
 
+// KV heads of the layers that compress at all.
+int64_t RoutedRows(const Fingerprint& model) {
+  const auto sliding = std::ranges::count_if(model.windows, [](int64_t window) { return window > 0; });
+  return (model.n_layers - sliding) * model.shape.n_kv_heads;
+}
+
 std::vector<double> Weights(const Profile& profile) {
   double error = 0, kl = 0;
   for (const Sensitivity& s : profile.sensitivity) {
@@ -30,7 +36,7 @@ std::vector<double> Weights(const Profile& profile) {
     kl += s.kl;
   }
   if (!(error > 0) || !(kl > 0)) return std::vector<double>(profile.sensitivity.size(), 1.0);
-  const double prior = kPrior * error / static_cast<double>(profile.sensitivity.size());
+  const double prior = kPrior * error / static_cast<double>(RoutedRows(profile.model));
   std::vector<double> weights;
   for (const Sensitivity& s : profile.sensitivity)
     weights.push_back((s.kl + prior * kl / error) / (s.error + prior));
@@ -76,18 +82,20 @@ Expected<void> ProbeHeads(Engine& engine, std::span<const int32_t> chunk, Profil
   SolveRequest request;
   request.variant = Variant::k2dHeads;
   request.context_length = n;
-  request.compression = kCompression;
+  double compression = kCompression;
+  CompressFullLayers(profile.model, compression, request);
   request.min_keep = kDefaultMinKeep;
   request.floor_price = kDefaultFloorPrice;
   auto solved = Solve(profile, request);
   // A short text has no room for as little: as much as it can do.
-  for (; !solved && solved.error().code == ErrorCode::kBudget && request.compression > 2;
-       request.compression *= 0.7)
+  for (; !solved && solved.error().code == ErrorCode::kBudget && compression > 2; compression *= 0.7) {
+    CompressFullLayers(profile.model, compression, request);
     solved = Solve(profile, request);
+  }
   if (!solved) return Forward(solved);
   // Half of what is measured is what the text itself says next, half what it is asked for again: the heads
   // that copy are not the only ones that count.
-  const int64_t half = MeasuredTokens(n, rows) / 2;
+  const int64_t half = MeasuredTokens(n, std::max<int64_t>(1, RoutedRows(profile.model))) / 2;
   MOEND_ASSIGN(const auto part, AskForPart(*machine.model, chunk, (n - half) / 2, half));
   std::vector<int32_t> tokens(chunk.begin(), chunk.end());
   tokens.insert(tokens.end(), part.begin(), part.end());

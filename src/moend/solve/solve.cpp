@@ -313,6 +313,21 @@ Expected<Solution> WithAffordableFloor(const Profile& profile, const SolveReques
 
 }  // namespace
 
+void CompressFullLayers(const Fingerprint& model, double compression, SolveRequest& request) {
+  request.compression = model.windows.empty() ? compression : 0;
+  request.budget_bytes = 0;
+  if (model.windows.empty()) return;
+  const int64_t n = request.context_length;
+  int64_t windows = 0, full = 0;
+  for (int64_t l = 0; l < model.n_layers; ++l) {
+    const int64_t window = model.window(l);
+    (window > 0 ? windows : full) +=
+        window > 0 ? WindowBytes(model.shape, window, n).value_or(0) : FullLayerBytes(model.shape, n);
+  }
+  request.budget_bytes =
+      std::max<int64_t>(1, windows + static_cast<int64_t>(static_cast<double>(full) / compression));
+}
+
 void SumUpHeads(Plan& plan) {
   const auto n = static_cast<std::ptrdiff_t>(plan.model.shape.n_kv_heads);
   const auto size = [](const Expert& e) { return e.keep * (e.k_bits + e.v_bits); };
