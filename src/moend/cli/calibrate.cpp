@@ -153,7 +153,9 @@ Expected<void> RunMethod(CalibrateFlags flags, ProfileMethod method, const std::
   ProgressBar bar("calibrating", 0);
   const auto start = std::chrono::steady_clock::now();
   int64_t saved = profile.chunks;
+  CalibrateProgress now;
   const auto progress = [&](const CalibrateProgress& p) {
+    now = p;
     bar.Update(p.done, fmt::format("{} {} of {}", p.step, p.index + 1, p.count));
     return !Interrupt::requested();
   };
@@ -162,11 +164,8 @@ Expected<void> RunMethod(CalibrateFlags flags, ProfileMethod method, const std::
     saved = so_far.chunks;
     bar.Clear();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    const std::string what =
-        so_far.checks.empty() && so_far.probed == 0 ? fmt::format("chunk {} of {}", saved, n_chunks)
-        : so_far.checks.empty() ? fmt::format("what KV heads mean for the logits of {} texts", so_far.probed)
-                                : "what whole plans lose";
-    Note(fmt::format("{} saved to {} after {}", what, flags.output, Duration(seconds)));
+    Note(fmt::format("{} {} of {} saved to {} after {}", now.step, now.index + 1, now.count, flags.output,
+                     Duration(seconds)));
     return {};
   };
   auto finished = Calibrate(engine, chunks, flags.options, std::move(profile), progress, save);
