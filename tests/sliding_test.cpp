@@ -14,6 +14,7 @@
 #include "moend/engine/session_state.h"
 #include "tests/support/layer_model.h"
 #include "tests/support/libllama_logits.h"
+#include "tests/support/seal.h"
 #include "tests/support/test_model.h"
 
 namespace moend::test {
@@ -164,15 +165,7 @@ TEST(SlidingCache, DamagedOnesAreRefused) {
   // A version that was changed on purpose, with a checksum that says so.
   std::string other = blob;
   other[8] = 3;
-  const std::size_t size = other.size() - 8;
-  uint64_t state = 0x9E3779B97F4A7C15u * (size + 1);
-  for (std::size_t i = 0; i < size; i += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, other.data() + i, std::min<std::size_t>(8, size - i));
-    state = std::rotl(state ^ word, 29) * 0xBF58476D1CE4E5B9u;
-  }
-  state ^= state >> 32;
-  std::memcpy(other.data() + size, &state, 8);
+  Seal(other);
   EXPECT_FALSE(DeserializeCache(nullptr, other, "x", nullptr));
 }
 

@@ -15,6 +15,7 @@
 #include "moend/plan/plan.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/support/layer_model.h"
+#include "tests/support/seal.h"
 #include "tests/support/test_model.h"
 
 namespace moend::fuzz {
@@ -142,20 +143,6 @@ Parser ProfileParser() {
           .run = RoundTrip(ParseProfile)};
 }
 
-// As serialize.h's checksum is made.
-void Seal(std::string& blob) {
-  if (blob.size() < 8) return;
-  const std::size_t size = blob.size() - 8;
-  uint64_t state = 0x9E3779B97F4A7C15u * (size + 1);
-  for (std::size_t i = 0; i < size; i += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, blob.data() + i, std::min<std::size_t>(8, size - i));
-    state = std::rotl(state ^ word, 29) * 0xBF58476D1CE4E5B9u;
-  }
-  state ^= state >> 32;
-  std::memcpy(blob.data() + size, &state, 8);
-}
-
 Parser CacheParser() {
   Parser parser{.name = "cache"};
   for (const auto& [keep, bits] : {std::pair{0.5, 4}, {1.0, 16}, {0.3, 2}}) {
@@ -164,7 +151,7 @@ Parser CacheParser() {
     test::Append(cache, 150);
     parser.seeds.push_back(*SerializeCache(cache));
   }
-  parser.seal = Seal;
+  parser.seal = test::Seal;
   parser.run = [](const std::string& input) -> Outcome {
     const auto ledger = std::make_shared<Ledger>();
     const auto cache = DeserializeCache(ledger, input, "blob");

@@ -52,14 +52,15 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
     impl->plan = plan;
     impl->engine = std::move(engine);
     for (int64_t l = 0; l < hp.n_layers; ++l) {
+      const int64_t window = plan.model.window(l);
+      for (int64_t h = 0; h < hp.n_kv_heads && window > 0; ++h) {
+        MOEND_ASSIGN(auto sliding, LayerCache::CreateSliding(impl->ledger, {1, hp.head_size}, window));
+        impl->caches.push_back(std::move(sliding));
+      }
+      if (window > 0) continue;
       MOEND_ASSIGN(const auto rotations, impl->machine().Rotations(l));
       const std::vector<Expert> experts = impl->experts(l);
       for (std::size_t h = 0; h < experts.size(); ++h) {
-        if (const int64_t window = plan.model.window(l); window > 0) {
-          MOEND_ASSIGN(auto sliding, LayerCache::CreateSliding(impl->ledger, {1, hp.head_size}, window));
-          impl->caches.push_back(std::move(sliding));
-          continue;
-        }
         const bool keep_scores = impl->scorer->of_layer(l).needs().accumulated && experts[h].keep < 1;
         MOEND_ASSIGN(auto cache, LayerCache::Create(impl->ledger, {1, hp.head_size}, experts[h], plan.guard,
                                                     keep_scores, rotations[h]));
