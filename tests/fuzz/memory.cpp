@@ -10,13 +10,6 @@ namespace {
 
 std::atomic<int64_t> in_use{0}, most{0};
 
-void Add(int64_t bytes) {
-  const int64_t now = in_use += bytes;
-  int64_t seen = most;
-  while (now > seen && !most.compare_exchange_weak(seen, now)) {
-  }
-}
-
 }  // namespace
 
 namespace moend::fuzz {
@@ -34,6 +27,17 @@ int64_t MostCounted() {
 
 // A sanitizer has its own, which find more.
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+
+namespace {
+
+void Add(int64_t bytes) {
+  const int64_t now = in_use += bytes;
+  int64_t seen = most;
+  while (now > seen && !most.compare_exchange_weak(seen, now)) {
+  }
+}
+
+}  // namespace
 
 void* operator new(std::size_t bytes) {
   void* memory = std::malloc(bytes);
