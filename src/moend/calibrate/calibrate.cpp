@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <mutex>
+#include <optional>
 
 #include "moend/calibrate/choose_scorer.h"
 #include "moend/calibrate/probe.h"
@@ -15,8 +16,9 @@ namespace moend {
 namespace {
 
 constexpr double kChooseShare = 0.15;  // of all the time, for the progress bar only
-// Time that it takes to probe a text, and to check plans, where reading one for its losses takes 1, likewise.
-constexpr double kProbeTime = 1.5, kCheckTime = 1;
+// Time that it takes to probe a text, to check plans, and to learn from a text that is measured already,
+// where reading one for its losses takes 1, likewise.
+constexpr double kProbeTime = 1.5, kCheckTime = 1, kLearnTime = 0.6;
 
 // Fills the cells of one chunk.
 class Calibrator {
@@ -234,6 +236,10 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   if (options.experts.empty()) options.experts = by_logits ? DefaultExperts() : ReconstructionExperts();
   if (!by_logits) options.heads = true;
   if (!by_logits && options.scorer == kAutoScorer) options.scorer = kReconstructScorer;
+  if (options.scorer == kLearnedScorer)
+    return Fail(ErrorCode::kInvalidArgument,
+                "the scorer learned is what calibrating by repetition makes, beside its losses; measure with "
+                "another one and solve with it");
   std::sort(options.experts.begin(), options.experts.end());
   Profile wanted;
   wanted.model = engine->fingerprint();
@@ -241,7 +247,7 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   wanted.scorer = options.scorer;
   wanted.guard = options.guard;
   wanted.length = options.length;
-  wanted.evaluated = options.evaluated;
+  wanted.evaluated = options.evaluated = std::min(options.evaluated, options.length);
   wanted.experts = options.experts;
   wanted.chunks_wanted = static_cast<int64_t>(chunks.size());
   wanted.cells.assign(static_cast<std::size_t>(wanted.model.n_layers),
@@ -269,8 +275,11 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   MOEND_ASSIGN(const auto scorer, MakeScorer(wanted.scorer));
   Calibrator calibrator(machine, options, *scorer);
   const int64_t n_probes = by_logits ? 0 : std::min(n_chunks, kProbedTexts);
-  const double work = static_cast<double>(n_chunks) + kProbeTime * static_cast<double>(n_probes) +
-                      (by_logits ? 0 : kCheckTime);
+  // What the finished chunks of an interrupted run have to teach is in no file.
+  const bool learns = !by_logits && options.learn && (profile.chunks < n_chunks || !profile.learned);
+  const int64_t n_lessons = learns ? std::min(profile.chunks, n_chunks) : 0;
+  const double work = static_cast<double>(n_chunks) + kLearnTime * static_cast<double>(n_lessons) +
+                      kProbeTime * static_cast<double>(n_probes) + (by_logits ? 0 : kCheckTime);
   const auto tick_of = [&](const char* step, int64_t i, int64_t of, double before, double time) {
     return [=, &progress](double part) {
       const double share = (before + static_cast<double>(i) * time + part * time) / work;
@@ -283,21 +292,41 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
     profile.sensitivity.clear();
     profile.probed = 0;
     profile.checks.clear();
+    profile.learned = nullptr;
   }
+  std::optional<ScoreLearner> learner;
+  if (learns) {
+    MOEND_ASSIGN(learner, ScoreLearner::Create(*machine.compute));
+  }
+  for (int64_t c = 0; c < n_lessons; ++c)
+    MOEND_TRY(LearnReconstruction(*engine, chunks[static_cast<std::size_t>(c)], *learner,
+                                  tick_of("lesson", c, n_lessons, 0, kLearnTime)));
+  const double lessons = kLearnTime * static_cast<double>(n_lessons);
   for (int64_t c = profile.chunks; c < n_chunks; ++c) {
     Profile sums = wanted;
     sums.queries = profile.queries;
-    const auto tick = tick_of("chunk", c, n_chunks, 0, 1);
+    const auto tick = tick_of("chunk", c, n_chunks, lessons, 1);
     const std::vector<int32_t>& chunk = chunks[static_cast<std::size_t>(c)];
     MOEND_TRY(by_logits ? calibrator.Measure(chunk, sums, tick)
-                        : MeasureReconstruction(*engine, chunk, options.most_copy_loss, sums, tick));
+                        : MeasureReconstruction(*engine, chunk, options.most_copy_loss, sums,
+                                                learner ? &*learner : nullptr, tick));
     MixIn(profile.cells, sums.cells, profile.chunks);
     MixIn(profile.head_cells, sums.head_cells, profile.chunks);
     profile.queries = RoundQueryStats(sums.queries);
     ++profile.chunks;
+    if (learner && profile.chunks == n_chunks) {
+      MOEND_ASSIGN(LearnedScores learned, learner->Learn());
+      profile.learned = std::make_shared<const LearnedScores>(std::move(learned));
+    }
     if (save) MOEND_TRY(save(profile));
   }
-  auto before = static_cast<double>(n_chunks);
+  if (learner && !profile.learned) {  // all chunks were there
+    MOEND_ASSIGN(LearnedScores learned, learner->Learn());
+    profile.learned = std::make_shared<const LearnedScores>(std::move(learned));
+    if (save) MOEND_TRY(save(profile));
+  }
+  learner.reset();
+  auto before = lessons + static_cast<double>(n_chunks);
   for (int64_t i = profile.probed; i < n_probes; ++i) {
     const std::vector<int32_t>& chunk = chunks[static_cast<std::size_t>(i * n_chunks / n_probes)];
     MOEND_TRY(ProbeHeads(*engine, chunk, profile, tick_of("probe", i, n_probes, before, kProbeTime)));

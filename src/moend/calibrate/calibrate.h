@@ -47,6 +47,9 @@ struct CalibrateOptions {
   // kNoiseExpert), l2 = root of the sum of squares: quantization can only harm tokens that stayed, so the sum
   // is a bound, and the cost is that of a tenth of the experts.
   bool heads = false;
+  // Of kReconstruction: fill Profile::learned. Takes the memory of ScoreLearner, and the finished chunks of
+  // an interrupted run are read again for it.
+  bool learn = true;
 };
 
 // 50 pairs of keep and (K bits, V bits), ascending. K never gets fewer bits than V: the opposite loses more
@@ -58,8 +61,8 @@ std::vector<Expert> DefaultExperts();
 Expected<std::vector<std::vector<int32_t>>> MakeChunks(std::span<const std::vector<int32_t>> texts,
                                                        int32_t bos, const CalibrateOptions& options);
 
-// The steps are "chunk", then for kReconstruction "probe" (calibrate/sensitivity.h) and "check"
-// (Profile::checks), each one of so many.
+// The steps are "lesson" (finished chunks, from which is learned again), "chunk", then for kReconstruction
+// "probe" (calibrate/sensitivity.h) and "check" (Profile::checks), each one of so many.
 struct CalibrateProgress {
   int64_t index = 0, count = 0;
   double done = 0;  // 0 to 1, over all the work

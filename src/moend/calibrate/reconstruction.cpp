@@ -151,6 +151,10 @@ std::vector<Expert> Parts(const std::vector<Expert>& experts) {
   return parts;
 }
 
+std::function<void(int64_t, int64_t, int64_t, const float*)> WatchedBy(ScoreLearner& learner) {
+  return [&learner](int64_t, int64_t at, int64_t n, const float* hidden) { learner.Watch(at, n, hidden); };
+}
+
 // Every text counts alike, whether it loses much (numbers that must be copied) or little.
 void Normalize(Profile& text) {
   double sum = 0;
@@ -178,7 +182,8 @@ std::vector<Expert> ReconstructionExperts() {
 }
 
 Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> tokens, double most_copy_loss,
-                                     Profile& profile, const std::function<bool(double)>& tick) {
+                                     Profile& profile, ScoreLearner* learner,
+                                     const std::function<bool(double)>& tick) {
   Engine::Impl& machine = engine.impl();
   const HyperParams& hp = machine.model->hparams();
   const auto n = static_cast<int64_t>(tokens.size());
@@ -241,7 +246,11 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
     *out = &scratch;
     return {};
   };
-  hooks.end = [&](int64_t l, LayerScratch&) -> Expected<void> { return measure(l); };
+  if (learner) hooks.watch = WatchedBy(*learner);
+  hooks.end = [&](int64_t l, LayerScratch&) -> Expected<void> {
+    if (learner) MOEND_TRY(learner->EndLayer(l, scratch));
+    return measure(l);
+  };
   double copy_loss = 0;
   hooks.copy_loss = &copy_loss;
   std::vector<float> logits;
@@ -255,6 +264,27 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
   Normalize(profile);
   profile.queries = MergeQueryStats(profile.queries, tap.Take());
   return {};
+}
+
+Expected<void> LearnReconstruction(Engine& engine, std::span<const int32_t> tokens, ScoreLearner& learner,
+                                   const std::function<bool(double)>& tick) {
+  Engine::Impl& machine = engine.impl();
+  const HyperParams& hp = machine.model->hparams();
+  const auto n = static_cast<int64_t>(tokens.size());
+  ScorerNeeds needs;
+  needs.repetition = true;
+  MOEND_ASSIGN(auto scratch,
+               LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
+  Engine::Impl::LayerHooks hooks;
+  hooks.watch = WatchedBy(learner);
+  hooks.begin = [&](int64_t, std::span<const LayerCache>*, LayerScratch** out) -> Expected<void> {
+    scratch.Clear();
+    *out = &scratch;
+    return {};
+  };
+  hooks.end = [&](int64_t l, LayerScratch&) -> Expected<void> { return learner.EndLayer(l, scratch); };
+  std::vector<float> logits;
+  return machine.ReadLayerByLayer(tokens, 0, hooks, logits, tick);
 }
 
 Expected<void> CheckPlans(Engine& engine, std::span<const int32_t> chunk, Profile& profile,

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "moend/calibrate/calibrate.h"
+#include "moend/calibrate/learning.h"
 
 namespace moend {
 
@@ -24,9 +25,14 @@ std::vector<Expert> ReconstructionExperts();
 // losses; those of experts of 16 bits add up to 1, so that all texts count alike. The scorer is
 // profile.scorer; one that does not repeat (ScorerNeeds) is measured on the same queries. kUnsupported when
 // the model misses the text that it is asked to repeat by most_copy_loss nats a token or more; kCancelled
-// when `tick`, which gets the share done, returns false. The caller holds the machine.
+// when `tick`, which gets the share done, returns false. `learner` may be null. The caller holds the machine.
 Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> tokens, double most_copy_loss,
-                                     Profile& profile, const std::function<bool(double)>& tick);
+                                     Profile& profile, ScoreLearner* learner,
+                                     const std::function<bool(double)>& tick);
+
+// What MeasureReconstruction() lets `learner` see, and nothing else.
+Expected<void> LearnReconstruction(Engine& engine, std::span<const int32_t> tokens, ScoreLearner& learner,
+                                   const std::function<bool(double)>& tick);
 
 // Solves for some compressions at the length of `chunk` and measures the plans on what the model says when it
 // is asked for a part of the chunk again: fills profile.checks.

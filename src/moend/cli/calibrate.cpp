@@ -230,6 +230,7 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
       ->check(CLI::Range(int64_t{1}, kMost))
       ->type_name("N");
   std::vector<std::string> scorers = ScorerNames();
+  std::erase(scorers, kLearnedScorer);  // which this makes
   scorers.insert(scorers.begin(), kAutoScorer);
   f.options.scorer = kAutoScorer;
   command
@@ -264,6 +265,8 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
                              std::string(Name(ProfileMethod::kLogits))}))
       ->type_name("NAME");
   command->add_flag("--heads", f.options.heads, "with --method logits: measure each KV head too");
+  command->add_flag("!--no-learn", f.options.learn,
+                    "do not learn to expect what a repetition says, which the scorer learned goes by");
   command
       ->add_flag("--paper", f.paper,
                  "the MoE-nD paper's calibration, to compare with: 27 tokens, random eviction, L2 only")

@@ -52,6 +52,12 @@ Expected<void> Run(const SolveFlags& flags) {
   MOEND_ASSIGN(const auto scorer, MakeScorer(profile.scorer));
   // In a file only where somebody will read them.
   if (!scorer->needs().query_stats) profile.queries = nullptr;
+  if (!scorer->needs().learned) profile.learned = nullptr;
+  if (scorer->needs().learned && !profile.learned)
+    return Fail(ErrorCode::kInvalidArgument,
+                "{} has learned nothing that the scorer learned could go by; moend calibrate --restart does, "
+                "with a model that can repeat a text",
+                flags.profile);
   if (scorer->needs().query_stats && !profile.queries)
     return Fail(ErrorCode::kInvalidArgument,
                 "{} has no statistics of the model's queries, which the scorer {} needs; moend calibrate "
@@ -125,10 +131,10 @@ void AddSolve(CLI::App& app, int& exit_code) {
       ->check(CLI::IsMember(ScorerNames()))
       ->type_name("NAME");
   AddMinKeep(*command, f.min_keep);
-  command->add_flag(
-      "--no-refit", f.no_refit,
-      "leave the values of kept tokens as they are; else the scorer reconstruct moves them so that "
-      "they make up for what is gone");
+  command->add_flag("--no-refit", f.no_refit,
+                    "leave the values of kept tokens as they are; else the scorers reconstruct and learned "
+                    "move them so that "
+                    "they make up for what is gone");
   command->add_option("-o,--output", f.output, "the plan; without it, it is only shown")
       ->type_name("PLAN.json");
   f.measure.AddTo(*command);

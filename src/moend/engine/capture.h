@@ -17,10 +17,12 @@ namespace moend {
 class KvCapture {
  public:
   // Reads `tokens`; keeps every layer's K/V (at 16 bit) and what the scorers named need to score them.
+  // `learned`: for the scorer of this name.
   // `ledger` provides the memory (SpillLedger: files); null: one of its own.
   static Expected<KvCapture> Create(std::shared_ptr<Engine> engine, std::span<const int32_t> tokens,
                                     std::span<const std::string> scorers, const Progress& progress = {},
-                                    std::shared_ptr<Ledger> ledger = {});
+                                    std::shared_ptr<Ledger> ledger = {},
+                                    std::shared_ptr<const LearnedScores> learned = {});
 
   const std::vector<int32_t>& tokens() const { return tokens_; }
   const std::vector<float>& logits() const { return logits_; }  // of the last token

@@ -104,6 +104,7 @@ Expected<std::vector<std::vector<float>>> ScoreScratch(Compute& compute, const L
     in.observed = Newest(scratch.observed(h), scorer.needs().observed_queries, shape.head_size);
     in.accumulated = scratch.accumulated(h);
     in.needed = scratch.needed(h);
+    in.expected = scratch.expected(h);
     in.queries = with.head(h);
     in.workspace = workspaces[static_cast<std::size_t>(thread)].data();
     scorer.ScorePrefill(in, out);
@@ -159,7 +160,8 @@ Expected<std::vector<LayerCache>> CompressScratch(
     if (!scorer.refit || experts[h] == Expert{}) continue;
     const auto head = static_cast<int64_t>(h);
     MOEND_ASSIGN(caches[h], Refit(compute, std::move(caches[h]), filling(h), scratch.view(head, n_tokens),
-                                  scratch.reference(head)));
+                                  scorer.scorer.needs().repetition ? scratch.reference(head)
+                                                                   : scratch.own_reference(head)));
   }
   return caches;
 }

@@ -1,6 +1,7 @@
 #include "moend/engine/engine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "moend/base/caught.h"
@@ -105,6 +106,27 @@ std::span<const float> Engine::Impl::ValueGrams(int64_t layer) {
   return grams;
 }
 
+namespace {
+
+// scratch.expected() of the tokens [at, at + n), whose hidden states are given.
+void Expect(const LearnedScores& learned, int64_t layer, int64_t at, int64_t n, const float* hidden,
+            LayerScratch& scratch) {
+  n = std::min(n, scratch.score_tokens() - at);
+  for (int64_t i = 0; i < n; ++i, hidden += learned.n_embd) {
+    double square = 0;
+    for (int64_t c = 0; c < learned.n_embd; ++c) square += double{hidden[c]} * hidden[c];
+    const double scale = 1 / std::sqrt(std::max(square / static_cast<double>(learned.n_embd), 1e-30));
+    for (int64_t h = 0; h < learned.n_kv_heads; ++h) {
+      const float* w = learned.head(layer, h);
+      double dot = 0;
+      for (int64_t c = 0; c < learned.n_embd; ++c) dot += double{w[c]} * hidden[c];
+      scratch.expected(h)[at + i] = static_cast<float>(dot * scale);
+    }
+  }
+}
+
+}  // namespace
+
 Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, int64_t first,
                                               const LayerHooks& hooks, std::vector<float>& logits,
                                               const Progress& progress, std::vector<float>* hidden_out) {
@@ -133,6 +155,9 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
     MOEND_TRY(prefill->Begin(past, scratch));
     for (int64_t done = 0; done < n; done += block) {
       const int64_t m = std::min(block, n - done);
+      const float* entering = hidden.data() + done * hp.n_embd;
+      if (hooks.watch) hooks.watch(l, done, m, entering);
+      if (hooks.learned && scratch->expected(0)) Expect(*hooks.learned, l, done, m, entering, *scratch);
       MOEND_TRY(compute->Layer(l, hidden.data() + done * hp.n_embd, m, first + done,
                                hooks.listener ? *hooks.listener : *prefill));
       if (!go_on()) return Fail(ErrorCode::kCancelled, "reading the prompt was stopped");

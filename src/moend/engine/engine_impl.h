@@ -12,6 +12,7 @@
 #include "moend/engine/engine.h"
 #include "moend/engine/prefill_hook.h"
 #include "moend/engine/repetition.h"
+#include "moend/plan/learned_scores.h"
 #include "moend/score/query_model.h"
 
 namespace moend {
@@ -51,6 +52,10 @@ struct Engine::Impl {
     std::shared_ptr<Ledger> ledger =
         {};                       // counts hidden states and the repetition; null: they are not counted
     double* copy_loss = nullptr;  // gets Repetition::CopyLoss(), if there is a repetition
+    // What a scratch that has room for LayerScratch::expected is filled by.
+    const LearnedScores* learned = nullptr;
+    // Gets the hidden states f32 [n][n_embd] that enter a layer, those of the tokens [at, at + n).
+    std::function<void(int64_t layer, int64_t at, int64_t n, const float* hidden)> watch = {};
     AttentionHook* listener =
         nullptr;  // stands before `prefill`, to which it hands everything on; may be null
   };
@@ -87,7 +92,7 @@ struct Session::Impl {
   LayerScorer scorer_of(int64_t layer) const {
     LayerScorer of(scorer->of_layer(layer), queries ? queries->layer(layer) : std::span<const HeadQueries>());
     of.shares = plan.adaptive_heads;
-    of.refit = plan.refit && scorer->needs().repetition;
+    of.refit = plan.refit && (scorer->needs().repetition || scorer->needs().learned);
     return of;
   }
   // Once a prompt is read, plans of adaptive heads say what each of them got.

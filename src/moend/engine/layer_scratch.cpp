@@ -18,21 +18,29 @@ void AddMoment(const float* q, int64_t d, float* moment) {
     for (int64_t j = 0; j < d; ++j) moment[i * d + j] += q[i] * q[j];
 }
 
+// Whether item i is among `wanted` ones that are spread over all `total`.
+bool IsOneOf(int64_t i, int64_t wanted, int64_t total) {
+  return (i + 1) * wanted / total != i * wanted / total;
+}
+
 // What the buffers of a scratch hold, in elements.
 struct Sizes {
   Sizes(const KvShape& shape, int64_t n_heads, int64_t capacity, int64_t score, const ScorerNeeds& needs)
       : score_tokens(std::min(score, capacity)),
         n_observed(std::min(needs.observed_queries, score_tokens)),
-        most_referred(needs.repetition ? needs.reference_tokens : 0),
+        most_repeated(needs.repetition ? needs.reference_tokens : 0),
+        most_own(needs.learned ? needs.reference_tokens : 0),
         kv(shape.n_kv_heads * Pages(capacity) * kPageTokens * shape.head_size),
         observed(n_observed * n_heads * shape.head_size),
         accumulated(needs.accumulated ? shape.n_kv_heads * score_tokens : 0),
         needed(needs.repetition ? shape.n_kv_heads * score_tokens : 0),
-        reference(most_referred * n_heads * shape.head_size),
+        expected(needs.learned ? shape.n_kv_heads * score_tokens : 0),
+        repeated(most_repeated * n_heads * shape.head_size),
+        own(most_own * n_heads * shape.head_size),
         moment(score_tokens > 0 ? shape.n_kv_heads * shape.head_size * shape.head_size : 0) {}
-  int64_t score_tokens, n_observed, most_referred;
+  int64_t score_tokens, n_observed, most_repeated, most_own;
   int64_t kv;  // of k and of v, 16 bit; the others are f32
-  int64_t observed, accumulated, needed, reference, moment;
+  int64_t observed, accumulated, needed, expected, repeated, own, moment;
 };
 
 }  // namespace
@@ -41,8 +49,8 @@ int64_t LayerScratch::Bytes(const KvShape& shape, int64_t n_heads, int64_t capac
                             const ScorerNeeds& needs) {
   const Sizes size(shape, n_heads, capacity, score_tokens, needs);
   int64_t bytes = 2 * RoundUp(size.kv * static_cast<int64_t>(sizeof(uint16_t)), kCacheLine);
-  for (const int64_t n :
-       {size.observed, size.accumulated, size.needed, size.reference, size.most_referred, size.moment})
+  for (const int64_t n : {size.observed, size.accumulated, size.needed, size.expected, size.repeated,
+                          size.own, size.most_repeated, size.moment})
     bytes += RoundUp(n * static_cast<int64_t>(sizeof(float)), kCacheLine);
   return bytes;
 }
@@ -58,21 +66,24 @@ Expected<LayerScratch> LayerScratch::Create(std::shared_ptr<Ledger> ledger, cons
   const Sizes size(shape, n_heads, capacity, score_tokens, needs);
   s.score_tokens_ = size.score_tokens;
   s.n_observed_ = size.n_observed;
-  s.most_referred_ = size.most_referred;
+  s.repeated_.most = size.most_repeated;
+  s.own_.most = size.most_own;
   MOEND_ASSIGN(s.k_, Buffer<uint16_t>::Create(ledger, size.kv));
   MOEND_ASSIGN(s.v_, Buffer<uint16_t>::Create(ledger, size.kv));
   MOEND_ASSIGN(s.observed_, Buffer<float>::Create(ledger, size.observed));
   MOEND_ASSIGN(s.accumulated_, Buffer<float>::Create(ledger, size.accumulated));
   MOEND_ASSIGN(s.needed_, Buffer<float>::Create(ledger, size.needed));
-  MOEND_ASSIGN(s.reference_, Buffer<float>::Create(ledger, size.reference));
-  MOEND_ASSIGN(s.reference_weight_, Buffer<float>::Create(ledger, size.most_referred));
+  MOEND_ASSIGN(s.expected_, Buffer<float>::Create(ledger, size.expected));
+  MOEND_ASSIGN(s.repeated_.q, Buffer<float>::Create(ledger, size.repeated));
+  MOEND_ASSIGN(s.own_.q, Buffer<float>::Create(ledger, size.own));
+  MOEND_ASSIGN(s.reference_weight_, Buffer<float>::Create(ledger, size.most_repeated));
   MOEND_ASSIGN(s.moment_, Buffer<float>::Create(ledger, size.moment));
   s.Clear();
   return s;
 }
 
 void LayerScratch::Clear() {
-  n_tokens_ = n_referred_ = 0;
+  n_tokens_ = repeated_.n = own_.n = 0;
   std::fill_n(accumulated_.data(), accumulated_.size(), 0.0f);
   std::fill_n(needed_.data(), needed_.size(), 0.0f);
   std::fill_n(moment_.data(), moment_.size(), 0.0f);
@@ -131,31 +142,49 @@ float* LayerScratch::accumulated(int64_t head) {
   return accumulated_.size() ? accumulated_.data() + head * score_tokens_ : nullptr;
 }
 
-void LayerScratch::Refer(const float* q, const float* weight, int64_t index, int64_t n, int64_t total) {
+void LayerScratch::Add(const float* q, const AttentionStyle& style, Reference& to) {
   const int64_t d = shape_.head_size, group = n_heads_ / shape_.n_kv_heads;
-  const int64_t wanted = std::min(most_referred_, total);
-  for (int64_t i = 0; i < n && n_referred_ < wanted; ++i) {
-    if ((index + i + 1) * wanted / total == (index + i) * wanted / total) continue;
-    for (int64_t h = 0; h < n_heads_; ++h) {
-      const int64_t row = h / group * most_referred_ * group + n_referred_ * group + h % group;
-      for (int64_t c = 0; c < d; ++c) reference_[row * d + c] = q[(i * n_heads_ + h) * d + c] * style_.scale;
-    }
-    reference_weight_[n_referred_++] = weight[i];
+  for (int64_t h = 0; h < n_heads_; ++h) {
+    const int64_t row = h / group * to.most * group + to.n * group + h % group;
+    for (int64_t c = 0; c < d; ++c) to.q[row * d + c] = q[h * d + c] * style.scale;
+  }
+  ++to.n;
+}
+
+void LayerScratch::Refer(const float* q, const float* weight, int64_t index, int64_t n, int64_t total) {
+  const int64_t wanted = std::min(repeated_.most, total);
+  for (int64_t i = 0; i < n && repeated_.n < wanted; ++i) {
+    if (!IsOneOf(index + i, wanted, total)) continue;
+    reference_weight_[repeated_.n] = weight[i];
+    Add(q + i * n_heads_ * shape_.head_size, style_, repeated_);
   }
 }
 
-void LayerScratch::ScaleReference(float scale) {
-  for (int64_t i = 0; i < n_referred_; ++i) reference_weight_[i] *= scale;
+bool LayerScratch::RefersTo(int64_t t) const {
+  const int64_t wanted = std::min(own_.most, score_tokens_);
+  return t < score_tokens_ && own_.n < wanted && IsOneOf(t, wanted, score_tokens_);
 }
 
-QueryRows LayerScratch::reference(int64_t head) const {
+void LayerScratch::ReferOwn(const float* q, const AttentionStyle& style) {
+  Add(q, style, own_);
+}
+
+void LayerScratch::ScaleReference(float scale) {
+  for (int64_t i = 0; i < repeated_.n; ++i) reference_weight_[i] *= scale;
+}
+
+QueryRows LayerScratch::Rows(const Reference& from, int64_t head) const {
   const int64_t group = n_heads_ / shape_.n_kv_heads;
-  return style_.Rows(reference_.data() + head * most_referred_ * group * shape_.head_size,
-                     n_referred_ * group, group, head);
+  return style_.Rows(from.q.data() + head * from.most * group * shape_.head_size, from.n * group, group,
+                     head);
 }
 
 float* LayerScratch::needed(int64_t head) {
   return needed_.size() ? needed_.data() + head * score_tokens_ : nullptr;
+}
+
+float* LayerScratch::expected(int64_t head) {
+  return expected_.size() ? expected_.data() + head * score_tokens_ : nullptr;
 }
 
 }  // namespace moend

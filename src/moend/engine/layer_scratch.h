@@ -58,32 +58,49 @@ class LayerScratch {
   float* needed(int64_t head);
   const float* needed(int64_t head) const { return const_cast<LayerScratch*>(this)->needed(head); }
 
+  // f32 [score_tokens] per head: the logarithm of what needed() would be, as it was learned to be. Null when
+  // the scorer does not ask for it.
+  float* expected(int64_t head);
+  const float* expected(int64_t head) const { return const_cast<LayerScratch*>(this)->expected(head); }
+
   // Keeps the queries, which are of this scratch's layer, of some of a repetition's `total` tokens, of which
   // [index, index + n) are given: f32 [n][n_heads][head_size], unscaled; `weight`: 1 / |x|^2 of each.
   void Refer(const float* q, const float* weight, int64_t index, int64_t n, int64_t total);
   // How many to keep of a context of n tokens: for a refit about twice as many rows as tokens stay, for the
   // measuring of losses some thousand.
   static int64_t ReferenceTokens(int64_t n) { return std::max<int64_t>(512, n / 4); }
-  // Those queries, scaled, rows as in QueryRows; none before a repetition.
-  QueryRows reference(int64_t head) const;
+  // The same without a repetition: whether to keep the queries of the prompt's token `t`, which comes before
+  // score_tokens, and to do so, turned to where a repetition would ask for it: f32 [n_heads][head_size].
+  bool RefersTo(int64_t t) const;
+  void ReferOwn(const float* q, const AttentionStyle& style);
+  // Those queries, scaled, rows as in QueryRows: of the repetition, none before it; or of the prompt itself.
+  QueryRows reference(int64_t head) const { return Rows(repeated_, head); }
+  QueryRows own_reference(int64_t head) const { return Rows(own_, head); }
   void ScaleReference(float scale);  // the weights
   // 1 / |x|^2 of each of their tokens.
   std::span<const float> reference_weight() const {
-    return {reference_weight_.data(), static_cast<std::size_t>(n_referred_)};
+    return {reference_weight_.data(), static_cast<std::size_t>(repeated_.n)};
   }
 
  private:
+  struct Reference {
+    Buffer<float> q;  // [n_kv_heads][most * group][head_size]
+    int64_t most = 0, n = 0;
+  };
+  void Add(const float* q, const AttentionStyle& style, Reference& to);
+  QueryRows Rows(const Reference& from, int64_t head) const;
+
   KvShape shape_;
   int64_t n_heads_ = 0, capacity_ = 0, score_tokens_ = 0, n_tokens_ = 0, n_observed_ = 0;
-  int64_t most_referred_ = 0, n_referred_ = 0;
   AttentionStyle style_;  // of the layer whose tokens these are
   std::shared_ptr<Ledger> ledger_;
   Buffer<uint16_t> k_, v_;     // [n_kv_heads][pages * head_size * 64], [n_kv_heads][pages * 64][head_size]
   Buffer<float> observed_;     // [n_kv_heads][n_observed * group][head_size]
   Buffer<float> accumulated_;  // [n_kv_heads][score_tokens]
   Buffer<float> needed_;       // [n_kv_heads][score_tokens]
-  Buffer<float> reference_;    // [n_kv_heads][most_referred * group][head_size]
-  Buffer<float> reference_weight_;  // [most_referred]
+  Buffer<float> expected_;     // [n_kv_heads][score_tokens]
+  Reference repeated_, own_;
+  Buffer<float> reference_weight_;  // [repeated_.most]
   Buffer<float> moment_;            // [n_kv_heads][head_size][head_size]
 };
 

@@ -1,7 +1,11 @@
 #include "moend/engine/prefill_hook.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+
+#include "moend/engine/repetition.h"
+#include "moend/model/rope.h"
 
 namespace moend {
 namespace {
@@ -9,6 +13,9 @@ namespace {
 // Tokens of one work item: enough rows to amortize the unpacking of a K/V page, few enough to balance
 // threads.
 constexpr int64_t kItemTokens = 32;
+
+// About as many tokens ask for a repetition.
+constexpr int64_t kAskTokens = 16;
 
 }  // namespace
 
@@ -94,7 +101,32 @@ void PrefillHook::Store(int64_t layer, const float* q, const float* k, const flo
   scratch_->Append(q, k, v, n, style_);
   if (context_ && style_.window == 0)
     context_->Refer(q, weights_.data() + index_ + first_, index_ + first_, n, std::ssize(weights_));
+  else if (!context_ && style_.window == 0)
+    ReferOwn(layer, q, n);
   next_.store(0, std::memory_order_relaxed);
+}
+
+void PrefillHook::ReferOwn(int64_t layer, const float* q, int64_t n) {
+  const int64_t d = shape_.head_size, total = scratch_->score_tokens();
+  std::vector<float> turned(static_cast<std::size_t>(n_heads_ * d));
+  std::vector<RopePair> turns;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t t = first_ + i;
+    if (!scratch_->RefersTo(t)) continue;
+    if (turns.empty()) turns = RopePairs(*model_, layer);
+    const float* from = q + i * n_heads_ * d;
+    std::copy_n(from, n_heads_ * d, turned.begin());
+    for (const RopePair& turn : turns) {
+      const double angle = turn.rate * static_cast<double>(total + kAskTokens + t % kRepeatedTokens - t);
+      const double cosine = std::cos(angle), sine = std::sin(angle);
+      for (int64_t h = 0; h < n_heads_; ++h) {
+        const double x = from[h * d + turn.first], y = from[h * d + turn.second];
+        turned[static_cast<std::size_t>(h * d + turn.first)] = static_cast<float>(x * cosine - y * sine);
+        turned[static_cast<std::size_t>(h * d + turn.second)] = static_cast<float>(x * sine + y * cosine);
+      }
+    }
+    scratch_->ReferOwn(turned.data(), style_);
+  }
 }
 
 void PrefillHook::Attend(int64_t, const float* q, int64_t n, int thread, int) {

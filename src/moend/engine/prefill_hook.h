@@ -54,6 +54,9 @@ class PrefillHook : public AttentionHook {
   void Accumulate(Worker& w, int64_t head, int64_t first, const QueryRows& q, const float* max,
                   const float* sum);
 
+  // Queries of the prompt itself as a repetition's, where the scratch wants them.
+  void ReferOwn(int64_t layer, const float* q, int64_t n);
+
   void AddSquares(Worker& w, int64_t head, int64_t part_token, const QueryRows& q, const float* max,
                   const float* sum);
 

@@ -23,4 +23,14 @@ Expected<std::shared_ptr<const QueryModel>> MakeQueryModel(const Model& model,
   return std::make_shared<const QueryModel>(std::move(made));
 }
 
+Expected<void> CheckLearned(const Model& model, const LearnedScores* learned) {
+  if (!learned)
+    return Fail(ErrorCode::kInvalidArgument,
+                "the scorer learned goes by what calibration learned of the model, and there is nothing of "
+                "that here: make a profile with moend calibrate (--restart if the profile is an older one), "
+                "and the plan from it with moend solve --scorer learned");
+  const HyperParams& hp = model.hparams();
+  return CheckLearnedScores(*learned, hp.n_layers, hp.n_kv_heads, hp.n_embd);
+}
+
 }  // namespace moend

@@ -48,6 +48,8 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
     if (impl->scorer->needs().query_stats && Evicts(plan)) {
       MOEND_ASSIGN(impl->queries, MakeQueryModel(engine->model(), plan.queries));
     }
+    if (impl->scorer->needs().learned && Evicts(plan))
+      MOEND_TRY(CheckLearned(engine->model(), plan.learned.get()));
     impl->ledger = options.ledger ? options.ledger : std::make_shared<Ledger>();
     impl->plan = plan;
     impl->engine = std::move(engine);
@@ -101,13 +103,15 @@ Expected<void> Session::Impl::Read(std::span<const int32_t> tokens, const Progre
   // A first prompt is scored by the scratch; a further turn is appended and evicted like generated tokens.
   const bool fresh = first == 0;
   ScorerNeeds needs = fresh ? s.scorer->needs() : ScorerNeeds{s.observed_window(), false};
-  if (!Evicts(s.plan)) needs.repetition = false;  // nothing is chosen, so nothing need be known
+  if (!Evicts(s.plan))
+    needs.repetition = needs.learned = false;  // nothing is chosen, so nothing need be known
   if (s.plan.refit) needs.reference_tokens = LayerScratch::ReferenceTokens(n);
   MOEND_ASSIGN(auto scratch,
                LayerScratch::Create(s.ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
   const bool evict = !fresh && s.since_eviction + n >= kEvictInterval;
   Engine::Impl::LayerHooks hooks;
   hooks.ledger = s.ledger;
+  hooks.learned = s.plan.learned.get();
   hooks.begin = [&](int64_t l, std::span<const LayerCache>* past, LayerScratch** out) -> Expected<void> {
     scratch.Clear();
     *past = s.heads(l);
@@ -356,7 +360,8 @@ void Session::ResetPeak() {
 
 Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<const int32_t> tokens,
                                       std::span<const std::string> scorers, const Progress& progress,
-                                      std::shared_ptr<Ledger> ledger) {
+                                      std::shared_ptr<Ledger> ledger,
+                                      std::shared_ptr<const LearnedScores> learned) {
   if (tokens.empty()) return Fail(ErrorCode::kInvalidArgument, "there are no tokens to read");
   return Caught("reading a text", [&]() -> Expected<KvCapture> {
     ScorerNeeds needs;
@@ -366,6 +371,7 @@ Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<
     }
     needs.reference_tokens = LayerScratch::ReferenceTokens(std::ssize(tokens));  // any plan may want to refit
     Engine::Impl& machine = engine->impl();
+    if (needs.learned) MOEND_TRY(CheckLearned(*machine.model, learned.get()));
     const std::scoped_lock lock(machine.reading, machine.busy);
     const HyperParams& hp = machine.model->hparams();
     KvCapture capture;
@@ -373,6 +379,7 @@ Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<
     capture.tokens_.assign(tokens.begin(), tokens.end());
     const auto n = static_cast<int64_t>(tokens.size());
     Engine::Impl::LayerHooks hooks;
+    hooks.learned = learned.get();
     hooks.begin = [&](int64_t, std::span<const LayerCache>*, LayerScratch** out) -> Expected<void> {
       MOEND_ASSIGN(auto scratch, LayerScratch::Create(capture.ledger_, {hp.n_kv_heads, hp.head_size},
                                                       hp.n_heads, n, n, needs));

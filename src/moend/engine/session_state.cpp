@@ -54,6 +54,10 @@ Expected<void> RecompressSession(Session& session, const Plan& plan) {
     if (s.scorer->needs().query_stats && !s.queries && Evicts(plan)) {
       MOEND_ASSIGN(s.queries, MakeQueryModel(s.engine->model(), plan.queries));
     }
+    if (s.scorer->needs().learned && Evicts(plan) && !s.plan.learned) {
+      MOEND_TRY(CheckLearned(s.engine->model(), plan.learned.get()));
+      s.plan.learned = plan.learned;
+    }
     MOEND_TRY(CheckSlidingLayers(plan, "the plan"));
     const std::lock_guard lock(s.machine().busy);
     s.failed = true;

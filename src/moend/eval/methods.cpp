@@ -116,6 +116,7 @@ class Maker {
     plan.scorer = scorer;
     plan.guard = profile_->guard;
     plan.queries = profile_->queries;
+    plan.learned = profile_->learned;
     const double full = static_cast<double>(FullBytes(model_, request_.context_length));
     plan.budget_bytes = static_cast<int64_t>(full / compression);
     double low = 0, high = 1;
@@ -210,6 +211,11 @@ std::string LabelOf(const std::string& variant, const std::string& scorer, doubl
 
 std::string LabelOf(const Method& method) {
   return LabelOf(method.variant, method.scorer, method.compression);
+}
+
+std::shared_ptr<const LearnedScores> LearnedOf(std::span<const Method> methods) {
+  const auto has = std::ranges::find_if(methods, [](const Method& m) { return m.plan.learned != nullptr; });
+  return has == methods.end() ? nullptr : has->plan.learned;
 }
 
 }  // namespace moend::eval

@@ -61,4 +61,7 @@ bool Compresses(const Plan& plan);  // evicts or quantizes anything
 std::string LabelOf(const std::string& variant, const std::string& scorer, double compression);
 std::string LabelOf(const Method& method);
 
+// What the scorer `learned` goes by in those of the methods that have it; null where none has.
+std::shared_ptr<const LearnedScores> LearnedOf(std::span<const Method> methods);
+
 }  // namespace moend::eval

@@ -53,8 +53,10 @@ class ChunkReader {
     if (methods_.empty()) return ReadFull(samples[0], tick);
     const auto n_ctx = std::ssize(chunk);
     const auto head = chunk.first(static_cast<std::size_t>(first_ + 1));
-    MOEND_ASSIGN(const KvCapture capture,
-                 KvCapture::Create(engine_, head, scorers_, [&](double p) { return tick(0.3 * p); }));
+    MOEND_ASSIGN(
+        const KvCapture capture,
+        KvCapture::Create(
+            engine_, head, scorers_, [&](double p) { return tick(0.3 * p); }, {}, LearnedOf(methods_)));
     // The full cache goes along token by token, too: on quantized weights another order of sums alone moves
     // the predictions by as much as 8 bits for K and V do.
     std::vector<Session> sessions;

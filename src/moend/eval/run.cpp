@@ -19,12 +19,16 @@ constexpr double kDecodeCost = 6;
 
 class Captured : public ContextSource {
  public:
-  Captured(std::shared_ptr<Engine> engine, std::vector<std::string> scorers, std::shared_ptr<Ledger> ledger)
-      : engine_(std::move(engine)), scorers_(std::move(scorers)), ledger_(std::move(ledger)) {}
+  Captured(std::shared_ptr<Engine> engine, std::vector<std::string> scorers, std::shared_ptr<Ledger> ledger,
+           std::shared_ptr<const LearnedScores> learned)
+      : engine_(std::move(engine)),
+        scorers_(std::move(scorers)),
+        ledger_(std::move(ledger)),
+        learned_(std::move(learned)) {}
 
   Expected<void> Read(std::span<const int32_t> tokens, const Progress& progress) override {
     capture_.reset();  // before the next one asks for as much memory
-    MOEND_ASSIGN(capture_, KvCapture::Create(engine_, tokens, scorers_, progress, ledger_));
+    MOEND_ASSIGN(capture_, KvCapture::Create(engine_, tokens, scorers_, progress, ledger_, learned_));
     return {};
   }
   Expected<Session> Open(const Method& method, int64_t n_ctx) override {
@@ -35,6 +39,7 @@ class Captured : public ContextSource {
   std::shared_ptr<Engine> engine_;
   std::vector<std::string> scorers_;
   std::shared_ptr<Ledger> ledger_;
+  std::shared_ptr<const LearnedScores> learned_;
   std::optional<KvCapture> capture_;
 };
 
@@ -89,8 +94,9 @@ class Runner {
         progress_(progress),
         save_(save),
         saved_(Clock::now()) {
-    source_ = options.capture ? CapturedContext(engine, ScorersOf(methods), std::move(ledger))
-                              : PlainContext(engine);
+    source_ = options.capture
+                  ? CapturedContext(engine, ScorersOf(methods), std::move(ledger), LearnedOf(methods))
+                  : PlainContext(engine);
     for (const Method& method : methods) runs_.push_back(RunOf(method));
     for (std::size_t c = 0; c < suite.contexts.size(); ++c) total_ += CostOf(c, Pending(c));
   }
@@ -117,6 +123,7 @@ class Runner {
     run.compression = method.compression;
     run.plan = method.plan;
     run.plan.queries = nullptr;  // long, and nothing that tells runs apart
+    run.plan.learned = nullptr;
     results_.runs.push_back(std::move(run));
     return results_.runs.size() - 1;
   }
@@ -349,8 +356,10 @@ class Runner {
 
 std::unique_ptr<ContextSource> CapturedContext(std::shared_ptr<Engine> engine,
                                                std::vector<std::string> scorers,
-                                               std::shared_ptr<Ledger> ledger) {
-  return std::make_unique<Captured>(std::move(engine), std::move(scorers), std::move(ledger));
+                                               std::shared_ptr<Ledger> ledger,
+                                               std::shared_ptr<const LearnedScores> learned) {
+  return std::make_unique<Captured>(std::move(engine), std::move(scorers), std::move(ledger),
+                                    std::move(learned));
 }
 
 std::unique_ptr<ContextSource> PlainContext(std::shared_ptr<Engine> engine) {

@@ -29,10 +29,11 @@ class ContextSource {
 };
 
 // Prefills once per Read, keeps every layer's K/V at 16 bit and compresses them at each Open. `scorers`: all
-// that will be asked for. `ledger` as in KvCapture::Create.
+// that will be asked for. `ledger` and `learned` as in KvCapture::Create.
 std::unique_ptr<ContextSource> CapturedContext(std::shared_ptr<Engine> engine,
                                                std::vector<std::string> scorers,
-                                               std::shared_ptr<Ledger> ledger = {});
+                                               std::shared_ptr<Ledger> ledger = {},
+                                               std::shared_ptr<const LearnedScores> learned = {});
 // Prefills at every Open: slower, but never holds more than one layer uncompressed.
 std::unique_ptr<ContextSource> PlainContext(std::shared_ptr<Engine> engine);
 

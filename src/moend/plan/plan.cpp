@@ -5,6 +5,7 @@
 
 #include "moend/base/file.h"
 #include "moend/plan/json_fields.h"
+#include "moend/plan/learned_scores_json.h"
 #include "moend/plan/query_stats_json.h"
 
 namespace moend {
@@ -104,6 +105,7 @@ Expected<Plan> ParsePlan(const std::string& json, const std::string& source) {
     MOEND_ASSIGN(plan.*member, node.Bool());
   }
   MOEND_ASSIGN(plan.queries, ReadQueryStats(root, plan.model.n_layers, plan.model.shape));
+  MOEND_ASSIGN(plan.learned, ReadLearnedScores(root, plan.model.n_layers, plan.model.shape.n_kv_heads));
   return plan;
 }
 
@@ -131,6 +133,7 @@ std::string ToJson(const Plan& plan) {
   if (plan.adaptive_heads) object["adaptive_heads"] = true;
   if (plan.refit) object["refit"] = true;
   WriteQueryStats(plan.queries, object);
+  WriteLearnedScores(plan.learned, object);
   return Pretty(object);
 }
 

@@ -12,6 +12,7 @@
 #include "moend/base/error.h"
 #include "moend/plan/expert.h"
 #include "moend/plan/layout.h"
+#include "moend/plan/learned_scores.h"
 #include "moend/plan/query_stats.h"
 
 namespace moend {
@@ -22,6 +23,8 @@ namespace moend {
 inline constexpr const char* kDefaultScorer = "keydiff";
 // The scorer that reads a prompt twice, and whose second reading a refit needs.
 inline constexpr const char* kReconstructScorer = "reconstruct";
+// The one that expects what that reading would tell, from the first.
+inline constexpr const char* kLearnedScorer = "learned";
 
 // Tells models apart: a Plan or Profile is refused by any other model.
 struct Fingerprint {
@@ -93,9 +96,10 @@ struct Profile {
   std::vector<std::vector<ProfileCell>> head_cells;
   // [layer * n_kv_heads + head], by which the kl of the cells is weighted; empty when not measured.
   std::vector<Sensitivity> sensitivity;
-  int64_t probed = 0;                         // texts that these are sums over
-  std::vector<ProfileCheck> checks;           // by ascending prediction; may be empty
-  std::shared_ptr<const QueryStats> queries;  // null in profiles of older versions
+  int64_t probed = 0;                            // texts that these are sums over
+  std::vector<ProfileCheck> checks;              // by ascending prediction; may be empty
+  std::shared_ptr<const QueryStats> queries;     // null in profiles of older versions
+  std::shared_ptr<const LearnedScores> learned;  // null when nothing was learned
 };
 
 const char* Name(ProfileMethod method);
@@ -127,8 +131,9 @@ struct Plan {
   // The values of kept tokens are moved so that attention to them gives what attention to all tokens gave
   // (cache/value_refit.h). Takes a scorer that repeats the prompt (ScorerNeeds::repetition).
   bool refit = false;
-  std::vector<double> predicted;              // loss of each layer by the profile; may be empty
-  std::shared_ptr<const QueryStats> queries;  // for scorers that need them (ScorerNeeds); else null
+  std::vector<double> predicted;                 // loss of each layer by the profile; may be empty
+  std::shared_ptr<const QueryStats> queries;     // for scorers that need them (ScorerNeeds); else null
+  std::shared_ptr<const LearnedScores> learned;  // likewise
 
   const Expert& expert(int64_t layer, int64_t head) const {
     if (heads.empty()) return layers[static_cast<std::size_t>(layer)];

@@ -4,6 +4,7 @@
 
 #include "moend/base/file.h"
 #include "moend/plan/json_fields.h"
+#include "moend/plan/learned_scores_json.h"
 #include "moend/plan/plan.h"
 #include "moend/plan/query_stats_json.h"
 
@@ -180,6 +181,8 @@ Expected<Profile> ParseProfile(const std::string& json, const std::string& sourc
     MOEND_TRY(ReadChecks(checks, profile.checks));
   }
   MOEND_ASSIGN(profile.queries, ReadQueryStats(root, profile.model.n_layers, profile.model.shape));
+  MOEND_ASSIGN(profile.learned,
+               ReadLearnedScores(root, profile.model.n_layers, profile.model.shape.n_kv_heads));
   return profile;
 }
 
@@ -216,6 +219,7 @@ std::string ToJson(const Profile& profile) {
                                 {"predicted", check.predicted},
                                 {"measured_kl", check.measured}});
   WriteQueryStats(profile.queries, object);
+  WriteLearnedScores(profile.learned, object);
   return Pretty(object);
 }
 

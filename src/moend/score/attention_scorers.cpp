@@ -144,15 +144,9 @@ class H2o : public Scorer {
   }
 };
 
-// After KVzip (arXiv 2505.23416): what the model needs to repeat the prompt, it will need for any
-// question.
-class Reconstruct : public Scorer {
+// Scores a prompt by what is known of all of it, and what comes later by keydiff.
+class KnowsPrompt : public Scorer {
  public:
-  std::string_view name() const override { return "reconstruct"; }
-  ScorerNeeds needs() const override { return {.repetition = true}; }
-  void ScorePrefill(const PrefillScoreInput& in, std::span<float> scores) const override {
-    Copy(in.needed, scores);
-  }
   void ScoreCached(const CachedScoreInput& in, std::span<float> scores) const override {
     later_->ScoreCached(in, scores);
     // What was kept of the prompt was chosen with more knowledge: what came later goes first.
@@ -169,7 +163,31 @@ class Reconstruct : public Scorer {
   const std::unique_ptr<Scorer> later_ = MakeKeyDiff();
 };
 
+// After KVzip (arXiv 2505.23416): what the model needs to repeat the prompt, it will need for any
+// question.
+class Reconstruct final : public KnowsPrompt {
+ public:
+  std::string_view name() const override { return "reconstruct"; }
+  ScorerNeeds needs() const override { return {.repetition = true}; }
+  void ScorePrefill(const PrefillScoreInput& in, std::span<float> scores) const override {
+    Copy(in.needed, scores);
+  }
+};
+
+class Learned final : public KnowsPrompt {
+ public:
+  std::string_view name() const override { return "learned"; }
+  ScorerNeeds needs() const override { return {.learned = true}; }
+  void ScorePrefill(const PrefillScoreInput& in, std::span<float> scores) const override {
+    Copy(in.expected, scores);
+  }
+};
+
 }  // namespace
+
+std::unique_ptr<Scorer> MakeLearned() {
+  return std::make_unique<Learned>();
+}
 
 std::unique_ptr<Scorer> MakeReconstruct() {
   return std::make_unique<Reconstruct>();

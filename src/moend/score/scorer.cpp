@@ -19,6 +19,7 @@ struct Entry {
 
 constexpr Entry kScorers[] = {
     {"reconstruct", MakeReconstruct},
+    {"learned", MakeLearned},
     {"streaming", MakeStreaming},
     {"snapkv", MakeSnapKv},
     {"h2o", MakeH2o},
@@ -66,8 +67,11 @@ uint64_t SortKey(float score, std::size_t position) {
 }  // namespace
 
 ScorerNeeds Union(const ScorerNeeds& a, const ScorerNeeds& b) {
-  return {std::max(a.observed_queries, b.observed_queries), a.accumulated || b.accumulated,
-          a.repetition || b.repetition, std::max(a.reference_tokens, b.reference_tokens),
+  return {std::max(a.observed_queries, b.observed_queries),
+          a.accumulated || b.accumulated,
+          a.repetition || b.repetition,
+          a.learned || b.learned,
+          std::max(a.reference_tokens, b.reference_tokens),
           a.query_stats || b.query_stats};
 }
 

@@ -21,8 +21,10 @@ struct ScorerNeeds {
   int64_t observed_queries = 0;  // newest query tokens to hand over (SnapKV, TOVA: their observation window)
   bool accumulated = false;      // attention each token received from all queries so far (H2O)
   bool repetition = false;       // what a repetition of the prompt attends to (reconstruct)
-  int64_t reference_tokens = 0;  // of that repetition, spread over it, whose queries are kept
-  bool query_stats = false;      // statistics of the model's queries before RoPE (trigonometric)
+  bool learned = false;          // what was learned to expect of a repetition (plan/learned_scores.h)
+  int64_t reference_tokens =
+      0;                     // of the repetition or else the prompt, spread over it: their queries are kept
+  bool query_stats = false;  // statistics of the model's queries before RoPE (trigonometric)
 };
 
 ScorerNeeds Union(const ScorerNeeds& a, const ScorerNeeds& b);
@@ -35,6 +37,7 @@ struct PrefillScoreInput {
   QueryRows observed;
   const float* accumulated = nullptr;    // [n_tokens], if needed
   const float* needed = nullptr;         // [n_tokens], if a repetition is asked for (LayerScratch::needed)
+  const float* expected = nullptr;       // [n_tokens], if learned scores are (LayerScratch::expected)
   const HeadQueries* queries = nullptr;  // if needed
   float* workspace = nullptr;            // WorkspaceFloats(head_size, observed.rows) floats
 };
@@ -71,6 +74,8 @@ class Scorer {
 //              second reading, as in KVzip (arXiv 2505.23416), which takes the largest share of attention
 //              instead; that loses twice as much (docs/results.md). Tokens that come later, while generating,
 //              are judged by keydiff
+//   learned    what calibration learned to expect of that second reading from the hidden states of the first
+//              (plan/learned_scores.h), which then suffices
 //   streaming  the position: older is less important (StreamingLLM, arXiv 2309.17453)
 //   snapkv     attention of the newest 32 queries, maximum over 7 neighbours (arXiv 2404.14469)
 //   h2o        attention from all queries so far, a plain sum as in the paper: it favours old tokens and

@@ -9,6 +9,7 @@
 namespace moend {
 
 std::unique_ptr<Scorer> MakeReconstruct();
+std::unique_ptr<Scorer> MakeLearned();
 std::unique_ptr<Scorer> MakeStreaming();
 std::unique_ptr<Scorer> MakeRandom();
 std::unique_ptr<Scorer> MakeSnapKv();

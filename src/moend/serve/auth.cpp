@@ -2,30 +2,11 @@
 
 #include <algorithm>
 
+#include "moend/base/base64.h"
 #include "moend/serve/sha256.h"
 
 namespace moend::serve {
 namespace {
-
-// RFC 4648 base64; nothing when malformed.
-std::optional<std::string> DecodeBase64(std::string_view in) {
-  constexpr std::string_view kAlphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-  while (in.ends_with('=')) in.remove_suffix(1);
-  std::string out;
-  uint32_t bits = 0;
-  int n_bits = 0;
-  for (const char c : in) {
-    const auto value = kAlphabet.find(c);
-    if (value == std::string_view::npos) return std::nullopt;
-    bits = bits << 6 | static_cast<uint32_t>(value);
-    n_bits += 6;
-    if (n_bits >= 8) {
-      n_bits -= 8;
-      out.push_back(static_cast<char>(bits >> n_bits & 0xff));
-    }
-  }
-  return out;
-}
 
 bool StartsWithNoCase(std::string_view s, std::string_view lower_prefix) {
   return s.size() >= lower_prefix.size() &&

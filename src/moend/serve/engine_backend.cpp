@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "moend/engine/layer_scratch.h"
+#include "moend/engine/queries.h"
 #include "moend/engine/repetition.h"
 #include "moend/engine/session_state.h"
 #include "moend/plan/query_stats.h"
@@ -136,6 +137,7 @@ class EngineBackend : public Backend {
     const int64_t tokens = RoundUp(std::max<int64_t>(n_new, 1), kPageTokens);
     ScorerNeeds needs = needs_;
     needs.repetition &= n_past == 0 && Evicts(plan_);
+    needs.learned &= n_past == 0 && Evicts(plan_);
     if (plan_.refit) needs.reference_tokens = LayerScratch::ReferenceTokens(n_new);
     int64_t bytes = LayerScratch::Bytes(shape, hp.n_heads, tokens, n_new, needs);
     bytes += RoundUp(n_new * hp.n_embd * 4, kCacheLine);  // hidden states
@@ -145,7 +147,7 @@ class EngineBackend : public Backend {
     // A head is packed once more with the values of the refit.
     int64_t head = 0;
     ForEachHead([&](const Expert& e) { head = std::max(head, HeadBytes(e, n_new)); });
-    if (needs.repetition && plan_.refit) bytes += head;
+    if ((needs.repetition || needs.learned) && plan_.refit) bytes += head;
     // A further turn is packed whole before its layer is evicted.
     int64_t page = 0;
     ForEachHead([&](const Expert& e) { page = std::max(page, PageBytes(e)); });
@@ -230,6 +232,11 @@ std::string CacheId(const Plan& plan, const std::string& scorer, const std::stri
     text += '|';
     text += Hex(Sha256Of({reinterpret_cast<const char*>(pairs.data()), pairs.size() * sizeof(QueryPair)}));
   }
+  if (plan.learned) {
+    const auto& weights = plan.learned->weights;
+    text += '|';
+    text += Hex(Sha256Of({reinterpret_cast<const char*>(weights.data()), weights.size() * sizeof(float)}));
+  }
   for (int64_t l = 0; l < std::ssize(plan.layers); ++l) {
     for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h) {
       const Expert& e = plan.expert(l, h);
@@ -250,6 +257,8 @@ Expected<std::unique_ptr<Backend>> MakeEngineBackend(std::shared_ptr<Engine> eng
                 options.n_ctx, kMostContextTokens);
   const std::string& scorer = options.scorer.empty() ? options.plan.scorer : options.scorer;
   MOEND_ASSIGN(const auto made, MakeScorer(scorer));
+  if (made->needs().learned && Evicts(options.plan))
+    MOEND_TRY(CheckLearned(engine->model(), options.plan.learned.get()));
   BackendInfo info;
   info.n_ctx = options.n_ctx > 0 ? options.n_ctx : hp.n_ctx_train;
   MOEND_ASSIGN(const int64_t bytes, PlanBytes(options.plan, info.n_ctx, made->needs().accumulated ? 4 : 0));

@@ -72,8 +72,10 @@ class Job {
     plan.metric = Name(request.metric);
     plan.guard = profile.guard;
     const bool routed = request.variant == Variant::k2dHetero || request.variant == Variant::k2dHeads;
-    plan.refit = request.refit && routed && profile.scorer == kReconstructScorer;
+    plan.refit =
+        request.refit && routed && (profile.scorer == kReconstructScorer || profile.scorer == kLearnedScorer);
     plan.queries = profile.queries;
+    plan.learned = profile.learned;
     plan.context_length = request.context_length;
     plan.budget_bytes = request.budget_bytes;
     if (request.compression > 0) {

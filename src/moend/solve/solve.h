@@ -59,7 +59,7 @@ struct SolveRequest {
   // anything a token when they forget nearly all else, but each of many generated tokens loses it, in many
   // layers.
   double min_keep = 0;
-  // Plan::refit for plans that route eviction and whose scorer is kReconstructScorer.
+  // Plan::refit for plans that route eviction and whose scorer is kReconstructScorer or kLearnedScorer.
   bool refit = true;
   // 0: the floor min_keep must hold. Above 0 it is a wish: it is lowered, along the profile's keep ratios,
   // until the predicted loss is at most (1 + floor_price) times that without a floor. Variants that do not
