@@ -66,6 +66,89 @@ std::vector<Case> Cases() {
   o.n_kv_heads = o.n_heads;
   add("Olmoe", o);
 
+  // Sliding layers: windows that one block crosses, that blocks cross, of one token, and longer than
+  // anything.
+  o = Options("gemma3");
+  o.tied = true;
+  o.n_layers = 7;  // the third and sixth see everything
+  o.window = 24;
+  o.window_pattern = 3;
+  o.rope_freq_base = 1e6f;
+  add("Gemma3", o);
+  o.n_layers = 6;
+  o.window_pattern = 0;  // five sliding, one full
+  o.n_heads = 5;         // one KV head of an odd group
+  o.n_kv_heads = 1;
+  o.head_size = 48;
+  o.window = 129;
+  o.rope_scaling = "linear";
+  o.rope_factor = 8.0f;
+  o.final_soft_cap = 4.0f;
+  add("Gemma3LinearRope", o);
+  o = Options("gemma3");
+  o.tied = true;
+  o.n_layers = 4;
+  o.window = 1;
+  o.sliding = {true, false, false, true};
+  add("Gemma3WindowOfOne", o);
+  o = Options("gemma3");
+  o.n_layers = 2;  // no window at all, with an output matrix
+  add("Gemma3Full", o);
+  o = Options("gemma2");
+  o.tied = true;
+  o.n_layers = 4;
+  o.window = 65;
+  o.qk_gain = 3.5f;  // scores far beyond the caps
+  o.attn_soft_cap = 8.0f;
+  o.final_soft_cap = 3.0f;
+  add("Gemma2", o);
+  o.n_layers = 46;  // the size whose queries have another scale
+  o.n_embd = 96;
+  o.n_heads = 2;
+  o.head_size = 16;
+  o.n_ff = 32;
+  o.qk_gain = 1.4f;                        // what large scores round otherwise, so many layers would blow up
+  o.attn_soft_cap = o.final_soft_cap = 0;  // 50 and 30
+  o.window = 0;                            // 4,096
+  add("Gemma2Wide", o);
+  o = Experts("gpt-oss", 5, 2);
+  o.biases = true;
+  o.n_layers = 4;
+  o.n_heads = 6;
+  o.window = 33;
+  add("GptOss", o);
+  o.n_heads = 4;
+  o.n_layers = 3;
+  o.window = 128;
+  o.rope_scaling = "yarn";
+  o.rope_factor = 32.0f;
+  o.rope_original_context = 128;
+  o.rope_freq_base = 150000.0f;
+  add("GptOssYarn", o);
+
+  o = Experts("minimax-m2", 6, 3);
+  o.n_heads = 6;
+  o.n_kv_heads = 3;
+  o.head_size = 48;
+  o.rope_dims = 24;
+  add("MinimaxM2", o);
+  o = Experts("glm4moe", 6, 2);
+  o.n_ff = 48;
+  o.n_ff_shared = 48;
+  o.dense_layers = 1;
+  o.n_ff_dense = 112;
+  o.rope_dims = 16;
+  o.biases = true;
+  o.normalized_experts = true;
+  o.expert_scale = 1.7f;
+  add("Glm4Moe", o);
+  o.n_ff_shared = 96;  // two of them
+  o.dense_layers = 2;
+  o.expert_scale = 0;
+  o.normalized_experts = o.biases = false;
+  o.qk_norms = true;
+  add("Glm4MoeQkNorms", o);
+
   o = Options("phi3");
   o.fused_qkv = true;
   add("Phi3", o);
@@ -179,7 +262,7 @@ TEST_P(Architectures, SessionsGiveTheSame) {
   EXPECT_LT(d.mean_kl, 1e-4);
   EXPECT_LT(d.worst_kl, 1e-2);
 
-  for (Expert& e : plan.layers) e = {0.5, 4, 4};
+  CompressAlike(plan, {0.5, 4, 4});
   plan.variant = "2d_uniform";
   for (const char* scorer : {"keydiff", "snapkv"}) {
     plan.scorer = scorer;
@@ -242,6 +325,61 @@ TEST(Experts, BadFilesAreNamed) {
       [](const std::string& name) { return name == "blk.1.ffn_down_exps.weight" ? std::string() : name; });
   ASSERT_TRUE(WriteTestModel(Options("llama"), good));
   refused(number("llama.expert_count", 8), ErrorCode::kUnsupported, "8 experts");
+}
+
+// Layers for multi-token prediction are passed over: the model's own layers are what they are without.
+TEST(Experts, PredictionLayersArePassedOver) {
+  const TempDir dir;
+  TestModelOptions o = Experts("glm4moe", 4, 2);
+  o.n_ff = o.n_ff_shared = 48;
+  o.dense_layers = 1;
+  o.n_ff_dense = 64;
+  ASSERT_TRUE(WriteTestModel(o, dir / "plain.gguf"));
+  o.prediction_layers = 1;
+  ASSERT_TRUE(WriteTestModel(o, dir / "more.gguf"));
+  const auto plain = Model::Load(dir / "plain.gguf"), more = Model::Load(dir / "more.gguf");
+  ASSERT_TRUE(plain && more) << more.error().message;
+  EXPECT_EQ((*more)->hparams().n_layers, o.n_layers);
+  const auto tokens = RandomTokens(40, 9);
+  EXPECT_EQ(PlainLogits(**plain, tokens, 16), PlainLogits(**more, tokens, 16));
+  const auto refused = [&](const char* key, uint32_t value, ErrorCode code, const char* says) {
+    ASSERT_TRUE(EditModel(dir / "more.gguf", dir / "bad.gguf",
+                          [&](gguf_context* f) { gguf_set_val_u32(f, key, value); }));
+    const auto bad = Model::Load(dir / "bad.gguf");
+    ASSERT_FALSE(bad) << key;
+    EXPECT_EQ(bad.error().code, code) << bad.error().message;
+    EXPECT_NE(bad.error().message.find(says), std::string::npos) << bad.error().message;
+  };
+  refused("glm4moe.nextn_predict_layers", 4, ErrorCode::kCorrupt, "4 layers, of which 4");
+  refused("glm4moe.nextn_predict_layers", 0, ErrorCode::kUnsupported, "nextn");
+  refused("glm4moe.expert_gating_func", 1, ErrorCode::kUnsupported, "function 1");
+  refused("glm4moe.expert_group_count", 2, ErrorCode::kUnsupported, "2 groups");
+  refused("glm4moe.leading_dense_block_count", 9, ErrorCode::kCorrupt, "leading_dense_block_count");
+  refused("glm4moe.leading_dense_block_count", 2, ErrorCode::kCorrupt, "blk.1.ffn_gate.weight");
+  refused("glm4moe.expert_shared_count", 3, ErrorCode::kCorrupt, "ffn_gate_shexp");
+}
+
+// The type that gpt-oss's experts come in. On quantized weights ggml rounds the other factor as well, and the
+// least difference flips some of those: libllama's own two ways to attend say by how much.
+TEST(Experts, GptOssInMxfp4) {
+  TestModelOptions o = Experts("gpt-oss", 5, 2);
+  o.biases = true;
+  o.window = 20;
+  o.weight_type = GGML_TYPE_MXFP4;
+  const TempDir dir;
+  const std::string path = dir / "model.gguf";
+  ASSERT_TRUE(WriteTestModel(o, path));
+  const auto tokens = RandomTokens(200, 3);
+  const auto want = LibllamaLogits(path, tokens, true);
+  const LogitDistance noise = Compare(want, LibllamaLogits(path, tokens, false));
+  ASSERT_GT(noise.mean_kl, 0);
+  for (const bool repack : {false, true}) {
+    const auto model = Model::Load(path, {.repack = repack});
+    ASSERT_TRUE(model) << model.error().message;
+    const LogitDistance d = Compare(want, PlainLogits(**model, tokens, 64));
+    EXPECT_LT(d.mean_kl, 3 * noise.mean_kl) << noise.mean_kl;
+    EXPECT_GT(d.top_share(), noise.top_share() - 0.05);
+  }
 }
 
 // Experts in ggml's faster layouts compute what libllama computes with them.

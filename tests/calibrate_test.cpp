@@ -191,7 +191,7 @@ TEST(Calibrate, AutoTakesTheScorerThatClearlyLosesLess) {
   options.scorer = kAutoScorer;
   Profile saved;
   const auto stopped = Calibrate(
-      tiny.engine, chunks, options, {}, [&](const CalibrateProgress& p) { return p.chunk < 1; },
+      tiny.engine, chunks, options, {}, [&](const CalibrateProgress& p) { return p.index < 1; },
       [&](const Profile& p) -> Expected<void> {
         saved = p;
         return {};
@@ -219,7 +219,7 @@ TEST(Calibrate, ResumesWhereItWasStopped) {
   const Profile whole = MustCalibrate(tiny.engine, chunks, options);
   Profile saved;
   const auto stopped = Calibrate(
-      tiny.engine, chunks, options, {}, [&](const CalibrateProgress& p) { return p.chunk < 2; },
+      tiny.engine, chunks, options, {}, [&](const CalibrateProgress& p) { return p.index < 2; },
       [&](const Profile& p) -> Expected<void> {
         saved = p;
         return {};

@@ -55,12 +55,14 @@ HostStream MakeStream(const PackedContext& context, int32_t rows, int32_t group,
   return s;
 }
 
-std::vector<float> Reference(const HostStream& s) {
+// `sinks`: of the stream's query heads, or null.
+std::vector<float> Reference(const HostStream& s, float soft_cap = 0, const float* sinks = nullptr) {
   const int64_t head = s.kv.layout.head_size;
   std::vector<float> out(static_cast<size_t>(s.rows * head)), max(static_cast<size_t>(s.rows)), sum(max);
   const SoftmaxState state{out.data(), max.data(), sum.data()};
-  ResetState(state, s.rows, head);
-  reference::AttendStream(s.kv, 0, s.kv.n_pages, true, {s.q.data(), s.rows, s.group}, state, nullptr);
+  const QueryRows q{s.q.data(), s.rows, s.group, soft_cap, s.window, s.behind, sinks};
+  InitState(state, q, head);
+  reference::AttendStream(s.kv, 0, s.kv.n_pages, true, q, state, nullptr);
   reference::Finish(state, s.rows, head);
   return out;
 }
@@ -252,56 +254,62 @@ TEST_F(CudaAttention, PagesAndRowsBeyondTwoToThe31Elements) {
   Check({MakeStream(a, 4, 4, 2.0, 5), MakeStream(b, 4, 4, 2.0, 6)}, 128, "far", options);
 }
 
-// A naive reference for what AttendStream() has not: which tokens a row sees, soft cap and sinks.
-template <class Visible>
-std::vector<float> Naive(const PackedContext& context, const HostStream& s, float soft_cap,
-                         const float* sinks, const Visible& visible) {
-  const int64_t head = s.kv.layout.head_size;
-  std::vector<float> out;
-  for (int64_t r = 0; r < s.rows; ++r) {
-    std::vector<double> weights;
-    double sum = sinks ? std::exp(double{sinks[r % s.group]}) : 0.0;
-    for (int64_t t = 0; t < context.tokens(); ++t) {
-      double score = 0;
-      for (int64_t c = 0; c < head; ++c)
-        score += double{s.q[static_cast<size_t>(r * head + c)]} * context.k(t)[c];
-      if (soft_cap > 0) score = soft_cap * std::tanh(score / soft_cap);
-      weights.push_back(visible(r / s.group, t) ? std::exp(score) : 0.0);
-      sum += weights.back();
+// Soft cap and sinks of a layer, windows of its streams, in one launch.
+TEST_F(CudaAttention, WindowSoftCapAndSinks) {
+  for (float soft_cap : {0.0f, 3.0f})
+    for (bool with_sinks : {false, true}) {
+      const PackedContext paged(128, 4, 4, 6, 37, 0.9, 31), half(128, 16, 16, 2, 5, 0.9, 32),
+          raw(128, 16, 16, 0, 300, 1.0, 33), few(128, 16, 16, 0, 7, 1.0, 34), none(128, 4, 4, 0, 0, 1.0, 35);
+      std::vector<HostStream> streams;
+      for (const PackedContext* context : {&paged, &half, &none})
+        streams.push_back(MakeStream(*context, 4, 4, 2.0, 37));
+      for (const PackedContext* context : {&raw, &few})
+        for (int64_t window : {1, 15, 16, 17, 64, 285, 299, 300, 1000})
+          for (int64_t behind : {0, 1, 20}) {
+            streams.push_back(MakeStream(*context, 20, 4, 2.0, 38));  // five tokens of four heads
+            streams.back().window = window;
+            streams.back().behind = behind;
+          }
+      LayerOptions options;
+      options.soft_cap = soft_cap;
+      std::mt19937 random(39);
+      std::normal_distribution<float> normal;
+      for (size_t i = 0; with_sinks && i < 4 * streams.size(); ++i)
+        options.sinks.push_back(2 * normal(random));
+      for (int64_t blocks : {0, 1, 7}) {
+        options.blocks = blocks;
+        CudaLayer layer(streams, 128, options);
+        const std::vector<float> got = layer.Run();
+        size_t at = 0;
+        for (size_t i = 0; i < streams.size(); ++i) {
+          const auto want =
+              Reference(streams[i], soft_cap, with_sinks ? options.sinks.data() + 4 * i : nullptr);
+          EXPECT_LE(RelativeError(got.data() + at, want), kTolerance)
+              << "stream " << i << ", window " << streams[i].window << " behind " << streams[i].behind
+              << ", cap " << soft_cap << ", sinks " << with_sinks << ", blocks " << blocks;
+          at += want.size();
+        }
+      }
     }
-    for (int64_t c = 0; c < head; ++c) {
-      double x = 0;
-      for (int64_t t = 0; t < context.tokens(); ++t) x += weights[static_cast<size_t>(t)] * context.v(t)[c];
-      out.push_back(static_cast<float>(sum == 0 ? 0 : x / sum));
-    }
-  }
-  return out;
 }
 
-TEST_F(CudaAttention, WindowOwnTokensSoftCapAndSinks) {
+// Several tokens of which each sees its own past: as many streams, each with the raw tokens that it sees.
+TEST_F(CudaAttention, TokensSeeTheirOwnPast) {
   for (int bits : {16, 4})
-    for (int64_t first : {int64_t{0}, int64_t{1}, int64_t{63}, int64_t{64}, int64_t{200}, int64_t{5000}})
-      for (int variant = 0; variant < 4; ++variant) {
-        const PackedContext context(128, bits, bits, 6, 37, 0.9, 31);
-        HostStream s = MakeStream(context, 20, 4, 2.0, 37);  // five tokens of four heads
-        s.first_slot = first;
-        s.own = variant % 2 ? 5 : 0;
-        LayerOptions options;
-        if (variant >= 2) {
-          options.soft_cap = 3.0f;
-          options.sinks = {0.5f, -1.0f, 4.0f, 0.0f};
-        }
-        const int64_t paged = context.tokens() - 37;
-        const auto want =
-            Naive(context, s, options.soft_cap, options.sinks.empty() ? nullptr : options.sinks.data(),
-                  [&](int64_t token, int64_t t) {
-                    if (t < paged) return context.slot(t) >= first + token;
-                    return s.own == 0 || t - paged < 37 - 5 + 1 + token;
-                  });
-        CudaLayer layer({s}, 128, options);
-        EXPECT_LE(RelativeError(layer.Run().data(), want), kTolerance)
-            << "bits " << bits << ", window from " << first << ", variant " << variant;
+    for (int32_t own : {1, 5}) {
+      const PackedContext context(128, bits, bits, 6, 37, 0.9, 31);
+      HostStream s = MakeStream(context, 20, 4, 2.0, 37);  // five tokens of four heads
+      s.own = own;
+      CudaLayer layer({s}, 128);
+      const std::vector<float> got = layer.Run();
+      for (int32_t token = 0; token < 5; ++token) {
+        HostStream one = MakeStream(context, 4, 4, 2.0, 37);
+        one.q.assign(s.q.begin() + token * 4 * 128, s.q.begin() + (token + 1) * 4 * 128);
+        one.kv.n_raw = std::min<int64_t>(37, 37 - own + 1 + token);
+        EXPECT_LE(RelativeError(got.data() + token * 4 * 128, Reference(one)), kTolerance)
+            << bits << " bits, " << own << " own, token " << token;
       }
+    }
 }
 
 TEST_F(CudaAttention, SaysWhatIsWrong) {

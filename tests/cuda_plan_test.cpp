@@ -34,7 +34,7 @@ void CheckPlan(const WorkPlan& plan, const std::vector<Stream>& streams, int64_t
       ASSERT_LT(output, plan.outputs.size());
       ASSERT_EQ(plan.outputs[output].slot, static_cast<int64_t>(at));
       ASSERT_GE(plan.outputs[output].n_slots, 1);
-      int64_t page = std::clamp<int64_t>(s.first_slot / 64, 0, s.n_pages), raw = 0;
+      int64_t page = 0, raw = std::clamp<int64_t>(s.first_raw, 0, s.n_raw) / kRawUnitTokens * kRawUnitTokens;
       for (int64_t k = 0; k < plan.outputs[output].n_slots; ++k, ++at) {
         const Item& item = plan.items.at(at);
         ASSERT_EQ(item.stream, static_cast<int32_t>(i));
@@ -82,7 +82,10 @@ TEST(CudaPlan, CoversEverythingOnce) {
                                    random() % 3 ? random() % 200 : random() % 2,
                                    random() % 2 ? random() % 300 : 0,
                                    static_cast<int32_t>(1 + random() % 200)));
-      if (random() % 4 == 0) streams.back().first_slot = random() % 9000;
+      if (random() % 4 == 0) {
+        streams.back().n_pages = 0;
+        streams.back().first_raw = static_cast<int32_t>(random() % 400) - 100;
+      }
     }
     const int64_t blocks = 1 + static_cast<int64_t>(random() % 300),
                   rows = 1 + static_cast<int64_t>(random() % 128);
@@ -146,7 +149,8 @@ TEST(CudaPlan, RefusesWhatNoStreamCanHave) {
            [](Stream& s) { s.n_pages = -1; }, [](Stream& s) { s.n_pages = int64_t{1} << 40; },
            [](Stream& s) { s.n_raw = -1; }, [](Stream& s) { s.n_raw = int64_t{1} << 40; },
            [](Stream& s) { s.rows = 0; }, [](Stream& s) { s.rows = 1 << 20; }, [](Stream& s) { s.group = 0; },
-           [](Stream& s) { s.own = 4; }, [](Stream& s) { s.own = -1; }, [](Stream& s) { s.k_bits = 5; }}) {
+           [](Stream& s) { s.own = 4; }, [](Stream& s) { s.first_raw = 0; }, [](Stream& s) { s.own = -1; },
+           [](Stream& s) { s.k_bits = 5; }}) {
     Stream s = good;
     change(s);
     EXPECT_EQ(code(s), ErrorCode::kInvalidArgument);

@@ -81,7 +81,8 @@ TEST_P(Pretrained, HasATokenForEveryLetter) {
 
 INSTANTIATE_TEST_SUITE_P(Models, Pretrained,
                          testing::Values("smollm2-135m-instruct-q4_1.gguf",
-                                         "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+                                         "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+                                         "gemma-3-270m-q4_k_m.gguf"),
                          [](const auto& info) {
                            std::string name = info.param;
                            name = name.substr(0, name.find("-instruct"));

@@ -8,6 +8,7 @@
 #include "moend/base/half.h"
 #include "moend/cache/value_refit.h"
 #include "moend/calibrate/calibrate.h"
+#include "moend/calibrate/sensitivity.h"
 #include "moend/engine/capture.h"
 #include "moend/engine/repetition.h"
 #include "moend/solve/solve.h"
@@ -19,9 +20,9 @@ namespace {
 struct Tiny {
   test::TempDir dir;
   std::shared_ptr<Engine> engine;
-  Tiny() {
+  explicit Tiny(const test::TestModelOptions& options = {}) {
     const std::string path = dir / "tiny.gguf";
-    EXPECT_TRUE(test::WriteTestModel({}, path));
+    EXPECT_TRUE(test::WriteTestModel(options, path));
     auto model = Model::Load(path);
     EXPECT_TRUE(model) << model.error().message;
     auto made = Engine::Create(*model, {1, 64});
@@ -41,8 +42,9 @@ float KeyAt(const DenseView& kv, int64_t t, int64_t c) {
   return HalfToFloat(kv.k[t / kPageTokens * kv.head_size * kPageTokens + c * kPageTokens + t % kPageTokens]);
 }
 
-TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
-  const Tiny tiny;
+// Sliding layers attend as the model says, soft caps and sinks count, and of sliding layers nothing is told.
+void ExpectReadingAgain(const test::TestModelOptions& options) {
+  const Tiny tiny(options);
   const HyperParams& hp = tiny.engine->model().hparams();
   const int64_t n = 60, d = hp.head_size, group = hp.n_heads / hp.n_kv_heads;
   const std::vector<int32_t> context = test::RandomTokens(n, 5);
@@ -57,9 +59,16 @@ TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
   EXPECT_EQ(repeated.logits(), Read(tiny, context, "keydiff").logits());
   for (int64_t l = 0; l < hp.n_layers; ++l) {
     const std::vector<float> grams = tiny.engine->model().OutputGrams(l);
+    const AttentionStyle style = tiny.engine->model().Style(l);
     for (int64_t h = 0; h < hp.n_kv_heads; ++h) {
       const LayerScratch &got = repeated.layer(l), &want = plain.layer(l);
       const QueryRows q = got.reference(h);
+      if (style.window > 0) {
+        EXPECT_EQ(q.rows, 0);
+        continue;
+      }
+      EXPECT_EQ(q.soft_cap, style.soft_cap);
+      EXPECT_EQ(q.sinks, style.sinks ? style.sinks + h * group : nullptr);
       const QueryRows all = want.observed(h);
       ASSERT_EQ(q.rows, m * group);
       const float* same = all.q + (all.rows - m * group) * d;
@@ -69,10 +78,11 @@ TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
       std::vector<double> needed(static_cast<std::size_t>(n), 0.0);
       for (int64_t r = 0; r < q.rows; ++r) {
         std::vector<double> p;
-        double sum = 0;
+        double sum = style.sinks ? std::exp(double{style.sinks[h * group + r % group]}) : 0;
         for (int64_t t = 0; t <= n + r / group; ++t) {
           double score = 0;
           for (int64_t c = 0; c < d; ++c) score += double{q.q[r * d + c]} * KeyAt(kv, t, c);
+          if (style.soft_cap > 0) score = style.soft_cap * std::tanh(score / style.soft_cap);
           p.push_back(std::exp(score));
           sum += p.back();
         }
@@ -92,6 +102,31 @@ TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
         ASSERT_NEAR(got.needed(h)[t], expected, 0.02 * expected + 1e-9) << l << " " << h << " " << t;
       }
     }
+  }
+}
+
+TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
+  ExpectReadingAgain({});
+}
+
+TEST(Repetition, OfModelsWithSlidingLayers) {
+  for (const char* architecture : {"gemma2", "gemma3", "gpt-oss"}) {
+    SCOPED_TRACE(architecture);
+    test::TestModelOptions o;
+    o.architecture = architecture;
+    o.n_layers = 4;
+    o.window = 23;
+    o.window_pattern = 2;
+    if (o.architecture == "gpt-oss") {
+      o.n_experts = 4;
+      o.n_used = 2;
+      o.biases = true;
+    } else {
+      o.tied = true;
+    }
+    if (o.architecture == "gemma2") o.attn_soft_cap = 3;
+    o.weight_type = GGML_TYPE_F32;
+    ExpectReadingAgain(o);
   }
 }
 
@@ -235,7 +270,7 @@ TEST(CalibrateByRepetition, MeasuresEveryHeadWithTwoReadings) {
         return {};
       });
   ASSERT_TRUE(profile) << profile.error().message;
-  EXPECT_EQ(saves, 2);
+  EXPECT_EQ(saves, 2 + 2 + 1);  // chunks, probes, check
   EXPECT_EQ(profile->scorer, "reconstruct");
   EXPECT_EQ(profile->method, ProfileMethod::kReconstruction);
   ASSERT_EQ(std::ssize(profile->head_cells), hp.n_layers * hp.n_kv_heads);
@@ -252,6 +287,9 @@ TEST(CalibrateByRepetition, MeasuresEveryHeadWithTwoReadings) {
         }
       }
     }
+  EXPECT_EQ(profile->probed, 2);
+  ASSERT_EQ(profile->sensitivity.size(), profile->head_cells.size());
+  for (const Sensitivity& s : profile->sensitivity) EXPECT_TRUE(s.error >= 0 && s.kl >= 0);
   ASSERT_FALSE(profile->checks.empty());
   for (std::size_t i = 1; i < profile->checks.size(); ++i)
     EXPECT_GE(profile->checks[i].predicted, profile->checks[i - 1].predicted);
@@ -266,6 +304,29 @@ TEST(CalibrateByRepetition, MeasuresEveryHeadWithTwoReadings) {
   const auto solved = Solve(*profile, request);
   ASSERT_TRUE(solved) << solved.error().message;
   EXPECT_TRUE(std::isfinite(solved->expected_kl));
+}
+
+TEST(Sensitivities, WeightLossesOfHeadsAndWhatAddsThemUp) {
+  Profile profile;
+  profile.model.n_layers = 2;
+  profile.model.shape = {2, 64};
+  profile.experts = {{0.1, 4, 4}, {1.0, 16, 16}};
+  profile.cells.assign(2, std::vector<ProfileCell>(2));
+  for (int row = 0; row < 4; ++row) profile.head_cells.push_back({{0.5, 1.0 + row}, {0.0, 0.0}});
+  Profile weighted = profile;
+  WeightLosses(weighted);  // nothing is known
+  EXPECT_EQ(weighted.head_cells[3][0].kl, 4.0);
+  // The last head's errors move the logits a hundred times as much; of the first one nothing was measured.
+  weighted.sensitivity = {{0, 0}, {1, 0.1}, {1, 0.1}, {1, 10}};
+  WeightLosses(weighted);
+  EXPECT_NEAR(weighted.head_cells[0][0].kl, 1.0 * 10.2 / 3, 1e-9);  // as the mean of all
+  EXPECT_NEAR(weighted.head_cells[1][0].kl, 2.0 * 0.1, 2.0 * 0.25);
+  EXPECT_NEAR(weighted.head_cells[3][0].kl, 4.0 * 10, 4.0 * 0.5);
+  EXPECT_EQ(weighted.cells[1][0].kl, weighted.head_cells[2][0].kl + weighted.head_cells[3][0].kl);
+  EXPECT_EQ(weighted.head_cells[3][0].l2, 0.5);
+  UnweightLosses(weighted);
+  for (std::size_t row = 0; row < 4; ++row)
+    EXPECT_NEAR(weighted.head_cells[row][0].kl, profile.head_cells[row][0].kl, 1e-12);
 }
 
 TEST(CalibrateByRepetition, AModelThatDoesNotRepeatIsNotMeasuredByIt) {

@@ -7,23 +7,10 @@
 
 #include "moend/base/half.h"
 #include "tests/support/layer_model.h"
+#include "tests/support/seal.h"
 
 namespace moend::test {
 namespace {
-
-// The blob ends with a checksum; this is what makes damage behind it visible. Computed here as serialize.cpp
-// documents it.
-void Seal(std::string& blob) {
-  const std::size_t size = blob.size() - 8;
-  uint64_t state = 0x9E3779B97F4A7C15u * (size + 1);
-  for (std::size_t i = 0; i < size; i += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, blob.data() + i, std::min<std::size_t>(8, size - i));
-    state = std::rotl(state ^ word, 29) * 0xBF58476D1CE4E5B9u;
-  }
-  state ^= state >> 32;
-  std::memcpy(blob.data() + size, &state, 8);
-}
 
 void ExpectSame(const LayerCache& a, LayerCache& b, LayerCache& original) {
   EXPECT_EQ(a.shape(), b.shape());

@@ -40,6 +40,9 @@ TEST(RequestHead, ReadsAWellFormedOne) {
   EXPECT_FALSE(h->keep_alive);
   EXPECT_TRUE(ParseRequestHead("GET / HTTP/1.1\r\n\r\n", {})->keep_alive);
   EXPECT_FALSE(ParseRequestHead("GET / HTTP/1.0\r\n\r\n", {})->keep_alive);
+  const auto no_chunks = ParseRequestHead("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", {});
+  ASSERT_FALSE(no_chunks);
+  EXPECT_EQ(no_chunks.error().status, 400);
 }
 
 TEST(RequestHead, RefusesWhatIsAmbiguousOrStrange) {

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -36,6 +35,17 @@ int FreePort() {
   return ntohs(a.sin_port);
 }
 
+// The file is there a moment before the server listens on it.
+bool Connects(const std::string& path) {
+  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_un a{};
+  a.sun_family = AF_UNIX;
+  path.copy(a.sun_path, sizeof a.sun_path - 1);
+  const bool connected = connect(fd, reinterpret_cast<sockaddr*>(&a), sizeof a) == 0;
+  close(fd);
+  return connected;
+}
+
 struct RedisServer {
   explicit RedisServer(const std::vector<std::string>& extra = {}) {
     socket = (folder.path() / "redis.sock").string();
@@ -54,8 +64,8 @@ struct RedisServer {
       execvp("valkey-server", argv.data());
       _exit(127);
     }
-    up = Eventually([&] { return fs::exists(socket) || waitpid(pid, nullptr, WNOHANG) != 0; }) &&
-         fs::exists(socket);
+    up = Eventually([&] { return Connects(socket) || waitpid(pid, nullptr, WNOHANG) != 0; }) &&
+         Connects(socket);
   }
   ~RedisServer() { Stop(); }
   void Stop() {

@@ -66,7 +66,7 @@ struct HostStream {
   StreamView kv;
   std::vector<float> q;
   int32_t rows = 1, group = 1, own = 0;
-  int64_t first_slot = cuda::kNoWindow;
+  int64_t window = 0, behind = 0;  // as in QueryRows
 };
 
 struct LayerOptions {
@@ -106,7 +106,7 @@ class CudaLayer {
       s.rows = host.rows;
       s.group = host.group;
       s.own = host.own;
-      s.first_slot = host.first_slot;
+      if (host.window > 0) s.first_raw = static_cast<int32_t>(host.kv.n_raw + host.behind - host.window);
       s.head = head;
       head += host.group;
       s.pages = ids_.get() + id_at;

@@ -19,8 +19,8 @@ float Half(float x) {
 
 }  // namespace
 
-DenseHook::DenseHook(const HyperParams& hparams)
-    : h_(hparams), layers_(static_cast<std::size_t>(hparams.n_layers)) {}
+DenseHook::DenseHook(const Model& model)
+    : model_(model), h_(model.hparams()), layers_(static_cast<std::size_t>(model.hparams().n_layers)) {}
 
 int64_t DenseHook::stored(int64_t layer) const {
   return static_cast<int64_t>(layers_[static_cast<std::size_t>(layer)].k.size()) /
@@ -39,22 +39,31 @@ void DenseHook::Store(int64_t layer, const float*, const float* k, const float* 
 void DenseHook::Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) {
   const Layer& kv = layers_[static_cast<std::size_t>(layer)];
   const int64_t size = h_.head_size, group = h_.n_heads / h_.n_kv_heads, first = stored(layer) - n;
+  const LayerParams& params = h_.layers[static_cast<std::size_t>(layer)];
+  const ggml_tensor* sinks = model_.weights().layers[static_cast<std::size_t>(layer)].sinks;
   std::vector<float> p;
   for (int64_t row = thread; row < n * h_.n_heads; row += n_threads) {
     const int64_t token = row / h_.n_heads, kv_head = row % h_.n_heads / group;
     const int64_t seen = first + token + 1;
     p.resize(static_cast<std::size_t>(seen));
-    float top = -INFINITY;
+    const float* sink = sinks ? static_cast<const float*>(sinks->data) + row % h_.n_heads : nullptr;
+    float top = sink ? *sink : -INFINITY;
+    const int64_t oldest = params.window > 0 ? std::max<int64_t>(0, seen - params.window) : 0;
     for (int64_t t = 0; t < seen; ++t) {
+      if (t < oldest) {
+        p[static_cast<std::size_t>(t)] = -INFINITY;
+        continue;
+      }
       const float* k = kv.k.data() + (t * h_.n_kv_heads + kv_head) * size;
       float sums[16] = {};  // head_size is a multiple of 16
       for (int64_t c = 0; c < size; c += 16)
         for (int64_t i = 0; i < 16; ++i) sums[i] += q[row * size + c + i] * k[c + i];
-      const float score = std::accumulate(sums, sums + 16, 0.0f) * h_.softmax_scale;
+      float score = std::accumulate(sums, sums + 16, 0.0f) * h_.softmax_scale;
+      if (params.soft_cap > 0) score = params.soft_cap * std::tanh(score / params.soft_cap);
       p[static_cast<std::size_t>(t)] = score;
       top = std::max(top, score);
     }
-    double total = 0;
+    double total = sink ? std::exp(*sink - top) : 0;
     for (float& x : p) {
       x = std::exp(x - top);
       total += x;
@@ -77,7 +86,7 @@ void DenseHook::Combine(int64_t, float* out, int64_t n, int thread, int n_thread
 std::vector<std::vector<float>> PlainLogits(const Model& model, std::span<const int32_t> tokens,
                                             int64_t block, int n_threads) {
   const HyperParams& h = model.hparams();
-  DenseHook hook(h);
+  DenseHook hook(model);
   std::vector<HookSlot> slots;
   for (int64_t l = 0; l < h.n_layers; ++l) slots.push_back({&hook, l});
   const ggml_backend_ptr backend(ggml_backend_cpu_init());

@@ -12,10 +12,11 @@
 
 namespace moend::test {
 
-// Dense causal attention over everything stored so far, in float32.
+// Dense causal attention over everything stored so far, in float32; windows, soft caps and sinks as written
+// down.
 class DenseHook final : public AttentionHook {
  public:
-  explicit DenseHook(const HyperParams& hparams);
+  explicit DenseHook(const Model& model);
   void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override;
   void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
   void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) override;
@@ -23,6 +24,7 @@ class DenseHook final : public AttentionHook {
   int64_t stored(int64_t layer) const;  // tokens
 
  private:
+  const Model& model_;
   const HyperParams& h_;
   struct Layer {
     std::vector<float> k, v;  // [token][kv head][head_size]

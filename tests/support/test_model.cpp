@@ -171,8 +171,9 @@ void AddHyperParams(const TestModelOptions& o, gguf_context* file) {
   gguf_set_val_str(file, "general.name", "random test model");
   number("context_length", o.n_ctx_train);
   number("embedding_length", o.n_embd);
-  number("block_count", o.n_layers);
-  number("feed_forward_length", o.n_ff);
+  number("block_count", o.n_layers + o.prediction_layers);
+  number("feed_forward_length", o.n_ff_dense > 0 ? o.n_ff_dense : o.n_ff);
+  if (o.prediction_layers > 0) number("nextn_predict_layers", o.prediction_layers);
   number("attention.head_count", o.n_heads);
   number("attention.head_count_kv", o.n_kv_heads);
   number("attention.key_length", o.head_size);
@@ -181,7 +182,15 @@ void AddHyperParams(const TestModelOptions& o, gguf_context* file) {
   if (o.n_experts > 0) {
     number("expert_count", o.n_experts);
     number("expert_used_count", o.n_used);
-    if (o.architecture.starts_with("qwen")) number("expert_feed_forward_length", o.n_ff);
+    const bool sigmoid = o.architecture == "glm4moe" || o.architecture == "minimax-m2";
+    if (o.architecture.starts_with("qwen") || o.architecture == "gpt-oss" || sigmoid)
+      number("expert_feed_forward_length", o.n_ff);
+    if (sigmoid) number("expert_gating_func", 2);
+    if (o.architecture == "glm4moe") {
+      number("leading_dense_block_count", o.dense_layers);
+      number("expert_shared_count", o.n_ff_shared / o.n_ff);
+      gguf_set_val_bool(file, key("expert_weights_norm").c_str(), o.normalized_experts);
+    }
     if (o.n_ff_shared > 0) number("expert_shared_feed_forward_length", o.n_ff_shared);
   }
   for (const auto& [name, value] : {std::pair{"logit_scale", o.logit_scale},
@@ -189,9 +198,19 @@ void AddHyperParams(const TestModelOptions& o, gguf_context* file) {
                                     {"embedding_scale", o.embedding_scale},
                                     {"attention.scale", o.attention_scale},
                                     {"attention.temperature_scale", o.temperature_scale},
+                                    {"expert_weights_scale", o.expert_scale},
+                                    {"attn_logit_softcapping", o.attn_soft_cap},
+                                    {"final_logit_softcapping", o.final_soft_cap},
                                     {"rope.scaling.yarn_beta_fast", o.yarn_beta_fast},
                                     {"rope.scaling.yarn_log_multiplier", o.yarn_log_multiplier}})
     if (value != 0) gguf_set_val_f32(file, key(name).c_str(), value);
+  if (o.window > 0) number("attention.sliding_window", o.window);
+  if (o.window_pattern > 0) number("attention.sliding_window_pattern", o.window_pattern);
+  if (!o.sliding.empty()) {
+    const std::vector<int8_t> flags(o.sliding.begin(), o.sliding.end());
+    gguf_set_arr_data(file, key("attention.sliding_window_pattern").c_str(), GGUF_TYPE_BOOL, flags.data(),
+                      flags.size());
+  }
   if (!o.rope_finetuned) gguf_set_val_bool(file, key("rope.scaling.finetuned").c_str(), false);
   gguf_set_val_f32(file, key("attention.layer_norm_rms_epsilon").c_str(), 1e-5f);
   gguf_set_val_f32(file, key("rope.freq_base").c_str(), o.rope_freq_base);
@@ -228,7 +247,17 @@ class Weights {
         out_.Add("rope_freqs.weight", GGML_TYPE_F32, factors, pairs);
       }
     }
-    for (int64_t l = 0; l < o_.n_layers; ++l) Layer("blk." + std::to_string(l) + ".");
+    for (int64_t l = 0; l < o_.n_layers; ++l) Layer("blk." + std::to_string(l) + ".", l);
+    for (int64_t l = o_.n_layers; l < o_.n_layers + o_.prediction_layers; ++l) {
+      Layer("blk." + std::to_string(l) + ".", l);
+      Matrix("blk." + std::to_string(l) + ".nextn.eh_proj.weight", 2 * o_.n_embd, o_.n_embd, 1.0f);
+      for (const char* name : {".nextn.enorm.weight", ".nextn.hnorm.weight"})
+        Vector("blk." + std::to_string(l) + name, o_.n_embd, 1.0f, 0.1f);
+    }
+    if (o_.vision) {
+      Matrix("v.blk.0.attn_q.weight", o_.n_embd, o_.n_embd, 1.0f);
+      Matrix("mm.input_projection.weight", o_.n_embd, o_.n_embd, 1.0f);
+    }
   }
 
  private:
@@ -249,11 +278,12 @@ class Weights {
     out_.Add(name, GGML_TYPE_F32, Normal(n, mean, deviation), n);
   }
 
-  void Layer(const std::string& prefix) {
+  void Layer(const std::string& prefix, int64_t layer) {
     const int64_t q_rows = o_.n_heads * o_.head_size, kv_rows = o_.n_kv_heads * o_.head_size;
     Vector(prefix + "attn_norm.weight", o_.n_embd, 1.0f, 0.1f);
     // Scores of a spread of about 2: attention neither uniform nor stuck on one token.
-    std::vector<float> q = Projection(o_.n_embd, q_rows, 1.4f), k = Projection(o_.n_embd, kv_rows, 1.4f);
+    std::vector<float> q = Projection(o_.n_embd, q_rows, o_.qk_gain),
+                       k = Projection(o_.n_embd, kv_rows, o_.qk_gain);
     const std::vector<float> v = Projection(o_.n_embd, kv_rows, 1.0f);
     for (int64_t row = 0; row < kv_rows; row += 8)
       for (int64_t i = 0; i < o_.n_embd; ++i)
@@ -274,14 +304,29 @@ class Weights {
       Vector(prefix + "attn_k.bias", kv_rows, 0.0f, 0.3f);
       Vector(prefix + "attn_v.bias", kv_rows, 0.0f, 0.3f);
     }
-    if (o_.architecture == "qwen3" || o_.architecture == "qwen3moe" || o_.architecture == "olmoe") {
-      const bool row = o_.architecture == "olmoe";
+    if (o_.architecture == "qwen3" || o_.architecture == "qwen3moe" || o_.architecture == "olmoe" ||
+        o_.architecture == "gemma3" || o_.architecture == "minimax-m2" || o_.qk_norms) {
+      const bool row = o_.architecture == "olmoe" || o_.architecture == "minimax-m2";
       Vector(prefix + "attn_q_norm.weight", row ? q_rows : o_.head_size, 1.4f, 0.1f);
       Vector(prefix + "attn_k_norm.weight", row ? kv_rows : o_.head_size, 1.4f, 0.1f);
     }
     Matrix(prefix + "attn_output.weight", q_rows, o_.n_embd, 1.0f);
+    if (o_.architecture == "gpt-oss") {
+      Vector(prefix + "attn_output.bias", o_.n_embd, 0.0f, 0.3f);
+      Vector(prefix + "attn_sinks.weight", o_.n_heads, 1.0f, 2.0f);
+      Vector(prefix + "post_attention_norm.weight", o_.n_embd, 1.0f, 0.1f);
+      return Experts(prefix);
+    }
+    if (o_.architecture == "glm4moe") {
+      Vector(prefix + "post_attention_norm.weight", o_.n_embd, 1.0f, 0.1f);
+      if (layer >= o_.dense_layers) return Experts(prefix);
+      Matrix(prefix + "ffn_gate.weight", o_.n_embd, o_.n_ff_dense, 1.0f);
+      Matrix(prefix + "ffn_up.weight", o_.n_embd, o_.n_ff_dense, 1.0f);
+      Matrix(prefix + "ffn_down.weight", o_.n_ff_dense, o_.n_embd, 1.0f);
+      return;
+    }
     Vector(prefix + "ffn_norm.weight", o_.n_embd, 1.0f, 0.1f);
-    if (o_.architecture == "glm4") {
+    if (o_.architecture == "glm4" || o_.architecture.starts_with("gemma")) {
       Vector(prefix + "post_attention_norm.weight", o_.n_embd, 1.0f, 0.1f);
       Vector(prefix + "post_ffw_norm.weight", o_.n_embd, 1.0f, 0.1f);
     }
@@ -303,6 +348,17 @@ class Weights {
     stack("ffn_gate_exps.weight", o_.n_embd, o_.n_ff);
     stack("ffn_up_exps.weight", o_.n_embd, o_.n_ff);
     stack("ffn_down_exps.weight", o_.n_ff, o_.n_embd);
+    if (o_.architecture == "gpt-oss") {
+      const auto biases = [&](const char* name, int64_t out) {
+        out_.Add(prefix + name, GGML_TYPE_F32, Normal(out * o_.n_experts, 0.0f, 0.5f), out);
+      };
+      Vector(prefix + "ffn_gate_inp.bias", o_.n_experts, 0.0f, 0.5f);
+      biases("ffn_gate_exps.bias", o_.n_ff);
+      biases("ffn_up_exps.bias", o_.n_ff);
+      biases("ffn_down_exps.bias", o_.n_embd);
+    }
+    if (o_.architecture == "glm4moe" || o_.architecture == "minimax-m2")
+      Vector(prefix + "exp_probs_b.bias", o_.n_experts, 0.0f, 0.2f);
     if (o_.n_ff_shared == 0) return;
     Matrix(prefix + "ffn_gate_shexp.weight", o_.n_embd, o_.n_ff_shared, 1.0f);
     Matrix(prefix + "ffn_up_shexp.weight", o_.n_embd, o_.n_ff_shared, 1.0f);

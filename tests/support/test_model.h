@@ -38,7 +38,18 @@ struct TestModelOptions {
   float logit_scale = 0, residual_scale = 0, embedding_scale = 0, attention_scale = 0;  // granite; 0: no key
   float temperature_scale = 0;                                                          // mistral3; 0: no key
   float yarn_beta_fast = 0, yarn_log_multiplier = 0;                                    // mistral3; 0: no key
-  bool rope_finetuned = true;  // granite: false says that there is no RoPE
+  int64_t window = 0, window_pattern = 0;       // gemma, gpt-oss; 0: no key
+  std::vector<bool> sliding;                    // the pattern, layer by layer
+  float attn_soft_cap = 0, final_soft_cap = 0;  // gemma; 0: no key
+  float qk_gain = 1.4f;                         // scores have a spread of about its square
+  int64_t dense_layers = 0;                     // glm4moe: the first ones, of width n_ff_dense
+  int64_t n_ff_dense = 0;
+  int64_t prediction_layers = 0;    // glm4moe: behind the others, for multi-token prediction
+  float expert_scale = 0;           // glm4moe; 0: no key
+  bool normalized_experts = false;  // glm4moe
+  bool qk_norms = false;            // glm4moe
+  bool vision = false;              // gemma3: tensors of an image encoder
+  bool rope_finetuned = true;       // granite: false says that there is no RoPE
   uint64_t seed = 1;
 };
 

@@ -15,11 +15,13 @@ namespace moend {
 int64_t WorkspaceFloats(int64_t head_size, int64_t rows);
 
 #define MOEND_DECLARE_ATTENTION                                                                              \
-  /* Rows see every live token of pages [page_begin, page_end) and, if `raw`, every raw token. */            \
+  /* Rows see every live token of pages [page_begin, page_end) and, if `raw`, every raw token, of which a    \
+   * window leaves row r (token i = r / group) those less than window - behind - i from the newest one. A    \
+   * stream that is seen through a window has no pages. */                                                   \
   void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,                    \
                     const QueryRows& q, SoftmaxState state, float* workspace);                               \
-  /* Causal: row r (token i = r / group) sees the tokens [0, first + i] of kv; first + rows / group <=       \
-   * n_tokens. */                                                                                            \
+  /* Causal: row r (token i = r / group) sees the tokens [0, first + i] of kv, as far as there are any, and  \
+   * through a window the newest `window` of [0, first + i]. */                                              \
   void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, SoftmaxState state,              \
                     float* workspace);                                                                       \
   /* sums[t] += for tokens t of kv in [begin, end): sum over rows of exp(s - max[r]) / sum[r], causal as     \
@@ -59,5 +61,7 @@ const char* TargetName();
 
 // Sets every row to "nothing seen".
 void ResetState(SoftmaxState state, int64_t rows, int64_t head_size);
+// The same, or with sinks to "the sink seen". Where a context is attended in parts, one part has the sinks.
+void InitState(SoftmaxState state, const QueryRows& q, int64_t head_size);
 
 }  // namespace moend

@@ -49,11 +49,28 @@ struct SoftmaxState {
 };
 
 // Query rows that share a KV head: row r = token * group + g; queries are already multiplied by the softmax
-// scale.
+// scale. Below that, what some models' attention has beside the softmax; what is off costs nothing.
 struct QueryRows {
   const float* q = nullptr;  // [rows][head_size]
   int64_t rows = 0;
-  int64_t group = 1;  // query heads per KV head (GQA); rows is a multiple of it
+  int64_t group = 1;             // query heads per KV head (GQA); rows is a multiple of it
+  float soft_cap = 0;            // a score s counts as soft_cap * tanh(s / soft_cap); 0: as it is
+  int64_t window = 0;            // a row sees the newest `window` tokens up to its own only; 0: all
+  int64_t behind = 0;            // of a stream, with a window: its newest token is so many before row 0's
+  const float* sinks = nullptr;  // f32 [group]: a score that takes its share and adds no value (InitState)
+};
+
+// What the queries of a layer have in common, as QueryRows wants it; `sinks` are of all query heads.
+struct AttentionStyle {
+  float scale = 1;  // of the softmax, which queries are multiplied by
+  float soft_cap = 0;
+  int64_t window = 0;
+  const float* sinks = nullptr;  // f32 [n_heads], or null
+
+  // Of KV head `head`, whose `group` query heads are neighbours; q is scaled already.
+  QueryRows Rows(const float* q, int64_t rows, int64_t group, int64_t head) const {
+    return {q, rows, group, soft_cap, window, 0, sinks ? sinks + head * group : nullptr};
+  }
 };
 
 }  // namespace moend

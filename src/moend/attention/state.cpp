@@ -19,4 +19,11 @@ void ResetState(SoftmaxState state, int64_t rows, int64_t head_size) {
   std::fill_n(state.sum, rows, 0.0f);
 }
 
+void InitState(SoftmaxState state, const QueryRows& q, int64_t head_size) {
+  ResetState(state, q.rows, head_size);
+  if (!q.sinks) return;
+  for (int64_t r = 0; r < q.rows; ++r) state.max[r] = q.sinks[r % q.group];
+  std::fill_n(state.sum, q.rows, 1.0f);
+}
+
 }  // namespace moend

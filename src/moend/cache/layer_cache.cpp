@@ -63,6 +63,16 @@ Expected<LayerCache> LayerCache::Create(std::shared_ptr<Ledger> ledger, const Kv
   });
 }
 
+Expected<LayerCache> LayerCache::CreateSliding(std::shared_ptr<Ledger> ledger, const KvShape& shape,
+                                               int64_t window) {
+  if (window < 1)
+    return Fail(ErrorCode::kInvalidArgument, "a sliding layer that sees {} tokens; it must be 1 or more",
+                window);
+  MOEND_ASSIGN(auto cache, Create(std::move(ledger), shape, Expert{}, Protected{0, window}, false));
+  cache.impl_->sliding = true;
+  return cache;
+}
+
 void LayerCache::Impl::PackPage(int64_t h, PageScratch& from, const float* feedback, uint64_t live,
                                 uint8_t* page) const {
   if (const KeyRotation* turn = rotation(h))
@@ -93,10 +103,13 @@ Expected<LayerCache> LayerCache::Fork() const {
 Expected<LayerCache> LayerCache::Repack(const Expert& expert) const {
   const Impl& s = *impl_;
   if (s.filling) return Fail(ErrorCode::kInvalidArgument, "a cache that is being filled cannot be copied");
+  if (s.sliding && expert != Expert{})
+    return Fail(ErrorCode::kInvalidArgument, "the cache of a sliding layer cannot be compressed");
   return CatchBadAlloc([&]() -> Expected<LayerCache> {
     LayerCache cache;
     MOEND_ASSIGN(cache.impl_, Impl::Create(s.ledger, s.shape, expert, s.guard, s.keep_scores, s.rotations));
     Impl& d = *cache.impl_;
+    d.sliding = s.sliding;
     d.tokens_seen = s.tokens_seen;
     d.n_raw = s.n_raw;
     MOEND_ASSIGN(d.raw, s.raw.Copy(s.ledger));
@@ -144,7 +157,7 @@ Expected<LayerCache> LayerCache::Repack(const Expert& expert) const {
       }
       CacheHead& to = d.heads.back();
       to.paged = from.paged;
-      MOEND_TRY(to.positions.Reserve(s.ledger, s.tokens_seen));
+      if (!s.sliding) MOEND_TRY(to.positions.Reserve(s.ledger, s.tokens_seen));
       if (from.positions.n_words() > 0)
         std::copy_n(from.positions.words(), from.positions.n_words(), to.positions.words());
     }
@@ -175,6 +188,11 @@ std::vector<uint32_t> LayerCache::positions(int64_t head) const {
   const Impl& s = *impl_;
   const CacheHead& from = s.head(head);
   std::vector<uint32_t> ascending;
+  if (s.sliding) {
+    for (int64_t i = s.tokens_seen - s.n_raw; i < s.tokens_seen; ++i)
+      ascending.push_back(static_cast<uint32_t>(i));
+    return ascending;
+  }
   ascending.reserve(static_cast<std::size_t>(from.paged + s.n_raw));
   from.positions.ForEach([&](int64_t position) { ascending.push_back(static_cast<uint32_t>(position)); });
   // The sinks come before the paged tokens, but are raw.
@@ -188,6 +206,9 @@ float* LayerCache::scores(int64_t head) {
 }
 const KvShape& LayerCache::shape() const {
   return impl_->shape;
+}
+bool LayerCache::sliding() const {
+  return impl_->sliding;
 }
 const Expert& LayerCache::expert() const {
   return impl_->expert;

@@ -7,7 +7,13 @@
 // (A page's worth of raw tokens costs as much as 5 packed pages: held back until a page is full, they took a
 // third of a 14x budget at 4,096 tokens.) Eviction marks slots of pages dead and then compacts: runs of
 // neighbouring pages whose dead slots add up to a page are re-packed into fewer pages. Original positions are
-// a bitmap over the tokens seen. All memory, the tables included, comes from one Ledger; bytes() is what was
+// a bitmap over the tokens seen.
+//
+// The cache of a sliding layer is simpler: the newest tokens, raw, and nothing else. kPackTokens are dropped
+// at a time, so that up to kPackTokens - 1 older ones are there, which whoever attends masks
+// (QueryRows::window).
+//
+// All memory, the tables included, comes from one Ledger; bytes() is what was
 // allocated.
 #pragma once
 
@@ -36,6 +42,9 @@ class LayerCache {
   static Expected<LayerCache> Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
                                      const Expert& expert, const Protected& guard, bool keep_scores,
                                      std::shared_ptr<const KeyRotations> rotations = {});
+  // Of a layer that sees the newest `window` tokens. Nothing can be filled in or evicted (Excess() is 0).
+  static Expected<LayerCache> CreateSliding(std::shared_ptr<Ledger> ledger, const KvShape& shape,
+                                            int64_t window);
   LayerCache(LayerCache&&) noexcept;
   LayerCache& operator=(LayerCache&&) noexcept;
   ~LayerCache();
@@ -64,6 +73,11 @@ class LayerCache {
   // up to tokens_seen() are in, the others are not.
   Expected<void> Append(const float* k, const float* v, int64_t n);
 
+  // A sliding cache only: appends the tokens of heads[h] to KV head h, as Append would, but what falls out of
+  // the window at once is not even copied. Afterwards the window is all there is. On an error nothing has
+  // changed.
+  Expected<void> AppendNewest(std::span<const DenseView> heads);
+
   // Evicts the `count` live paged tokens of KV head `head` with the lowest score (scores[page * 64 + slot];
   // dead slots ignored; ties: the older token goes; NaN is lowest), then compacts: fewer than 64 slots are
   // dead afterwards, the room of the last page included. Evicts fewer when fewer are paged; 0 only compacts,
@@ -87,8 +101,9 @@ class LayerCache {
   float* scores(int64_t head);  // [n_pages * 64], null without keep_scores
 
   const KvShape& shape() const;
+  bool sliding() const;
   const Expert& expert() const;
-  const Protected& guard() const;
+  const Protected& guard() const;  // of a sliding cache: its window, without sinks
   int64_t tokens_seen() const;
   int64_t tokens(int64_t head) const;  // live ones
   int64_t bytes() const;               // allocated by this cache; a shared page counts in each sharer

@@ -56,11 +56,12 @@ Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int
   // First everything that can fail.
   const bool packs = n_raw + m == limit;
   MOEND_TRY(raw.Reserve(ledger, n_raw + m));
-  for (CacheHead& head : heads) MOEND_TRY(head.positions.Reserve(ledger, tokens_seen + m));
+  if (!sliding)
+    for (CacheHead& head : heads) MOEND_TRY(head.positions.Reserve(ledger, tokens_seen + m));
   PageScratch scratch;
   std::optional<PageFiller> filler;
   std::vector<PageRef> pages;  // new ones, and copies of shared ones
-  if (packs) {
+  if (packs && !sliding) {
     MOEND_ASSIGN(scratch, PageScratch::Create(shape.head_size));
     pages.resize(heads.size());
     for (std::size_t h = 0; h < heads.size(); ++h) {
@@ -81,12 +82,17 @@ Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int
     for (int64_t i = 0; i < m; ++i) {
       const int64_t offset = (i * shape.n_kv_heads + h) * shape.head_size;
       raw.Store(h, n_raw + i, k + offset, v + offset);
-      head(h).positions.Insert(tokens_seen + i);
+      if (!sliding) head(h).positions.Insert(tokens_seen + i);
     }
   }
   n_raw += m;
   tokens_seen += m;
   if (!packs) return {};
+  if (sliding) {
+    for (int64_t h = 0; h < shape.n_kv_heads; ++h) raw.Remove(h, 0, n_raw - guard.window, n_raw);
+    n_raw = guard.window;
+    return {};
+  }
   const int64_t count = std::min(Room(), n_raw - Guarded());
   for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
     PageTable& table = head(h).table;
@@ -127,12 +133,41 @@ Expected<void> LayerCache::Append(const float* k, const float* v, int64_t n) {
       // As many as there are for a page are packed in one go.
       const int64_t room = s.Room(), unguarded = s.n_raw + n - done - s.Guarded();
       const int64_t together = unguarded >= room ? room : unguarded / kPackTokens * kPackTokens;
-      const int64_t limit = s.Guarded() + std::max(together, kPackTokens);
+      const int64_t limit = s.Guarded() + (s.sliding ? kPackTokens : std::max(together, kPackTokens));
       const int64_t m = std::min(n - done, limit - s.n_raw);
       MOEND_TRY(s.AppendChunk(k + done * stride, v + done * stride, m, limit));
       done += m;
     }
     s.raw.Shrink(s.ledger, RawCapacity(s.guard));
+    return {};
+  });
+}
+
+Expected<void> LayerCache::AppendNewest(std::span<const DenseView> from) {
+  Impl& s = *impl_;
+  const int64_t n = from.empty() ? 0 : from[0].n_tokens;
+  const bool fits = std::ranges::all_of(
+      from, [&](const DenseView& head) { return head.head_size == s.shape.head_size && head.n_tokens == n; });
+  if (!s.sliding || !fits || std::ssize(from) != s.shape.n_kv_heads || n < 0)
+    return Fail(ErrorCode::kInvalidArgument,
+                "{} tokens of {} KV heads cannot be appended to a {} cache of {}", n, from.size(),
+                s.sliding ? "sliding" : "full", s.shape.n_kv_heads);
+  if (n > kMaxTokens - s.tokens_seen)
+    return Fail(ErrorCode::kTooLong, "{} more tokens after {} are beyond the {} that a cache can number", n,
+                s.tokens_seen, kMaxTokens);
+  return CatchBadAlloc([&]() -> Expected<void> {
+    const int64_t window = s.guard.window, added = std::min(n, window);
+    const int64_t kept = std::min(s.n_raw, window - added);  // of those that are there
+    // With room for those that follow, so that no more is allocated later.
+    MOEND_TRY(
+        s.raw.Reserve(s.ledger, std::max(kept + added, std::min(s.tokens_seen + n, RawCapacity(s.guard)))));
+    for (int64_t h = 0; h < s.shape.n_kv_heads; ++h) {
+      s.raw.Remove(h, 0, s.n_raw - kept, s.n_raw);
+      const DenseView& head = from[static_cast<std::size_t>(h)];
+      for (int64_t i = 0; i < added; ++i) s.raw.Store(h, kept + i, head, n - added + i);
+    }
+    s.n_raw = kept + added;
+    s.tokens_seen += n;
     return {};
   });
 }

@@ -51,6 +51,7 @@ bool IsValidSelection(std::span<const uint32_t> kept, int64_t sinks, int64_t win
 
 Expected<void> LayerCache::BeginFill(int64_t n_tokens, int64_t n_kept) {
   Impl& s = *impl_;
+  if (s.sliding) return Fail(ErrorCode::kInvalidArgument, "a sliding cache is appended to, not filled");
   if (s.tokens_seen > 0 || s.filling)
     return Fail(ErrorCode::kInvalidArgument, "only an empty cache can be filled; this one saw {} tokens",
                 s.tokens_seen);

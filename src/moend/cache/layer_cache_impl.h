@@ -29,6 +29,7 @@ struct LayerCache::Impl {
   Expert expert;
   Protected guard;
   bool keep_scores = false;
+  bool sliding = false;  // guard.window is all that is remembered; heads have no positions
   std::shared_ptr<const KeyRotations> rotations;  // of these heads, or null
   PageLayout layout;
   int64_t tokens_seen = 0;
@@ -69,7 +70,8 @@ struct LayerCache::Impl {
   // Back to an empty cache; needs no memory.
   void Clear();
 
-  // Appends m tokens to the raw ones; if these are then `limit`, packs as many as go into one page.
+  // Appends m tokens to the raw ones; if these are then `limit`, packs as many as go into one page, or drops
+  // what is no longer in the window.
   Expected<void> AppendChunk(const float* k, const float* v, int64_t m, int64_t limit);
 };
 

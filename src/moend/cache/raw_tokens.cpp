@@ -77,7 +77,12 @@ void RawTokens::Load(int64_t head, int64_t first, int64_t n, int64_t slot, PageS
 
 void RawTokens::Remove(int64_t head, int64_t first, int64_t n, int64_t size) {
   const int64_t hs = shape_.head_size;
-  for (int64_t token = first + n; token < size; ++token) {
+  if (n == 0) return;
+  const bool blocks = first % kRawBlockTokens == 0 && n % kRawBlockTokens == 0;
+  if (blocks && size > first + n)  // whole blocks of K move up
+    std::copy(keys(head) + (first + n) * hs, keys(head) + RoundUp(size, kRawBlockTokens) * hs,
+              keys(head) + first * hs);
+  for (int64_t token = first + n; token < size && !blocks; ++token) {
     const uint16_t* from = keys(head) + KeyOffset(token);
     uint16_t* to = keys(head) + KeyOffset(token - n);
     for (int64_t c = 0; c < hs; ++c) to[c * kRawBlockTokens] = from[c * kRawBlockTokens];

@@ -12,7 +12,8 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "the format is written as it is in memory");
 
 constexpr uint64_t kMagic = 0x766B646E656F6Du;  // "moendkv"
-constexpr uint32_t kVersion = 3;
+constexpr uint32_t kVersion = 3;                // pages
+constexpr uint32_t kSlidingVersion = 4;  // a sliding layer's: raw tokens, and neither pages nor positions
 
 struct Header {
   uint64_t magic = kMagic;
@@ -146,7 +147,8 @@ Expected<std::string> SerializeCache(const LayerCache& cache) {
   return CatchBadAlloc([&]() -> Expected<std::string> {
     std::string blob;
     blob.reserve(static_cast<std::size_t>(cache.bytes()) + sizeof(Header) + 64);
-    const Header header{.keep_scores = s.keep_scores,
+    const Header header{.version = s.sliding ? kSlidingVersion : kVersion,
+                        .keep_scores = s.keep_scores,
                         .rotated = s.rotations != nullptr,
                         .n_kv_heads = s.shape.n_kv_heads,
                         .head_size = s.shape.head_size,
@@ -159,6 +161,11 @@ Expected<std::string> SerializeCache(const LayerCache& cache) {
                         .n_raw = s.n_raw};
     Write(blob, &header, 1);
     for (int64_t h = 0; h < s.shape.n_kv_heads; ++h) {
+      if (s.sliding) {
+        Write(blob, s.raw.keys(h), RawKeyHalves(s));
+        Write(blob, s.raw.values(h), RawValueHalves(s));
+        continue;
+      }
       const CacheHead& head = s.head(h);
       const int64_t n_pages = head.table.size();
       Write(blob, &n_pages, 1);
@@ -188,10 +195,11 @@ Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::strin
   std::memcpy(&checksum, blob.data() + blob.size() - sizeof(checksum), sizeof(checksum));
   blob.remove_suffix(sizeof(checksum));
   if (header.magic != kMagic) return corrupt("it does not begin as one");
-  if (header.version != kVersion)
+  if (header.version != kVersion && header.version != kSlidingVersion)
     return Fail(ErrorCode::kMismatch,
                 "{} has version {} of the saved K/V cache; this program reads version {}", source,
                 header.version, kVersion);
+  const bool sliding = header.version == kSlidingVersion;
   if (Checksum(blob) != checksum) return corrupt("its checksum is wrong");
 
   return CatchBadAlloc([&]() -> Expected<LayerCache> {
@@ -200,6 +208,10 @@ Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::strin
     const Protected guard{header.sinks, header.window};
     if (header.keep_scores > 1 || header.rotated > 1 || !CheckCacheConfig(shape, expert, guard))
       return corrupt("its shape or expert does not exist");
+    if (sliding &&
+        (expert != Expert{} || guard.sinks != 0 || guard.window < 1 || header.keep_scores || header.rotated))
+      return corrupt("a sliding layer is not compressed");
+    if (sliding) rotations = nullptr;
     if (header.rotated != (rotations != nullptr) || (rotations && rotations->shape() != shape))
       return Fail(ErrorCode::kMismatch, "{} has keys that are{} rotated; here they are{}", source,
                   header.rotated ? "" : " not", rotations ? " for other heads" : " not");
@@ -211,17 +223,19 @@ Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::strin
 
     Reader reader(blob.substr(sizeof(Header)));
     // Each head has at least its page count, its bitmap and its raw tokens.
-    const int64_t head_bytes = 8 + BitmapBytes(seen) + (RawBlocks(n_raw) + n_raw) * shape.head_size * 2;
+    const int64_t head_bytes =
+        (sliding ? 0 : 8 + BitmapBytes(seen)) + (RawBlocks(n_raw) + n_raw) * shape.head_size * 2;
     if (!reader.Has(shape.n_kv_heads, head_bytes)) return corrupt("it is too short for its tokens");
     LayerCache cache;
     MOEND_ASSIGN(cache.impl_, LayerCache::Impl::Create(std::move(ledger), shape, expert, guard,
                                                        header.keep_scores != 0, std::move(rotations)));
     LayerCache::Impl& s = *cache.impl_;
+    s.sliding = sliding;
     s.tokens_seen = seen;
     s.n_raw = n_raw;
     MOEND_TRY(s.raw.Reserve(s.ledger, n_raw));
     for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
-      MOEND_TRY(ReadHead(reader, s, s.head(h), corrupt));
+      if (!sliding) MOEND_TRY(ReadHead(reader, s, s.head(h), corrupt));
       if (!reader.Read(s.raw.keys(h), RawKeyHalves(s)) || !reader.Read(s.raw.values(h), RawValueHalves(s)))
         return corrupt("its raw tokens are cut off");
       if (!AreFinite(s.raw.keys(h), RawKeyHalves(s)) || !AreFinite(s.raw.values(h), RawValueHalves(s)))

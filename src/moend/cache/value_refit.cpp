@@ -55,6 +55,7 @@ class Queries {
                                   const Parallel& parallel) {
     Queries q(parallel);
     q.d_ = head_size;
+    q.style_ = all;
     for (int64_t token = 0; token < all.rows / all.group; ++token) {
       if ((token % kHeldOut == kHeldOut - 1) != held_out) continue;
       const float* from = all.q + token * all.group * head_size;
@@ -73,11 +74,11 @@ class Queries {
   // f32 [rows][head_size]: attention to all of kv. The softmax of the last call is what Transposed() uses.
   Expected<std::vector<float>> Attend(const DenseView& kv) {
     std::vector<float> out(static_cast<std::size_t>(rows_ * d_));
-    ResetState({out.data(), state_.data(), state_.data() + rows_}, rows_, d_);
+    InitState({out.data(), state_.data(), state_.data() + rows_}, Some(0, rows_), d_);
     MOEND_TRY(parallel_.run((rows_ + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t i, int thread) {
       const int64_t first = i * kRowsAtOnce, rows = std::min(kRowsAtOnce, rows_ - first);
       const SoftmaxState state{out.data() + first * d_, state_.data() + first, state_.data() + rows_ + first};
-      simd::AttendCausal(kv, kv.n_tokens - 1, AllSee(first, rows), state, workspace(thread));
+      simd::AttendCausal(kv, kv.n_tokens, Some(first, rows), state, workspace(thread));
       simd::Finish(state, rows, d_);
     }));
     return out;
@@ -86,9 +87,8 @@ class Queries {
   Expected<std::vector<float>> Transposed(const DenseView& kv, std::span<const float> rows) {
     std::vector<float> out(static_cast<std::size_t>(kv.n_tokens * d_), 0.0f);
     MOEND_TRY(ForTokens(kv, [&](const DenseView& part, int64_t first, int thread) {
-      simd::ColumnOutputsCausal(part, part.n_tokens - 1, AllSee(0, rows_), state_.data(),
-                                state_.data() + rows_, rows.data(), out.data() + first * d_,
-                                workspace(thread));
+      simd::ColumnOutputsCausal(part, part.n_tokens, Some(0, rows_), state_.data(), state_.data() + rows_,
+                                rows.data(), out.data() + first * d_, workspace(thread));
     }));
     return out;
   }
@@ -96,7 +96,7 @@ class Queries {
   Expected<std::vector<float>> Received(const DenseView& kv) {
     std::vector<float> out(static_cast<std::size_t>(kv.n_tokens), 0.0f);
     MOEND_TRY(ForTokens(kv, [&](const DenseView& part, int64_t first, int thread) {
-      simd::ColumnSumsCausal(part, part.n_tokens - 1, 0, part.n_tokens, AllSee(0, rows_), state_.data(),
+      simd::ColumnSumsCausal(part, part.n_tokens, 0, part.n_tokens, Some(0, rows_), state_.data(),
                              state_.data() + rows_, out.data() + first, workspace(thread));
     }));
     return out;
@@ -104,9 +104,12 @@ class Queries {
 
  private:
   explicit Queries(const Parallel& parallel) : parallel_(parallel) {}
-  // As one token's rows, all of them see all tokens.
-  QueryRows AllSee(int64_t first, int64_t rows) const {
-    return {q_.data() + first * d_, rows, std::max<int64_t>(rows, 1)};
+  // They come behind all tokens, and see them, whichever token a row is of.
+  QueryRows Some(int64_t first, int64_t rows) const {
+    QueryRows some = style_;
+    some.q = q_.data() + first * d_;
+    some.rows = rows;
+    return some;
   }
   float* workspace(int thread) { return workspaces_[static_cast<std::size_t>(thread)].data(); }
   template <class Body>
@@ -121,6 +124,7 @@ class Queries {
 
   const Parallel& parallel_;
   int64_t d_ = 0, rows_ = 0;
+  QueryRows style_;               // what they have beside q and rows
   std::vector<float> q_, state_;  // [rows][head_size]; max [rows], sum [rows]
   std::vector<Buffer<float>> workspaces_;
 };

@@ -7,6 +7,7 @@
 #include "moend/calibrate/choose_scorer.h"
 #include "moend/calibrate/probe.h"
 #include "moend/calibrate/reconstruction.h"
+#include "moend/calibrate/sensitivity.h"
 #include "moend/engine/engine_impl.h"
 #include "moend/engine/queries.h"
 
@@ -14,7 +15,8 @@ namespace moend {
 namespace {
 
 constexpr double kChooseShare = 0.15;  // of all the time, for the progress bar only
-constexpr double kMeasureShare = 0.6;  // of a chunk on which plans are checked as well, likewise
+// Time that it takes to probe a text, and to check plans, where reading one for its losses takes 1, likewise.
+constexpr double kProbeTime = 1.5, kCheckTime = 1;
 
 // Fills the cells of one chunk.
 class Calibrator {
@@ -41,7 +43,8 @@ class Calibrator {
     const double per_layer = static_cast<double>(options_.experts.size()) +
                              static_cast<double>(parts.size()) * static_cast<double>(hp_.n_kv_heads);
     double work = 0, done = 0;
-    for (int64_t l = 0; l < hp_.n_layers; ++l) work += LayerWork(l) * per_layer;
+    for (int64_t l = 0; l < hp_.n_layers; ++l)
+      if (!Slides(l)) work += LayerWork(l) * per_layer;
     const auto finished = [&](int64_t l) -> Expected<void> {
       done += LayerWork(l);
       if (tick && !tick(kReadShare + (1 - kReadShare) * done / work))
@@ -49,6 +52,7 @@ class Calibrator {
       return {};
     };
     for (int64_t l = 0; l < hp_.n_layers; ++l) {
+      if (Slides(l)) continue;  // its cells stay 0: nothing of it is compressed
       for (std::size_t e = 0; e < options_.experts.size(); ++e) {
         const std::vector<Expert> all(static_cast<std::size_t>(hp_.n_kv_heads), options_.experts[e]);
         MOEND_ASSIGN(const ProfileCell cell, probe_.MeasureLayer(l, all));
@@ -103,6 +107,7 @@ class Calibrator {
     }
   }
 
+  bool Slides(int64_t layer) const { return hp_.layers[static_cast<std::size_t>(layer)].window > 0; }
   double LayerWork(int64_t layer) const { return static_cast<double>(hp_.n_layers - layer) + 1; }
 
   Engine::Impl& machine_;
@@ -146,7 +151,7 @@ void MixIn(std::vector<std::vector<ProfileCell>>& mean, const std::vector<std::v
     for (std::size_t e = 0; e < mean[row].size(); ++e) {
       ProfileCell& cell = mean[row][e];
       cell.l2 = (cell.l2 * n + chunk[row][e].l2) / (n + 1);
-      cell.kl = (cell.kl * n + chunk[row][e].kl) / (n + 1);
+      cell.kl = RoundLoss((cell.kl * n + chunk[row][e].kl) / (n + 1));
     }
   }
 }
@@ -263,30 +268,44 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   }
   MOEND_ASSIGN(const auto scorer, MakeScorer(wanted.scorer));
   Calibrator calibrator(machine, options, *scorer);
+  const int64_t n_probes = by_logits ? 0 : std::min(n_chunks, kProbedTexts);
+  const double work = static_cast<double>(n_chunks) + kProbeTime * static_cast<double>(n_probes) +
+                      (by_logits ? 0 : kCheckTime);
+  const auto tick_of = [&](const char* step, int64_t i, int64_t of, double before, double time) {
+    return [=, &progress](double part) {
+      const double share = (before + static_cast<double>(i) * time + part * time) / work;
+      return !progress || progress({i, of, chosen_at + (1 - chosen_at) * share, step});
+    };
+  };
+  if (profile.chunks < n_chunks) {
+    // What follows is measured anew, for all chunks.
+    UnweightLosses(profile);
+    profile.sensitivity.clear();
+    profile.probed = 0;
+    profile.checks.clear();
+  }
   for (int64_t c = profile.chunks; c < n_chunks; ++c) {
     Profile sums = wanted;
     sums.queries = profile.queries;
-    const auto tick = [&](double part) {
-      if (!progress) return true;
-      const double share = (static_cast<double>(c) + part) / static_cast<double>(n_chunks);
-      return progress({c, n_chunks, chosen_at + (1 - chosen_at) * share});
-    };
+    const auto tick = tick_of("chunk", c, n_chunks, 0, 1);
     const std::vector<int32_t>& chunk = chunks[static_cast<std::size_t>(c)];
-    if (by_logits) {
-      MOEND_TRY(calibrator.Measure(chunk, sums, tick));
-    } else {
-      const bool last = c + 1 == n_chunks;
-      const double share = last ? kMeasureShare : 1;
-      MOEND_TRY(MeasureReconstruction(*engine, chunk, options.most_copy_loss, sums,
-                                      [&](double done) { return tick(share * done); }));
-    }
+    MOEND_TRY(by_logits ? calibrator.Measure(chunk, sums, tick)
+                        : MeasureReconstruction(*engine, chunk, options.most_copy_loss, sums, tick));
     MixIn(profile.cells, sums.cells, profile.chunks);
     MixIn(profile.head_cells, sums.head_cells, profile.chunks);
     profile.queries = RoundQueryStats(sums.queries);
     ++profile.chunks;
-    if (!by_logits && profile.chunks == n_chunks)
-      MOEND_TRY(CheckPlans(*engine, chunk, profile,
-                           [&](double done) { return tick(kMeasureShare + (1 - kMeasureShare) * done); }));
+    if (save) MOEND_TRY(save(profile));
+  }
+  auto before = static_cast<double>(n_chunks);
+  for (int64_t i = profile.probed; i < n_probes; ++i) {
+    const std::vector<int32_t>& chunk = chunks[static_cast<std::size_t>(i * n_chunks / n_probes)];
+    MOEND_TRY(ProbeHeads(*engine, chunk, profile, tick_of("probe", i, n_probes, before, kProbeTime)));
+    if (save) MOEND_TRY(save(profile));
+  }
+  before += kProbeTime * static_cast<double>(n_probes);
+  if (!by_logits && profile.checks.empty() && n_chunks > 0) {
+    MOEND_TRY(CheckPlans(*engine, chunks.back(), profile, tick_of("check", 0, 1, before, kCheckTime)));
     if (save) MOEND_TRY(save(profile));
   }
   return profile;

@@ -58,9 +58,12 @@ std::vector<Expert> DefaultExperts();
 Expected<std::vector<std::vector<int32_t>>> MakeChunks(std::span<const std::vector<int32_t>> texts,
                                                        int32_t bos, const CalibrateOptions& options);
 
+// The steps are "chunk", then for kReconstruction "probe" (calibrate/sensitivity.h) and "check"
+// (Profile::checks), each one of so many.
 struct CalibrateProgress {
-  int64_t chunk = 0, chunks = 0;
+  int64_t index = 0, count = 0;
   double done = 0;  // 0 to 1, over all the work
+  const char* step = "chunk";
 };
 
 // Continues `profile` (from an interrupted run with the same options; otherwise kMismatch says what differs),

@@ -137,6 +137,12 @@ Expected<Profile> CalibrateLikePaper(Engine& engine, std::span<const int32_t> to
   Engine::Impl& machine = engine.impl();
   const std::scoped_lock lock(machine.reading, machine.busy);
   const HyperParams& hp = machine.model->hparams();
+  if (std::ranges::any_of(hp.layers,
+                          [](const LayerParams& l) { return l.window > 0 || l.soft_cap > 0 || l.sinks; }))
+    return Fail(ErrorCode::kUnsupported,
+                "the paper's calibration knows plain attention only; the architecture {} has sliding layers, "
+                "soft caps or sinks",
+                hp.architecture_name);
   MOEND_ASSIGN(const auto random, MakeScorer("random"));
   std::vector<float> order(static_cast<std::size_t>(n));
   random->ScorePrefill({}, order);

@@ -80,8 +80,11 @@ Expected<void> Probe::Read(std::span<const int32_t> tokens, int64_t tail_tokens,
       MOEND_TRY(compute.Layer(l, hidden.data() + at * hp_.n_embd, m, at, tap));
     }
     machine_.prefill->EndAccumulation();
-    if (repetition)
-      MOEND_TRY(repetition->Layer(l, layers_.back(), machine_.ValueGrams(l), *machine_.prefill, {}));
+    if (repetition) {
+      const bool full = hp_.layers[static_cast<std::size_t>(l)].window == 0;
+      const auto grams = full ? machine_.ValueGrams(l) : std::span<const float>();
+      MOEND_TRY(repetition->Layer(l, layers_.back(), grams, *machine_.prefill, {}));
+    }
     MOEND_TRY(machine_.prefill->Begin({}, &layers_.back()));
     inputs_.emplace_back(tail, tail + tail_ * hp_.n_embd);
     MOEND_ASSIGN(auto attention, RunTail(l, tail, true, tap));
@@ -144,6 +147,8 @@ Expected<ProfileCell> Probe::MeasureLayer(int64_t layer, std::span<const Expert>
   const auto li = static_cast<std::size_t>(layer);
   ProfileCell cell;
   if (IsFull(heads)) return cell;
+  if (hp_.layers[li].window > 0)
+    return Fail(ErrorCode::kInvalidArgument, "layer {} is a sliding one, which is not compressed", layer);
   MOEND_ASSIGN(const auto* scores, Scores(layer));
   MOEND_ASSIGN(const auto rotations, machine_.Rotations(layer));
   MOEND_ASSIGN(const auto caches,

@@ -32,6 +32,7 @@ class Sample {
     s.tokens_ = std::min(have, kMostTokens);
     for (int64_t h = 0; h < s.heads_; ++h) {
       const QueryRows from = scratch.reference(h);
+      s.styles_.push_back(from);
       for (int64_t i = 0; i < s.tokens_; ++i) {
         const int64_t token = i * have / s.tokens_;
         const float* q = from.q + token * s.group_ * s.d_;
@@ -46,9 +47,8 @@ class Sample {
     }
     MOEND_TRY(s.ForRows([&](int64_t h, const QueryRows& q, std::size_t at, float* out, float* workspace) {
       const DenseView kv = scratch.view(h, n_tokens);
-      const QueryRows all_see{q.q, q.rows, q.rows};
       const SoftmaxState state{out, out + q.rows * s.d_, out + q.rows * (s.d_ + 1)};
-      simd::AttendCausal(kv, n_tokens - 1, all_see, state, workspace);
+      simd::AttendCausal(kv, n_tokens, q, state, workspace);  // they come behind all tokens
       simd::Finish(state, q.rows, s.d_);
       std::copy_n(out, q.rows * s.d_, s.full_.begin() + static_cast<std::ptrdiff_t>(at));
     }));
@@ -121,17 +121,21 @@ class Sample {
       const int64_t rows = std::min(kRowTokens, tokens_ - first) * group_;
       const int64_t at = (h * tokens_ + first) * group_ * d_;
       std::vector<float> state(static_cast<std::size_t>(rows * (d_ + 2)));
-      ResetState({state.data(), state.data() + rows * d_, state.data() + rows * (d_ + 1)}, rows, d_);
-      body(h, QueryRows{q_.data() + at, rows, group_}, static_cast<std::size_t>(at), state.data(),
+      QueryRows q = styles_[static_cast<std::size_t>(h)];
+      q.q = q_.data() + at;
+      q.rows = rows;
+      InitState({state.data(), state.data() + rows * d_, state.data() + rows * (d_ + 1)}, q, d_);
+      body(h, q, static_cast<std::size_t>(at), state.data(),
            workspaces_[static_cast<std::size_t>(thread)].data());
     });
   }
 
   Compute* compute_ = nullptr;
   int64_t d_ = 0, heads_ = 0, group_ = 1, tokens_ = 0;
-  std::vector<float> q_, full_;  // f32 [KV head][token][group][head_size]
-  std::vector<float> weights_;   // [token] 1 / |x|^2
-  std::vector<float> grams_;     // f32 [query head][head_size][head_size]
+  std::vector<float> q_, full_;    // f32 [KV head][token][group][head_size]
+  std::vector<QueryRows> styles_;  // [KV head]: what they have beside q and rows
+  std::vector<float> weights_;     // [token] 1 / |x|^2
+  std::vector<float> grams_;       // f32 [query head][head_size][head_size]
   std::vector<Buffer<float>> workspaces_;
 };
 
@@ -191,6 +195,7 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
                LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
 
   const auto measure = [&](int64_t l) -> Expected<void> {
+    if (hp.layers[static_cast<std::size_t>(l)].window > 0) return {};  // nothing of it is compressed
     const LayerScorer of(scorer->of_layer(l));
     MOEND_ASSIGN(const auto scores, ScoreScratch(*machine.compute, scratch, n, of));
     MOEND_ASSIGN(const auto rotations, machine.Rotations(l));
@@ -272,7 +277,7 @@ Expected<void> CheckPlans(Engine& engine, std::span<const int32_t> chunk, Profil
     SolveRequest request;
     request.variant = Variant::k2dHeads;
     request.context_length = n;
-    request.compression = compression;
+    CompressFullLayers(profile.model, compression, request);
     request.score_bytes = scorer->needs().accumulated ? 4 : 0;
     request.min_keep = kDefaultMinKeep;
     request.floor_price = kDefaultFloorPrice;
@@ -281,7 +286,9 @@ Expected<void> CheckPlans(Engine& engine, std::span<const int32_t> chunk, Profil
     MOEND_ASSIGN(const auto kl, probe.MeasurePlan(solved->plan.heads));
     double mean = 0;
     for (const double x : kl) mean += x / static_cast<double>(kl.size());
-    checks.push_back({compression, solved->loss, mean});
+    const double ratio =
+        static_cast<double>(FullBytes(profile.model, n)) / static_cast<double>(solved->plan.budget_bytes);
+    checks.push_back({profile.model.windows.empty() ? compression : ratio, solved->loss, mean});
     if (tick && !tick(kReadShare + (1 - kReadShare) * static_cast<double>(checks.size()) /
                                        static_cast<double>(std::size(kCompressions))))
       return Fail(ErrorCode::kCancelled, "the calibration was stopped");

@@ -50,7 +50,15 @@ class Search {
                    LayerBytes(shape, e, profile_.guard, plan.context_length, options_.score_bytes));
       bytes_.push_back(b);
     }
+    fixed_.assign(losses.size(), 0);
     for (std::size_t row = 0; row < losses.size(); ++row) {
+      if (const int64_t window = WindowOfRow(profile_.model, options_.rows, row); window > 0) {
+        // One rung, which no expert stands for.
+        MOEND_ASSIGN(fixed_[row], WindowBytes(shape, window, plan.context_length));
+        ladder_.push_back({0});
+        at_.push_back(0);
+        continue;
+      }
       const auto found = std::find(profile_.experts.begin(), profile_.experts.end(), experts[row]);
       if (found == profile_.experts.end())
         return Fail(ErrorCode::kInvalidArgument,
@@ -102,14 +110,18 @@ class Search {
   std::vector<Expert> ExpertsAt(const Rungs& at) const {
     std::vector<Expert> experts;
     for (std::size_t row = 0; row < at.size(); ++row)
-      experts.push_back(profile_.experts[ladder_[row][at[row]]]);
+      experts.push_back(fixed_[row] > 0 ? Expert{} : profile_.experts[ladder_[row][at[row]]]);
     return experts;
   }
 
   int64_t BytesAt(const Rungs& at) const {
     int64_t total = 0;
-    for (std::size_t row = 0; row < at.size(); ++row) total += bytes_[ladder_[row][at[row]]];
+    for (std::size_t row = 0; row < at.size(); ++row) total += RungBytes(row, at[row]);
     return total;
+  }
+
+  int64_t RungBytes(std::size_t row, std::size_t rung) const {
+    return fixed_[row] > 0 ? fixed_[row] : bytes_[ladder_[row][rung]];
   }
 
   // Empty when the time is up.
@@ -172,7 +184,7 @@ class Search {
       const double least = *std::min_element(delta[row].begin(), delta[row].end());
       auto& choices = items.emplace_back();
       for (std::size_t i = 0; i < delta[row].size(); ++i)
-        choices.push_back({bytes_[ladder_[row][first[row] + i]], delta[row][i] - least});
+        choices.push_back({RungBytes(row, first[row] + i), delta[row][i] - least});
     }
     MOEND_ASSIGN(const std::vector<int> chosen, SolveKnapsack(items, budget_, Solver::kExact, nullptr));
     Rungs at(chosen.size());
@@ -215,6 +227,7 @@ class Search {
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   std::vector<int64_t> bytes_;                    // [expert], of one row
   std::vector<std::vector<std::size_t>> ladder_;  // [row]: experts, bytes ascending
+  std::vector<int64_t> fixed_;                    // [row]: bytes of a sliding layer's, 0 for others
   Rungs at_;
   std::vector<double> current_;  // KL of at_, token by token
   int64_t measured_ = 0;

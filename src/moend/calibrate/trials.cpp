@@ -178,6 +178,18 @@ Expected<Validation> Validate(Trials& trials, const Profile& profile, const Vali
   std::stable_sort(order.begin(), order.end(),
                    [&](std::size_t a, std::size_t b) { return bytes[a] < bytes[b]; });
   const double full = static_cast<double>(FullBytes(profile.model, options.context_length));
+  // Sliding layers are the same in every plan.
+  const int64_t row_heads = options.rows == Rows::kHeads ? 1 : profile.model.shape.n_kv_heads;
+  std::vector<std::size_t> full_rows;
+  int64_t fixed = 0;
+  for (std::size_t row = 0; row < losses.size(); ++row) {
+    const int64_t window = WindowOfRow(profile.model, options.rows, row);
+    if (window == 0) full_rows.push_back(row);
+    if (window == 0) continue;
+    MOEND_ASSIGN(const int64_t b,
+                 WindowBytes({row_heads, profile.model.shape.head_size}, window, options.context_length));
+    fixed += b;
+  }
   std::mt19937_64 random(options.seed);
   Validation result;
   for (int64_t i = 0; i < options.plans; ++i) {
@@ -186,11 +198,12 @@ Expected<Validation> Validate(Trials& trials, const Profile& profile, const Vali
     const double step = static_cast<double>(i % kBudgets) / static_cast<double>(kBudgets - 1);
     ValidatedPlan plan;
     plan.compression = options.least * std::pow(options.most / options.least, step);
-    const auto chosen =
-        RandomPlan(bytes, order, losses.size(), static_cast<int64_t>(full / plan.compression), random);
-    for (std::size_t row = 0; row < losses.size(); ++row) {
-      plan.experts.push_back(profile.experts[order[chosen[row]]]);
-      plan.predicted += losses[row][order[chosen[row]]];
+    const auto chosen = RandomPlan(bytes, order, full_rows.size(),
+                                   static_cast<int64_t>(full / plan.compression) - fixed, random);
+    plan.experts.assign(losses.size(), Expert{});
+    for (std::size_t i = 0; i < full_rows.size(); ++i) {
+      plan.experts[full_rows[i]] = profile.experts[order[chosen[i]]];
+      plan.predicted += losses[full_rows[i]][order[chosen[i]]];
     }
     MOEND_ASSIGN(const auto kl, trials.Kl(plan.experts));
     plan.measured = Mean(kl);

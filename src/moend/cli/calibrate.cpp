@@ -153,8 +153,10 @@ Expected<void> RunMethod(CalibrateFlags flags, ProfileMethod method, const std::
   ProgressBar bar("calibrating", 0);
   const auto start = std::chrono::steady_clock::now();
   int64_t saved = profile.chunks;
+  CalibrateProgress now;
   const auto progress = [&](const CalibrateProgress& p) {
-    bar.Update(p.done, fmt::format("chunk {} of {}", p.chunk + 1, p.chunks));
+    now = p;
+    bar.Update(p.done, fmt::format("{} {} of {}", p.step, p.index + 1, p.count));
     return !Interrupt::requested();
   };
   const auto save = [&](const Profile& so_far) -> Expected<void> {
@@ -162,8 +164,8 @@ Expected<void> RunMethod(CalibrateFlags flags, ProfileMethod method, const std::
     saved = so_far.chunks;
     bar.Clear();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    Note(
-        fmt::format("chunk {} of {} saved to {} after {}", saved, n_chunks, flags.output, Duration(seconds)));
+    Note(fmt::format("{} {} of {} saved to {} after {}", now.step, now.index + 1, now.count, flags.output,
+                     Duration(seconds)));
     return {};
   };
   auto finished = Calibrate(engine, chunks, flags.options, std::move(profile), progress, save);

@@ -83,7 +83,7 @@ std::string EmptyVariable(const CLI::App& app) {
 }
 
 void ModelFlags::AddTo(CLI::App& app) {
-  app.add_option("-m,--model", path, "GGUF file (architectures llama, qwen2, qwen3)")
+  app.add_option("-m,--model", path, "GGUF file (docs/models.md lists the architectures)")
       ->required()
       ->type_name("FILE");
   app.add_option("-t,--threads", threads, "threads; 0: one for each CPU that the process may use")

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <memory>
 
 #include "moend/base/file.h"
@@ -35,6 +36,8 @@ std::string Head(const std::string& path, std::size_t n) {
   return head;
 }
 
+constexpr int64_t kMostTokens = INT32_MAX;
+
 void Row(const char* name, const std::string& value) {
   fmt::print("{:<22}{}\n", name, value);
 }
@@ -62,18 +65,43 @@ Expected<void> ExplainModel(const std::string& path) {
   if (const auto none = std::ranges::count(hp.layers, 0, [](const LayerParams& l) { return l.rope.n_dims; });
       none > 0)
     Row("layers without RoPE", fmt::format("{}", none));
+  std::map<int64_t, int64_t> sliding;  // layers of each window
+  for (const LayerParams& l : hp.layers)
+    if (l.window > 0) ++sliding[l.window];
+  int64_t full = hp.n_layers;
+  for (const auto& [window, layers] : sliding) {
+    Row("sliding layers", fmt::format("{}, which see the newest {} tokens", layers, window));
+    full -= layers;
+  }
+  if (!sliding.empty()) Row("full layers", fmt::format("{}, which plans compress", full));
+  if (hp.layers.back().soft_cap > 0)
+    Row("soft cap", fmt::format("{:g} of attention scores", hp.layers.back().soft_cap));
+  if (hp.layers.back().sinks) Row("sinks", "a learned logit in the softmax of each query head");
   Row("fingerprint", model->hash());
 
   const KvShape shape{hp.n_kv_heads, hp.head_size};
-  const auto bytes = [&](int64_t tokens) { return hp.n_layers * FullLayerBytes(shape, tokens); };
-  fmt::print("\nK/V cache at 16 bit: {} bytes a token\n\n{:>10}", bytes(1), "tokens");
+  const auto bytes = [&](int64_t tokens) {
+    int64_t sum = 0;
+    for (const LayerParams& l : hp.layers)
+      sum += FullLayerBytes(shape, l.window > 0 ? std::min(l.window, tokens) : tokens);
+    return sum;
+  };
+  fmt::print("\nK/V cache at 16 bit: {} bytes a token", full * FullLayerBytes(shape, 1));
+  if (!sliding.empty())
+    fmt::print(" and {} of windows", bytes(kMostTokens) - full * FullLayerBytes(shape, kMostTokens));
+  fmt::print("\n\n{:>10}", "tokens");
   constexpr double kRatios[] = {1, 4, 8, 14, 20, 40};
   for (const double r : kRatios) fmt::print("{:>12}", r == 1 ? "full" : fmt::format("{:g}x", r));
   fmt::print("\n");
   for (int64_t tokens = 1024;; tokens = tokens * 4 < hp.n_ctx_train ? tokens * 4 : hp.n_ctx_train) {
     const int64_t shown = std::min(tokens, hp.n_ctx_train);
     fmt::print("{:>10}", shown);
-    for (const double r : kRatios) fmt::print("{:>12}", fmt::format("{:.2f} MiB", MiB(bytes(shown)) / r));
+    // Windows stay as they are, so that short contexts cannot be made small.
+    const int64_t fixed = bytes(shown) - full * FullLayerBytes(shape, shown);
+    for (const double r : kRatios) {
+      const double mib = MiB(bytes(shown)) / r;
+      fmt::print("{:>12}", r > 1 && mib <= MiB(fixed) ? "-" : fmt::format("{:.2f} MiB", mib));
+    }
     fmt::print("\n");
     if (shown >= hp.n_ctx_train) break;
   }

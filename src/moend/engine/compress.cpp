@@ -18,7 +18,10 @@ namespace {
 // A capture observes for the scorer that wants most; each one sees the window it asked for.
 QueryRows Newest(const QueryRows& all, int64_t tokens, int64_t head_size) {
   const int64_t rows = std::min(all.rows, tokens * all.group);
-  return {all.q + (all.rows - rows) * head_size, rows, all.group};
+  QueryRows newest = all;
+  newest.q = all.q + (all.rows - rows) * head_size;
+  newest.rows = rows;
+  return newest;
 }
 
 // What to fill a KV head's cache with, and how.
@@ -161,11 +164,34 @@ Expected<std::vector<LayerCache>> CompressScratch(
   return caches;
 }
 
+Expected<std::vector<LayerCache>> WindowCaches(Compute& compute, const std::shared_ptr<Ledger>& ledger,
+                                               const LayerScratch& scratch, int64_t n_tokens,
+                                               int64_t window) {
+  const KvShape& shape = scratch.shape();
+  std::vector<LayerCache> caches;
+  for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
+    MOEND_ASSIGN(auto cache, LayerCache::CreateSliding(ledger, {1, shape.head_size}, window));
+    caches.push_back(std::move(cache));
+  }
+  std::vector<Expected<void>> results(caches.size());
+  MOEND_TRY(compute.ParallelFor(shape.n_kv_heads, [&](int64_t h, int) {
+    const DenseView view = scratch.view(h, n_tokens);
+    results[static_cast<std::size_t>(h)] = caches[static_cast<std::size_t>(h)].AppendNewest({&view, 1});
+  }));
+  for (auto& r : results)
+    if (!r) return Forward(r);
+  return caches;
+}
+
 Expected<void> AppendScratch(Compute& compute, std::span<LayerCache> heads, const LayerScratch& scratch) {
   const int64_t d = scratch.shape().head_size, n = scratch.n_tokens();
   std::vector<Expected<void>> results(heads.size());
   MOEND_TRY(compute.ParallelFor(static_cast<int64_t>(heads.size()), [&](int64_t h, int) {
     const DenseView view = scratch.view(h, n);
+    if (LayerCache& head = heads[static_cast<std::size_t>(h)]; head.sliding()) {
+      results[static_cast<std::size_t>(h)] = head.AppendNewest({&view, 1});
+      return;
+    }
     std::vector<float> k(static_cast<std::size_t>(kPageTokens * d)), v(k.size());
     for (int64_t begin = 0; begin < n; begin += kPageTokens) {
       const int64_t m = std::min(kPageTokens, n - begin);

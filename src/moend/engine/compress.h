@@ -39,6 +39,10 @@ Expected<std::vector<LayerCache>> CompressScratch(
     std::span<const std::shared_ptr<const KeyRotations>> rotations, const LayerScorer& scorer,
     const std::vector<std::vector<float>>* scores);
 
+// The caches of a sliding layer, one a KV head: the newest `window` of the first `n_tokens` tokens.
+Expected<std::vector<LayerCache>> WindowCaches(Compute& compute, const std::shared_ptr<Ledger>& ledger,
+                                               const LayerScratch& scratch, int64_t n_tokens, int64_t window);
+
 // Adds the scratch's tokens to the caches of its KV heads, which already remember others.
 Expected<void> AppendScratch(Compute& compute, std::span<LayerCache> heads, const LayerScratch& scratch);
 

@@ -18,15 +18,16 @@ int64_t Cost(const StreamView& kv) {
 
 }  // namespace
 
-DecodeHook::DecodeHook(const HyperParams& hp)
-    : shape_{hp.n_kv_heads, hp.head_size},
-      n_heads_(hp.n_heads),
-      group_(hp.n_heads / hp.n_kv_heads),
-      n_layers_(hp.n_layers),
-      scale_(hp.softmax_scale) {}
+DecodeHook::DecodeHook(std::shared_ptr<const Model> model)
+    : model_(std::move(model)),
+      shape_{model_->hparams().n_kv_heads, model_->hparams().head_size},
+      n_heads_(model_->hparams().n_heads),
+      group_(n_heads_ / shape_.n_kv_heads),
+      n_layers_(model_->hparams().n_layers) {}
 
-Expected<std::unique_ptr<DecodeHook>> DecodeHook::Create(const HyperParams& hp, int n_threads) {
-  std::unique_ptr<DecodeHook> hook(new DecodeHook(hp));
+Expected<std::unique_ptr<DecodeHook>> DecodeHook::Create(std::shared_ptr<const Model> model, int n_threads) {
+  const HyperParams& hp = model->hparams();
+  std::unique_ptr<DecodeHook> hook(new DecodeHook(model));
   hook->n_threads_ = n_threads;
   for (int i = 0; i < n_threads; ++i) {
     MOEND_ASSIGN(auto ws, Buffer<float>::Create(nullptr, WorkspaceFloats(hp.head_size, hook->group_)));
@@ -37,8 +38,9 @@ Expected<std::unique_ptr<DecodeHook>> DecodeHook::Create(const HyperParams& hp, 
 
 void DecodeHook::Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) {
   const int64_t d = shape_.head_size, kv_row = shape_.n_kv_heads * d, q_row = n_heads_ * d;
+  style_ = model_->Style(layer);
   queries_.resize(static_cast<std::size_t>(n * q_row));
-  for (int64_t i = 0; i < n * q_row; ++i) queries_[static_cast<std::size_t>(i)] = q[i] * scale_;
+  for (int64_t i = 0; i < n * q_row; ++i) queries_[static_cast<std::size_t>(i)] = q[i] * style_.scale;
   for (int64_t b = 0; b < n; ++b) {
     const DecodeContext& context = contexts_[static_cast<std::size_t>(b)];
     for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
@@ -57,6 +59,11 @@ void DecodeHook::Store(int64_t layer, const float* q, const float* k, const floa
   }
   PlanItems(layer);
   next_.store(0, std::memory_order_relaxed);
+}
+
+QueryRows DecodeHook::Rows(int64_t context, int64_t head) const {
+  return style_.Rows(queries_.data() + (context * n_heads_ + head * group_) * shape_.head_size, group_,
+                     group_, head);
 }
 
 LayerCache& DecodeHook::Cache(int64_t context, int64_t layer, int64_t head) {
@@ -100,10 +107,10 @@ void DecodeHook::Attend(int64_t layer, const float*, int64_t, int thread, int) {
   for (int64_t i;
        (i = next_.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(items_.size());) {
     const Item& item = items_[static_cast<std::size_t>(i)];
-    const QueryRows rows{queries_.data() + (item.context * n_heads_ + item.head * group_) * d, group_,
-                         group_};
+    QueryRows rows = Rows(item.context, item.head);
+    if (item.share != 0) rows.sinks = nullptr;  // seen once
     const SoftmaxState state = State(i);
-    ResetState(state, group_, d);
+    InitState(state, rows, d);
     simd::AttendStream(Cache(item.context, layer, item.head).view(0), item.page_begin, item.page_end,
                        item.share == 0, rows, state, workspace);
   }
@@ -119,8 +126,7 @@ void DecodeHook::Combine(int64_t layer, float* out, int64_t n, int thread, int n
     const int64_t b = s / shape_.n_kv_heads, h = s % shape_.n_kv_heads;
     LayerCache& cache = Cache(b, layer, h);
     if (float* scores = cache.scores(0)) {
-      const QueryRows rows{queries_.data() + (b * n_heads_ + h * group_) * d, group_, group_};
-      simd::ColumnSumsStream(cache.view(0), rows, state.max, state.sum, scores,
+      simd::ColumnSumsStream(cache.view(0), Rows(b, h), state.max, state.sum, scores,
                              workspaces_[static_cast<std::size_t>(thread)].data());
     }
     simd::Finish(state, group_, d);

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -28,7 +29,7 @@ struct DecodeContext {
 
 class DecodeHook : public AttentionHook {
  public:
-  static Expected<std::unique_ptr<DecodeHook>> Create(const HyperParams& hp, int n_threads);
+  static Expected<std::unique_ptr<DecodeHook>> Create(std::shared_ptr<const Model> model, int n_threads);
 
   void Begin(std::span<const DecodeContext> contexts) { contexts_ = contexts; }
 
@@ -46,10 +47,13 @@ class DecodeHook : public AttentionHook {
   void PlanItems(int64_t layer);
   SoftmaxState State(int64_t item);
 
-  explicit DecodeHook(const HyperParams& hp);
+  explicit DecodeHook(std::shared_ptr<const Model> model);
+  // The queries of a context's KV head in the layer at hand.
+  QueryRows Rows(int64_t context, int64_t head) const;
+  std::shared_ptr<const Model> model_;
   KvShape shape_;
   int64_t n_heads_, group_, n_layers_;
-  float scale_;
+  AttentionStyle style_;  // of the layer at hand
   int n_threads_ = 1;
   std::span<const DecodeContext> contexts_;
   std::vector<Item> items_;

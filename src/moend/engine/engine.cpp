@@ -20,10 +20,9 @@ Expected<std::shared_ptr<Engine>> Engine::Create(std::shared_ptr<const Model> mo
     auto impl = std::make_unique<Impl>();
     impl->model = model;
     MOEND_ASSIGN(impl->compute, Compute::Create(model, threads, options.block_tokens));
-    const HyperParams& hp = model->hparams();
     MOEND_ASSIGN(impl->prefill,
-                 PrefillHook::Create(hp, impl->compute->n_threads(), impl->compute->block_tokens()));
-    MOEND_ASSIGN(impl->decode, DecodeHook::Create(hp, impl->compute->n_threads()));
+                 PrefillHook::Create(model, impl->compute->n_threads(), impl->compute->block_tokens()));
+    MOEND_ASSIGN(impl->decode, DecodeHook::Create(model, impl->compute->n_threads()));
     return std::shared_ptr<Engine>(new Engine(std::move(impl)));
   });
 }
@@ -63,7 +62,11 @@ Expected<void> AppendFloats(std::vector<float>& to, const float* from, int64_t n
 
 Fingerprint Engine::fingerprint() const {
   const HyperParams& hp = model().hparams();
-  return {hp.architecture_name, hp.name, hp.n_layers, {hp.n_kv_heads, hp.head_size}, model().hash()};
+  Fingerprint model_is{
+      hp.architecture_name, hp.name, hp.n_layers, {hp.n_kv_heads, hp.head_size}, model().hash()};
+  if (std::ranges::any_of(hp.layers, [](const LayerParams& l) { return l.window > 0; }))
+    for (const LayerParams& l : hp.layers) model_is.windows.push_back(l.window);
+  return model_is;
 }
 
 Expected<std::span<const std::shared_ptr<const KeyRotations>>> Engine::Impl::Rotations(int64_t layer) {
@@ -135,7 +138,11 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
       if (!go_on()) return Fail(ErrorCode::kCancelled, "reading the prompt was stopped");
     }
     prefill->EndAccumulation();
-    if (repetition) MOEND_TRY(repetition->Layer(l, *scratch, ValueGrams(l), *prefill, go_on));
+    if (repetition) {
+      const bool full = hp.layers[static_cast<std::size_t>(l)].window == 0;
+      const auto grams = full ? ValueGrams(l) : std::span<const float>();
+      MOEND_TRY(repetition->Layer(l, *scratch, grams, *prefill, go_on));
+    }
     MOEND_TRY(hooks.end(l, *scratch));
   }
   if (repetition && hooks.copy_loss) {

@@ -82,6 +82,8 @@ struct Session::Impl {
     return std::span(caches).subspan(static_cast<std::size_t>(layer) * n, n);
   }
   std::vector<Expert> experts(int64_t layer) const;  // one a KV head
+  // A layer's caches of the first `n_tokens` tokens of a scratch, as the plan has them.
+  Expected<std::vector<LayerCache>> Compressed(int64_t layer, const LayerScratch& scratch, int64_t n_tokens);
   LayerScorer scorer_of(int64_t layer) const {
     LayerScorer of(scorer->of_layer(layer), queries ? queries->layer(layer) : std::span<const HeadQueries>());
     of.shares = plan.adaptive_heads;

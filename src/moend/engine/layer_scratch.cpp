@@ -78,7 +78,9 @@ void LayerScratch::Clear() {
   std::fill_n(moment_.data(), moment_.size(), 0.0f);
 }
 
-void LayerScratch::Append(const float* q, const float* k, const float* v, int64_t n, float softmax_scale) {
+void LayerScratch::Append(const float* q, const float* k, const float* v, int64_t n,
+                          const AttentionStyle& style) {
+  style_ = style;
   const int64_t d = shape_.head_size, heads = shape_.n_kv_heads, group = n_heads_ / heads;
   const int64_t stride = Pages(capacity_) * kPageTokens * d;
   n = std::min(n, capacity_ - n_tokens_);
@@ -102,7 +104,7 @@ void LayerScratch::Append(const float* q, const float* k, const float* v, int64_
       const float* from = q + (i * n_heads_ + h) * d;
       float* to =
           observed_.data() + ((h / group) * n_observed_ * group + (t - seen_from) * group + h % group) * d;
-      for (int64_t c = 0; c < d; ++c) to[c] = from[c] * softmax_scale;
+      for (int64_t c = 0; c < d; ++c) to[c] = from[c] * style.scale;
     }
   }
   n_tokens_ += n;
@@ -116,7 +118,7 @@ DenseView LayerScratch::view(int64_t head, int64_t n) const {
 QueryRows LayerScratch::observed(int64_t head) const {
   const int64_t group = n_heads_ / shape_.n_kv_heads;
   const int64_t rows = n_observed_ * group;
-  return {observed_.data() + head * rows * shape_.head_size, rows, group};
+  return style_.Rows(observed_.data() + head * rows * shape_.head_size, rows, group, head);
 }
 
 std::span<const float> LayerScratch::moment(int64_t head) const {
@@ -129,15 +131,14 @@ float* LayerScratch::accumulated(int64_t head) {
   return accumulated_.size() ? accumulated_.data() + head * score_tokens_ : nullptr;
 }
 
-void LayerScratch::Refer(const float* q, const float* weight, int64_t index, int64_t n, int64_t total,
-                         float softmax_scale) {
+void LayerScratch::Refer(const float* q, const float* weight, int64_t index, int64_t n, int64_t total) {
   const int64_t d = shape_.head_size, group = n_heads_ / shape_.n_kv_heads;
   const int64_t wanted = std::min(most_referred_, total);
   for (int64_t i = 0; i < n && n_referred_ < wanted; ++i) {
     if ((index + i + 1) * wanted / total == (index + i) * wanted / total) continue;
     for (int64_t h = 0; h < n_heads_; ++h) {
       const int64_t row = h / group * most_referred_ * group + n_referred_ * group + h % group;
-      for (int64_t c = 0; c < d; ++c) reference_[row * d + c] = q[(i * n_heads_ + h) * d + c] * softmax_scale;
+      for (int64_t c = 0; c < d; ++c) reference_[row * d + c] = q[(i * n_heads_ + h) * d + c] * style_.scale;
     }
     reference_weight_[n_referred_++] = weight[i];
   }
@@ -149,7 +150,8 @@ void LayerScratch::ScaleReference(float scale) {
 
 QueryRows LayerScratch::reference(int64_t head) const {
   const int64_t group = n_heads_ / shape_.n_kv_heads;
-  return {reference_.data() + head * most_referred_ * group * shape_.head_size, n_referred_ * group, group};
+  return style_.Rows(reference_.data() + head * most_referred_ * group * shape_.head_size,
+                     n_referred_ * group, group, head);
 }
 
 float* LayerScratch::needed(int64_t head) {

@@ -32,8 +32,8 @@ class LayerScratch {
   void Truncate(int64_t n) { n_tokens_ = n < n_tokens_ ? n : n_tokens_; }
 
   // k, v: f32 [n][n_kv_heads][head_size]; q: f32 [n][n_heads][head_size], unscaled, kept only as far as the
-  // scorer needs it.
-  void Append(const float* q, const float* k, const float* v, int64_t n, float softmax_scale);
+  // scorer needs it. `style`: the layer's; what it points to outlives the scratch.
+  void Append(const float* q, const float* k, const float* v, int64_t n, const AttentionStyle& style);
 
   int64_t n_tokens() const { return n_tokens_; }
   int64_t score_tokens() const { return score_tokens_; }
@@ -58,10 +58,9 @@ class LayerScratch {
   float* needed(int64_t head);
   const float* needed(int64_t head) const { return const_cast<LayerScratch*>(this)->needed(head); }
 
-  // Keeps the queries of some of a repetition's `total` tokens, of which [index, index + n) are given: f32
-  // [n][n_heads][head_size], unscaled; `weight`: 1 / |x|^2 of each.
-  void Refer(const float* q, const float* weight, int64_t index, int64_t n, int64_t total,
-             float softmax_scale);
+  // Keeps the queries, which are of this scratch's layer, of some of a repetition's `total` tokens, of which
+  // [index, index + n) are given: f32 [n][n_heads][head_size], unscaled; `weight`: 1 / |x|^2 of each.
+  void Refer(const float* q, const float* weight, int64_t index, int64_t n, int64_t total);
   // How many to keep of a context of n tokens: for a refit about twice as many rows as tokens stay, for the
   // measuring of losses some thousand.
   static int64_t ReferenceTokens(int64_t n) { return std::max<int64_t>(512, n / 4); }
@@ -77,6 +76,7 @@ class LayerScratch {
   KvShape shape_;
   int64_t n_heads_ = 0, capacity_ = 0, score_tokens_ = 0, n_tokens_ = 0, n_observed_ = 0;
   int64_t most_referred_ = 0, n_referred_ = 0;
+  AttentionStyle style_;  // of the layer whose tokens these are
   std::shared_ptr<Ledger> ledger_;
   Buffer<uint16_t> k_, v_;     // [n_kv_heads][pages * head_size * 64], [n_kv_heads][pages * 64][head_size]
   Buffer<float> observed_;     // [n_kv_heads][n_observed * group][head_size]

@@ -12,15 +12,16 @@ constexpr int64_t kItemTokens = 32;
 
 }  // namespace
 
-PrefillHook::PrefillHook(const HyperParams& hp)
-    : shape_{hp.n_kv_heads, hp.head_size},
-      n_heads_(hp.n_heads),
-      group_(hp.n_heads / hp.n_kv_heads),
-      scale_(hp.softmax_scale) {}
+PrefillHook::PrefillHook(std::shared_ptr<const Model> model)
+    : model_(std::move(model)),
+      shape_{model_->hparams().n_kv_heads, model_->hparams().head_size},
+      n_heads_(model_->hparams().n_heads),
+      group_(n_heads_ / shape_.n_kv_heads) {}
 
-Expected<std::unique_ptr<PrefillHook>> PrefillHook::Create(const HyperParams& hp, int n_threads,
+Expected<std::unique_ptr<PrefillHook>> PrefillHook::Create(std::shared_ptr<const Model> model, int n_threads,
                                                            int64_t block_tokens) {
-  std::unique_ptr<PrefillHook> hook(new PrefillHook(hp));
+  const HyperParams& hp = model->hparams();
+  std::unique_ptr<PrefillHook> hook(new PrefillHook(model));
   hook->out_.resize(static_cast<std::size_t>(block_tokens * hp.n_heads * hp.head_size));
   hook->workers_.resize(static_cast<std::size_t>(n_threads));
   const int64_t rows = kItemTokens * hook->group_;
@@ -87,11 +88,12 @@ void PrefillHook::EndAccumulation() {
   DropSums();
 }
 
-void PrefillHook::Store(int64_t, const float* q, const float* k, const float* v, int64_t n) {
+void PrefillHook::Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) {
+  style_ = model_->Style(layer);
   first_ = scratch_->n_tokens();
-  scratch_->Append(q, k, v, n, scale_);
-  if (context_)
-    context_->Refer(q, weights_.data() + index_ + first_, index_ + first_, n, std::ssize(weights_), scale_);
+  scratch_->Append(q, k, v, n, style_);
+  if (context_ && style_.window == 0)
+    context_->Refer(q, weights_.data() + index_ + first_, index_ + first_, n, std::ssize(weights_));
   next_.store(0, std::memory_order_relaxed);
 }
 
@@ -107,25 +109,28 @@ void PrefillHook::Attend(int64_t, const float* q, int64_t n, int thread, int) {
     for (int64_t i = 0; i < tokens; ++i) {
       const float* from = q + ((begin + i) * n_heads_ + head * group_) * d;
       float* to = w.q.data() + i * group_ * d;
-      for (int64_t c = 0; c < group_ * d; ++c) to[c] = from[c] * scale_;
+      for (int64_t c = 0; c < group_ * d; ++c) to[c] = from[c] * style_.scale;
     }
-    const QueryRows query{w.q.data(), rows, group_};
+    const QueryRows query = style_.Rows(w.q.data(), rows, group_, head);
     const SoftmaxState state{w.state.data() + 2 * rows, w.state.data(), w.state.data() + rows};
-    ResetState(state, rows, d);
+    InitState(state, query, d);
+    const int64_t first = first_ + begin;
     if (!past_.empty()) {
       const StreamView past = past_[static_cast<std::size_t>(head)].view(0);
-      simd::AttendStream(past, 0, past.n_pages, true, query, state, w.workspace.data());
+      QueryRows behind = query;
+      behind.behind = first + 1;
+      simd::AttendStream(past, 0, past.n_pages, true, behind, state, w.workspace.data());
     }
-    // As one token's rows, all of them see the whole context.
-    const QueryRows all_see{w.q.data(), rows, rows};
-    if (context_)
-      simd::AttendCausal(context_->view(head, context_->n_tokens()), context_->n_tokens() - 1, all_see, state,
-                         w.workspace.data());
-    const int64_t first = first_ + begin;
+    if (context_)  // right behind whose tokens the part's are
+      simd::AttendCausal(context_->view(head, context_->n_tokens()), context_->n_tokens() + first, query,
+                         state, w.workspace.data());
     const DenseView kv = scratch_->view(head, first + tokens);
     simd::AttendCausal(kv, first, query, state, w.workspace.data());
-    if (w.accumulated.size() > 0) Accumulate(w, head, first, query, state.max, state.sum);
-    if (context_) AddSquares(w, head, index_ + first, all_see, state.max, state.sum);
+    // What a sliding layer's tokens receive nobody asks: it keeps its window, whatever that is.
+    if (style_.window == 0) {
+      if (w.accumulated.size() > 0) Accumulate(w, head, first, query, state.max, state.sum);
+      if (context_) AddSquares(w, head, first, query, state.max, state.sum);
+    }
     simd::Finish(state, rows, d);
     for (int64_t i = 0; i < tokens; ++i)
       std::memcpy(out_.data() + ((begin + i) * n_heads_ + head * group_) * d, state.out + i * group_ * d,
@@ -138,17 +143,19 @@ void PrefillHook::Accumulate(Worker& w, int64_t head, int64_t first, const Query
   const int64_t scored = scratch_->score_tokens();
   if (first >= scored) return;
   const int64_t tokens = std::min(q.rows / q.group, scored - first);
-  const QueryRows counted{q.q, tokens * q.group, q.group};
+  QueryRows counted = q;
+  counted.rows = tokens * q.group;
   simd::ColumnSumsCausal(scratch_->view(head, first + tokens), first, 0, first + tokens, counted, max, sum,
                          w.accumulated.data() + head * scored, w.workspace.data());
 }
 
-void PrefillHook::AddSquares(Worker& w, int64_t head, int64_t token, const QueryRows& all_see,
+void PrefillHook::AddSquares(Worker& w, int64_t head, int64_t part_token, const QueryRows& q,
                              const float* max, const float* sum) {
   const int64_t n = context_->n_tokens();
-  for (int64_t r = 0; r < all_see.rows; ++r)
-    w.weight[static_cast<std::size_t>(r)] = weights_[static_cast<std::size_t>(token + r / group_)];
-  simd::ColumnSquaresCausal(context_->view(head, n), n - 1, 0, n, all_see, max, sum, w.weight.data(),
+  for (int64_t r = 0; r < q.rows; ++r)
+    w.weight[static_cast<std::size_t>(r)] =
+        weights_[static_cast<std::size_t>(index_ + part_token + r / group_)];
+  simd::ColumnSquaresCausal(context_->view(head, n), n + part_token, 0, n, q, max, sum, w.weight.data(),
                             w.squares.data() + head * n, w.workspace.data());
 }
 

@@ -17,7 +17,7 @@ namespace moend {
 
 class PrefillHook : public AttentionHook {
  public:
-  static Expected<std::unique_ptr<PrefillHook>> Create(const HyperParams& hp, int n_threads,
+  static Expected<std::unique_ptr<PrefillHook>> Create(std::shared_ptr<const Model> model, int n_threads,
                                                        int64_t block_tokens);
 
   // The layer whose blocks come next. `past`: what each KV head remembers from earlier, or nothing; both must
@@ -29,8 +29,8 @@ class PrefillHook : public AttentionHook {
   // the threads sum up is counted in the context's ledger.
   Expected<void> BeginRepetition(LayerScratch* context, LayerScratch* part, int64_t index,
                                  std::span<const float> weights);
-  // Adds to context->needed() what the part's queries gave, but for the values, once it is through; and gives
-  // the threads' sums back.
+  // Adds to context->needed(), unless the layer is a sliding one, what the part's queries gave, but for the
+  // values, once it is through; and gives the threads' sums back.
   void EndRepetition();
   // Adds the attention that tokens received in the layer's blocks to scratch->accumulated(), and gives the
   // threads' sums back.
@@ -50,16 +50,17 @@ class PrefillHook : public AttentionHook {
     Buffer<float> squares;      // [n_kv_heads][context tokens]; none but in a repetition
     std::vector<float> weight;  // [rows]
   };
-  explicit PrefillHook(const HyperParams& hp);
+  explicit PrefillHook(std::shared_ptr<const Model> model);
   void Accumulate(Worker& w, int64_t head, int64_t first, const QueryRows& q, const float* max,
                   const float* sum);
 
-  void AddSquares(Worker& w, int64_t head, int64_t token, const QueryRows& all_see, const float* max,
+  void AddSquares(Worker& w, int64_t head, int64_t part_token, const QueryRows& q, const float* max,
                   const float* sum);
 
+  std::shared_ptr<const Model> model_;
   KvShape shape_;
   int64_t n_heads_, group_;
-  float scale_;
+  AttentionStyle style_;              // of the layer at hand
   std::span<const LayerCache> past_;  // one a KV head, or none
   LayerScratch* scratch_ = nullptr;
   LayerScratch* context_ = nullptr;  // what is repeated, or nothing

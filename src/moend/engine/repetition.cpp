@@ -125,6 +125,7 @@ Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, std::span
   }
   // Tokens are weighed by what enters the layer, since their attention comes first; layers by what leaves
   // them: what enters the first one is small, and what it makes of it large.
+  if (grams.empty()) return {};
   InverseSquares(hidden_.data(), tokens_, n_embd, weights_);
   const float scale = Median(weights_) / before;
   context.ScaleReference(scale);

@@ -39,7 +39,8 @@ class Repetition {
 
   // All parts through a layer whose scratch holds the whole context: context.needed() and reference() come of
   // it, and the hidden states move on. grams: [n_kv_heads][head_size][head_size], the mean W_O' W_O of the
-  // query heads of a KV head. Returning false from `go_on` stops (kCancelled).
+  // query heads of a KV head; none in a sliding layer, of which nothing need be known. Returning false from
+  // `go_on` stops (kCancelled).
   Expected<void> Layer(int64_t layer, LayerScratch& context, std::span<const float> grams, PrefillHook& hook,
                        const std::function<bool()>& go_on);
 

@@ -21,7 +21,7 @@ Expected<void> CheckPlan(const Plan& plan, const Engine& engine) {
       static_cast<int64_t>(plan.heads.size()) != model.n_layers * model.shape.n_kv_heads)
     return Fail(ErrorCode::kMismatch, "the plan has {} KV heads in all, the model {}", plan.heads.size(),
                 model.n_layers * model.shape.n_kv_heads);
-  return {};
+  return CheckSlidingLayers(plan, "the plan");
 }
 
 }  // namespace
@@ -52,6 +52,12 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
     impl->plan = plan;
     impl->engine = std::move(engine);
     for (int64_t l = 0; l < hp.n_layers; ++l) {
+      const int64_t window = plan.model.window(l);
+      for (int64_t h = 0; h < hp.n_kv_heads && window > 0; ++h) {
+        MOEND_ASSIGN(auto sliding, LayerCache::CreateSliding(impl->ledger, {1, hp.head_size}, window));
+        impl->caches.push_back(std::move(sliding));
+      }
+      if (window > 0) continue;
       MOEND_ASSIGN(const auto rotations, impl->machine().Rotations(l));
       const std::vector<Expert> experts = impl->experts(l);
       for (std::size_t h = 0; h < experts.size(); ++h) {
@@ -111,9 +117,7 @@ Expected<void> Session::Impl::Read(std::span<const int32_t> tokens, const Progre
   hooks.end = [&](int64_t l, LayerScratch& done) -> Expected<void> {
     const std::span<LayerCache> heads = s.heads(l);
     if (fresh) {
-      MOEND_ASSIGN(const auto rotations, machine.Rotations(l));
-      MOEND_ASSIGN(auto packed, CompressScratch(*machine.compute, s.ledger, done, n, s.experts(l),
-                                                s.plan.guard, rotations, s.scorer_of(l), nullptr));
+      MOEND_ASSIGN(auto packed, s.Compressed(l, done, n));
       std::move(packed.begin(), packed.end(), heads.begin());
       return {};
     }
@@ -138,6 +142,16 @@ Expected<void> Session::Impl::Read(std::span<const int32_t> tokens, const Progre
   if (!fresh) s.since_eviction = evict ? 0 : s.since_eviction + n;
   s.failed = false;
   return {};
+}
+
+Expected<std::vector<LayerCache>> Session::Impl::Compressed(int64_t layer, const LayerScratch& scratch,
+                                                            int64_t n_tokens) {
+  Engine::Impl& machine = this->machine();
+  if (const int64_t window = plan.model.window(layer); window > 0)
+    return WindowCaches(*machine.compute, ledger, scratch, n_tokens, window);
+  MOEND_ASSIGN(const auto rotations, machine.Rotations(layer));
+  return CompressScratch(*machine.compute, ledger, scratch, n_tokens, experts(layer), plan.guard, rotations,
+                         scorer_of(layer), nullptr);
 }
 
 std::vector<Expert> Session::Impl::experts(int64_t layer) const {
@@ -189,7 +203,11 @@ Expected<void> Session::Impl::EvictAll() {
   std::vector<Expected<void>> results(caches.size());
   MOEND_TRY(machine().compute->ParallelFor(static_cast<int64_t>(caches.size()), [&](int64_t i, int) {
     QueryRows observed{nullptr, 0, group};
-    if (rows > 0) observed = {ring.queries.data() + i * ring.window * group * hp.head_size, rows, group};
+    if (rows > 0)
+      observed = machine()
+                     .model->Style(i / hp.n_kv_heads)
+                     .Rows(ring.queries.data() + i * ring.window * group * hp.head_size, rows, group,
+                           i % hp.n_kv_heads);
     results[static_cast<std::size_t>(i)] =
         EvictExcess(caches[static_cast<std::size_t>(i)], scorer->of_layer(i / hp.n_kv_heads), prompt_tokens,
                     observed, queries_of(i));
@@ -378,10 +396,7 @@ Expected<Session> SessionFromCapture(std::shared_ptr<Engine> engine, const Plan&
       return Fail(ErrorCode::kTooLong, "{} tokens do not fit in a context of {} tokens", n, s.n_ctx);
     const std::lock_guard lock(s.machine().busy);
     for (int64_t l = 0; l < plan.model.n_layers; ++l) {
-      MOEND_ASSIGN(const auto rotations, s.machine().Rotations(l));
-      MOEND_ASSIGN(auto packed,
-                   CompressScratch(*s.machine().compute, s.ledger, capture.layer(l), n, s.experts(l),
-                                   plan.guard, rotations, s.scorer_of(l), nullptr));
+      MOEND_ASSIGN(auto packed, s.Compressed(l, capture.layer(l), n));
       std::move(packed.begin(), packed.end(), s.heads(l).begin());
     }
     s.NoteHeads();

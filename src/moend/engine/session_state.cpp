@@ -54,11 +54,13 @@ Expected<void> RecompressSession(Session& session, const Plan& plan) {
     if (s.scorer->needs().query_stats && !s.queries && Evicts(plan)) {
       MOEND_ASSIGN(s.queries, MakeQueryModel(s.engine->model(), plan.queries));
     }
+    MOEND_TRY(CheckSlidingLayers(plan, "the plan"));
     const std::lock_guard lock(s.machine().busy);
     s.failed = true;
     const int64_t n_heads = s.plan.model.shape.n_kv_heads;
     for (int64_t i = 0; i < std::ssize(s.caches); ++i) {
       LayerCache& cache = s.caches[static_cast<std::size_t>(i)];
+      if (cache.sliding()) continue;
       if (const Expert expert = plan.expert(i / n_heads, i % n_heads); expert != cache.expert()) {
         MOEND_ASSIGN(cache, cache.Repack(expert));
       }
@@ -135,6 +137,8 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
       MOEND_ASSIGN(const std::string_view blob, Take(bytes, size));
       MOEND_ASSIGN(LayerCache restored,
                    DeserializeCache(s.ledger, blob, kSource, rotations[static_cast<std::size_t>(i % heads)]));
+      if (restored.sliding() != cache.sliding())
+        return Fail(ErrorCode::kMismatch, "{} was made for other sliding layers", kSource);
       Expert expert = cache.expert();
       kept += KeptTokens(restored.expert().keep, cache.guard(), n);
       allowed += KeptTokens(expert.keep, cache.guard(), n);

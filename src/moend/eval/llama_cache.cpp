@@ -61,7 +61,8 @@ Expected<std::unique_ptr<LlamaCache>> LlamaCache::Create(std::shared_ptr<LlamaMo
     return Fail(ErrorCode::kUnsupported,
                 "{} has {} numbers a token and layer, no multiple of {}'s block of {}", out->model_->path(),
                 row, name, ggml_blck_size(*type));
-  out->bytes_a_token_ = 2 * shape.n_layers * static_cast<int64_t>(ggml_row_size(*type, row));
+  out->bytes_a_layer_ = 2 * static_cast<int64_t>(ggml_row_size(*type, row));
+  out->shape_ = shape;
   out->n_vocab_ = llama_vocab_n_tokens(llama_model_get_vocab(out->model_->get()));
   llama_context_params params = llama_context_default_params();
   params.n_ctx = static_cast<uint32_t>(n_ctx);
@@ -83,6 +84,13 @@ Expected<std::unique_ptr<LlamaCache>> LlamaCache::Create(std::shared_ptr<LlamaMo
 
 LlamaCache::~LlamaCache() {
   llama_free(context_);
+}
+
+int64_t LlamaCache::bytes(int64_t tokens) const {
+  int64_t seen = 0;
+  for (int64_t l = 0; l < shape_.n_layers; ++l)
+    seen += shape_.window(l) > 0 ? std::min(tokens, shape_.window(l)) : tokens;
+  return seen * bytes_a_layer_;
 }
 
 void LlamaCache::Clear() {

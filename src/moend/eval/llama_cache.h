@@ -49,7 +49,7 @@ class LlamaCache {
   // Reads tokens and returns the logits behind each of them, f32 [tokens][n_vocab].
   Expected<std::vector<float>> Predict(std::span<const int32_t> tokens);
   // What so many tokens take in this cache: rows of ggml's type, K and V, every layer.
-  int64_t bytes(int64_t tokens) const { return tokens * bytes_a_token_; }
+  int64_t bytes(int64_t tokens) const;
 
  private:
   LlamaCache() = default;
@@ -57,7 +57,8 @@ class LlamaCache {
 
   std::shared_ptr<LlamaModel> model_;
   llama_context* context_ = nullptr;
-  int64_t n_read_ = 0, bytes_a_token_ = 0, n_vocab_ = 0;
+  int64_t n_read_ = 0, bytes_a_layer_ = 0, n_vocab_ = 0;  // bytes of a token
+  Fingerprint shape_;
 };
 
 }  // namespace moend::eval

@@ -40,14 +40,17 @@ Profile WithoutEviction(const Profile& profile) {
 }
 
 // PyramidKV: with a mean share of `mean`, the last layer keeps mean / beta and the first what makes up for
-// it.
-std::vector<Expert> PyramidLayers(int64_t n_layers, double mean) {
+// it. Sliding layers are passed over.
+std::vector<Expert> PyramidLayers(const Fingerprint& model, double mean) {
   constexpr double kBeta = 20;
   const double last = mean / kBeta, first = 2 * mean - last;
-  std::vector<Expert> layers;
-  for (int64_t l = 0; l < n_layers; ++l) {
-    const double at = n_layers > 1 ? static_cast<double>(l) / static_cast<double>(n_layers - 1) : 0.5;
-    layers.push_back({std::clamp(first + (last - first) * at, 1e-6, 1.0), 16, 16});
+  std::vector<Expert> layers(static_cast<std::size_t>(model.n_layers));
+  std::vector<std::size_t> full;
+  for (std::size_t l = 0; l < layers.size(); ++l)
+    if (model.window(static_cast<int64_t>(l)) == 0) full.push_back(l);
+  for (std::size_t i = 0; i < full.size(); ++i) {
+    const double at = full.size() > 1 ? static_cast<double>(i) / static_cast<double>(full.size() - 1) : 0.5;
+    layers[full[i]] = {std::clamp(first + (last - first) * at, 1e-6, 1.0), 16, 16};
   }
   return layers;
 }
@@ -62,7 +65,7 @@ class Maker {
     if (const auto bits = UniformBits(variant)) {
       Plan plan = FullPlan(model_, request_.context_length);
       plan.variant = variant;
-      std::ranges::fill(plan.layers, Expert{1.0, *bits, *bits});
+      CompressAlike(plan, Expert{1.0, *bits, *bits});
       if (profile_) plan.guard = profile_->guard;
       MOEND_ASSIGN(plan.bytes, PlanBytes(plan, request_.context_length, 0));
       plan.budget_bytes = plan.bytes;
@@ -119,13 +122,13 @@ class Maker {
     bool fits = false;
     for (int step = 0; step < 40; ++step) {
       const double mean = 0.5 * (low + high);
-      plan.layers = PyramidLayers(model_.n_layers, mean);
+      plan.layers = PyramidLayers(model_, mean);
       MOEND_ASSIGN(const int64_t bytes, PlanBytes(plan, request_.context_length, score_bytes));
       (bytes <= plan.budget_bytes ? low : high) = mean;
       fits |= bytes <= plan.budget_bytes;
     }
     if (!fits) return Fail(ErrorCode::kBudget, "{:g}x is more than pyramid can reach", compression);
-    plan.layers = PyramidLayers(model_.n_layers, low);
+    plan.layers = PyramidLayers(model_, low);
     MOEND_ASSIGN(plan.bytes, PlanBytes(plan, request_.context_length, score_bytes));
     return plan;
   }

@@ -55,6 +55,7 @@ void HashData(Hasher& hash, std::span<const uint8_t> data) {
 // What is as in the first architectures adds nothing, so that their hashes stay what files of profiles and
 // plans say.
 void HashLayers(Hasher& hash, const HyperParams& h) {
+  if (h.logit_soft_cap != 0) hash.Real(h.logit_soft_cap);
   if (h.embedding_scale != 1 || h.logit_scale != 1 || h.query_temperature.scale != 0)
     for (float f : {h.embedding_scale, h.logit_scale, h.query_temperature.scale,
                     static_cast<float>(h.query_temperature.every)})
@@ -62,13 +63,24 @@ void HashLayers(Hasher& hash, const HyperParams& h) {
   for (const LayerParams& l : h.layers) {
     const bool rope = l.rope.n_dims == h.head_size;
     const bool old_norm = l.qk_norm == (h.architecture_name == "qwen3" ? QkNorm::kHeads : QkNorm::kNone);
-    if (rope && old_norm && !l.post_norms && l.residual_scale == 1 && l.ffn.n_experts == 0 && !l.ffn.fused)
-      continue;
+    const bool old_attention = l.window == 0 && l.soft_cap == 0 && !l.sinks;
+    const bool old_ffn = l.ffn.n_experts == 0 && !l.ffn.fused && l.ffn.activation == Activation::kSilu;
+    if (rope && old_norm && !l.post_norms && l.residual_scale == 1 && old_attention && old_ffn) continue;
     for (int64_t n : {int64_t{l.rope.n_dims}, static_cast<int64_t>(l.qk_norm), int64_t{l.post_norms},
                       l.ffn.n_ff, int64_t{l.ffn.fused}, l.ffn.n_experts, l.ffn.n_used,
                       int64_t{l.ffn.normalize}, l.ffn.n_ff_shared, int64_t{l.ffn.shared_gate}})
       hash.Word(static_cast<uint64_t>(n));
     hash.Real(l.residual_scale);
+    if (l.ffn.selection_bias || l.ffn.weight_scale != 1) {
+      hash.Word(l.ffn.selection_bias);
+      hash.Real(l.ffn.weight_scale);
+    }
+    if (!old_attention || l.ffn.activation != Activation::kSilu || l.ffn.router != Router::kSoftmax) {
+      for (int64_t n : {l.window, int64_t{l.sinks}, static_cast<int64_t>(l.ffn.activation),
+                        static_cast<int64_t>(l.ffn.router), int64_t{l.ffn.expert_biases}})
+        hash.Word(static_cast<uint64_t>(n));
+      for (float f : {l.soft_cap, l.rope.freq_base, l.rope.freq_scale}) hash.Real(f);
+    }
   }
 }
 

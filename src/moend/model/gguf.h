@@ -94,6 +94,8 @@ class GgufFile {
                                 std::optional<int64_t> fallback = {}) const;
   Expected<float> Real(std::string_view key, std::optional<float> fallback = {}) const;  // finite
   Expected<bool> Boolean(std::string_view key, bool fallback) const;
+  // An array of `count` booleans (or of integers, of which 0 is false).
+  Expected<std::vector<bool>> Booleans(std::string_view key, int64_t count) const;
   Expected<std::string_view> String(std::string_view key,
                                     std::optional<std::string_view> fallback = {}) const;
   // Array elements; a missing key is an empty list.

@@ -130,6 +130,22 @@ Expected<bool> GgufFile::Boolean(std::string_view key, bool fallback) const {
   return v->bytes[0] != 0;
 }
 
+Expected<std::vector<bool>> GgufFile::Booleans(std::string_view key, int64_t count) const {
+  const GgufValue* v = Find(key);
+  if (!v) return Missing(*this, key);
+  if (!v->is_array) return WrongType(*this, key, *v, "an array of booleans");
+  if (v->count != count)
+    return Fail(ErrorCode::kCorrupt, "{}: key {} has {} values instead of {}", path_, key, v->count, count);
+  std::vector<bool> out;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto value =
+        v->type == GgufType::kBool ? v->bytes[static_cast<std::size_t>(i)] != 0 : IntegerAt(*v, i);
+    if (!value) return WrongType(*this, key, *v, "an array of booleans");
+    out.push_back(*value != 0);
+  }
+  return out;
+}
+
 Expected<std::string_view> GgufFile::String(std::string_view key,
                                             std::optional<std::string_view> fallback) const {
   const GgufValue* v = Find(key);

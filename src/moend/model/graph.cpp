@@ -138,10 +138,30 @@ ggml_tensor* Heads(ggml_context* ctx, const HyperParams& h, ggml_tensor* x, int6
   return norm == QkNorm::kHeads ? Norm(ctx, h, x, weight) : x;
 }
 
-ggml_tensor* DenseFfn(ggml_context* ctx, const LayerWeights& w, ggml_tensor* x) {
+ggml_tensor* Gated(ggml_context* ctx, Activation activation, ggml_tensor* gate, ggml_tensor* up) {
+  constexpr float kAlpha = 1.702f, kLimit = 7.0f;
+  switch (activation) {
+    case Activation::kGelu:
+      return ggml_geglu_split(ctx, gate, up);
+    case Activation::kSwigluOai:
+      return ggml_swiglu_oai(ctx, gate, up, kAlpha, kLimit);
+    case Activation::kSilu:
+      break;
+  }
+  return ggml_swiglu_split(ctx, gate, up);
+}
+
+ggml_tensor* DenseFfn(ggml_context* ctx, const FfnParams& f, const LayerWeights& w, ggml_tensor* x) {
   ggml_tensor* gate = Linear(ctx, w.ffn_gate, w.ffn_gate_b, x);
   ggml_tensor* up = Linear(ctx, w.ffn_up, w.ffn_up_b, x);
-  return Linear(ctx, w.ffn_down, w.ffn_down_b, ggml_swiglu_split(ctx, gate, up));
+  return Linear(ctx, w.ffn_down, w.ffn_down_b, Gated(ctx, f.activation, gate, up));
+}
+
+// x: [in, 1 or n_used, n]. Returns [out, n_used, n]: each token by its experts' matrices.
+ggml_tensor* ExpertLinear(ggml_context* ctx, ggml_tensor* weight, ggml_tensor* bias, ggml_tensor* x,
+                          ggml_tensor* chosen) {
+  ggml_tensor* y = ggml_mul_mat_id(ctx, weight, x, chosen);
+  return bias ? ggml_add_id(ctx, y, bias, chosen) : y;
 }
 
 // x: [n_embd, n]. Each token goes through the experts that the router gives the most weight. The order of the
@@ -149,22 +169,33 @@ ggml_tensor* DenseFfn(ggml_context* ctx, const LayerWeights& w, ggml_tensor* x) 
 ggml_tensor* ExpertsFfn(ggml_context* ctx, ggml_cgraph* graph, const FfnParams& f, const LayerWeights& w,
                         ggml_tensor* x) {
   const int64_t n_embd = x->ne[0], n = x->ne[1];
-  ggml_tensor* probabilities = ggml_soft_max(ctx, ggml_mul_mat(ctx, w.router, x));
-  ggml_tensor* chosen = ggml_argsort_top_k(ctx, probabilities, static_cast<int>(f.n_used));  // [n_used, n]
+  const bool late = f.router == Router::kSoftmaxOfChosen;
+  ggml_tensor* logits = Linear(ctx, w.router, w.router_b, x);
+  ggml_tensor* probabilities = late                           ? logits
+                               : f.router == Router::kSigmoid ? ggml_sigmoid(ctx, logits)
+                                                              : ggml_soft_max(ctx, logits);
+  ggml_tensor* selection = w.selection_b ? ggml_add(ctx, probabilities, w.selection_b) : probabilities;
+  ggml_tensor* chosen = ggml_argsort_top_k(ctx, selection, static_cast<int>(f.n_used));  // [n_used, n]
   ggml_tensor* weights =
       ggml_get_rows(ctx, ggml_reshape_3d(ctx, probabilities, 1, f.n_experts, n), chosen);  // [1, n_used, n]
+  if (late) {
+    weights = ggml_soft_max(ctx, ggml_reshape_2d(ctx, weights, f.n_used, n));
+    weights = ggml_reshape_3d(ctx, weights, 1, f.n_used, n);
+  }
   if (f.normalize) {
     constexpr float kLeast = 6.103515625e-5f;  // the smallest normal half float
     weights = ggml_reshape_2d(ctx, weights, f.n_used, n);
     ggml_tensor* sum = ggml_clamp(ctx, ggml_sum_rows(ctx, weights), kLeast, INFINITY);
     weights = ggml_reshape_3d(ctx, ggml_div(ctx, weights, sum), 1, f.n_used, n);
   }
+  if (f.weight_scale != 1.0f) weights = ggml_scale(ctx, weights, f.weight_scale);
   ggml_build_forward_expand(graph, weights);
 
   ggml_tensor* in = ggml_reshape_3d(ctx, x, n_embd, 1, n);
-  ggml_tensor* up = ggml_mul_mat_id(ctx, w.up_experts, in, chosen);      // [n_ff, n_used, n]
-  ggml_tensor* gate = ggml_mul_mat_id(ctx, w.gate_experts, in, chosen);  // [n_ff, n_used, n]
-  ggml_tensor* each = ggml_mul_mat_id(ctx, w.down_experts, ggml_swiglu_split(ctx, gate, up), chosen);
+  ggml_tensor* up = ExpertLinear(ctx, w.up_experts, w.up_experts_b, in, chosen);        // [n_ff, n_used, n]
+  ggml_tensor* gate = ExpertLinear(ctx, w.gate_experts, w.gate_experts_b, in, chosen);  // the same
+  ggml_tensor* each =
+      ExpertLinear(ctx, w.down_experts, w.down_experts_b, Gated(ctx, f.activation, gate, up), chosen);
   each = ggml_mul(ctx, each, weights);  // [n_embd, n_used, n]
   ggml_build_forward_expand(graph, each);
   ggml_tensor* out = nullptr;
@@ -212,7 +243,7 @@ void AttentionHook::NoteException() noexcept {
 }
 
 int64_t NodesPerLayer(const HyperParams& h) {
-  constexpr int64_t kDense = 56, kExperts = 40;
+  constexpr int64_t kDense = 56, kExperts = 48;
   int64_t most = 0;
   for (const LayerParams& l : h.layers) most = std::max(most, l.ffn.n_used);
   return kDense + (most > 0 ? kExperts + 2 * most : 0);
@@ -243,7 +274,7 @@ ggml_tensor* BuildLayer(ggml_context* ctx, ggml_cgraph* graph, const Model& mode
 
   normed = Norm(ctx, h, x, w.ffn_norm);
   ggml_tensor* ffn =
-      p.ffn.n_experts > 0 ? ExpertsFfn(ctx, graph, p.ffn, w, normed) : DenseFfn(ctx, w, normed);
+      p.ffn.n_experts > 0 ? ExpertsFfn(ctx, graph, p.ffn, w, normed) : DenseFfn(ctx, p.ffn, w, normed);
   x = AddToStream(ctx, h, p, x, ffn, w.ffn_post_norm);
   ggml_build_forward_expand(graph, x);
   return x;
@@ -253,7 +284,10 @@ ggml_tensor* BuildHead(ggml_context* ctx, const Model& model, ggml_tensor* x) {
   const Weights& w = model.weights();
   const HyperParams& h = model.hparams();
   ggml_tensor* logits = Linear(ctx, w.output, w.output_b, Norm(ctx, h, x, w.output_norm));
-  return h.logit_scale == 1.0f ? logits : ggml_scale(ctx, logits, h.logit_scale);
+  if (h.logit_scale != 1.0f) logits = ggml_scale(ctx, logits, h.logit_scale);
+  if (h.logit_soft_cap == 0) return logits;
+  logits = ggml_tanh(ctx, ggml_scale(ctx, logits, 1.0f / h.logit_soft_cap));
+  return ggml_scale(ctx, logits, h.logit_soft_cap);
 }
 
 }  // namespace moend

@@ -9,11 +9,6 @@ namespace {
 
 // Features of related models that no graph here has.
 Expected<void> RefuseVariants(const GgufFile& file, const HyperParams& arch) {
-  MOEND_ASSIGN(const int64_t predict, file.Integer(Key(arch, "nextn_predict_layers"), 0, INT64_MAX, 0));
-  if (predict > 0)
-    return Fail(ErrorCode::kUnsupported,
-                "{} has {} layers for multi-token prediction, which moend does not run", file.path(),
-                predict);
   MOEND_ASSIGN(const bool causal, file.Boolean(Key(arch, "attention.causal"), true));
   if (!causal)
     return Fail(ErrorCode::kUnsupported,
@@ -25,12 +20,27 @@ Expected<void> RefuseVariants(const GgufFile& file, const HyperParams& arch) {
   return {};
 }
 
+// The model's layers, and those for multi-token prediction that may stand behind them.
+Expected<void> ReadLayerCounts(const GgufFile& file, const Architecture& architecture, HyperParams& h) {
+  MOEND_ASSIGN(h.n_blocks, file.Integer(Key(h, "block_count"), 1, kMaxLayers));
+  MOEND_ASSIGN(const int64_t predict, file.Integer(Key(h, "nextn_predict_layers"), 0, INT64_MAX, 0));
+  if (predict > 0 && !architecture.passes_prediction)
+    return Fail(ErrorCode::kUnsupported,
+                "{} has {} layers for multi-token prediction, which moend does not run", file.path(),
+                predict);
+  if (predict >= h.n_blocks)
+    return Fail(ErrorCode::kCorrupt, "{} has {} layers, of which {} are for multi-token prediction",
+                file.path(), h.n_blocks, predict);
+  h.n_layers = h.n_blocks - predict;
+  return {};
+}
+
 Expected<void> ReadHeads(const GgufFile& file, HyperParams& h) {
   const HyperParams& arch = h;
   const std::string& path = file.path();
-  MOEND_ASSIGN(h.n_heads, file.SameInteger(Key(arch, "attention.head_count"), h.n_layers, 1, kMaxWidth));
+  MOEND_ASSIGN(h.n_heads, file.SameInteger(Key(arch, "attention.head_count"), h.n_blocks, 1, kMaxWidth));
   MOEND_ASSIGN(h.n_kv_heads,
-               file.SameInteger(Key(arch, "attention.head_count_kv"), h.n_layers, 1, kMaxWidth, h.n_heads));
+               file.SameInteger(Key(arch, "attention.head_count_kv"), h.n_blocks, 1, kMaxWidth, h.n_heads));
   if (h.n_heads % h.n_kv_heads != 0)
     return Fail(ErrorCode::kCorrupt, "{}: {} query heads cannot share {} KV heads evenly", path, h.n_heads,
                 h.n_kv_heads);
@@ -126,9 +136,9 @@ Expected<HyperParams> ReadHyperParams(const GgufFile& file) {
   MOEND_ASSIGN(const std::string_view name, file.String("general.name", ""));
   h.name = Printable(name);
 
-  MOEND_ASSIGN(h.n_layers, file.Integer(Key(h, "block_count"), 1, kMaxLayers));
+  MOEND_TRY(ReadLayerCounts(file, *architecture, h));
   MOEND_ASSIGN(h.n_embd, file.Integer(Key(h, "embedding_length"), 1, kMaxWidth));
-  MOEND_ASSIGN(h.n_ff, file.SameInteger(Key(h, "feed_forward_length"), h.n_layers, 1, kMaxWidth));
+  MOEND_ASSIGN(h.n_ff, file.SameInteger(Key(h, "feed_forward_length"), h.n_blocks, 1, kMaxWidth));
   MOEND_ASSIGN(h.n_ctx_train, file.Integer(Key(h, "context_length"), 1, kMaxContext));
   MOEND_ASSIGN(h.rms_eps, file.Real(Key(h, "attention.layer_norm_rms_epsilon")));
   if (!(h.rms_eps >= 0.0f && h.rms_eps < 1.0f))

@@ -22,20 +22,41 @@ enum class QkNorm {
   kRow,    // all heads of a token together
 };
 
-// down(silu(gate(x)) * up(x)); with experts, the router takes the softmax of its logits and the n_used
-// largest.
+// Of the gate, which `up` is then multiplied by.
+enum class Activation {
+  kSilu,
+  kGelu,       // ggml's, by the tanh formula
+  kSwigluOai,  // gpt-oss: gate and up clamped at 7, gate * sigmoid(1.702 gate) * (up + 1)
+};
+
+// What a router makes of its logits; the n_used largest are chosen.
+enum class Router {
+  kSoftmax,          // of all
+  kSoftmaxOfChosen,  // of those chosen
+  kSigmoid,          // of each by itself
+};
+
+// down(activation(gate(x)) * up(x)).
 struct FfnParams {
-  int64_t n_ff = 0;          // of the dense network, or of one expert
-  bool fused = false;        // gate and up are the halves of one matrix
-  int64_t n_experts = 0;     // 0: dense
-  int64_t n_used = 0;        // experts a token goes through
-  bool normalize = false;    // the weights of those used add up to 1
-  int64_t n_ff_shared = 0;   // of an expert that all tokens go through beside; 0: none
-  bool shared_gate = false;  // whose output is weighed by a sigmoid
+  Activation activation = Activation::kSilu;
+  int64_t n_ff = 0;       // of the dense network, or of one expert
+  bool fused = false;     // gate and up are the halves of one matrix
+  int64_t n_experts = 0;  // 0: dense
+  int64_t n_used = 0;     // experts a token goes through
+  Router router = Router::kSoftmax;
+  bool expert_biases = false;   // of the router and of the experts' three matrices
+  bool selection_bias = false;  // a number an expert decides with its weight whether it is chosen
+  bool normalize = false;       // the weights of those used add up to 1
+  float weight_scale = 1.0f;    // that the weights are then multiplied by
+  int64_t n_ff_shared = 0;      // of an expert that all tokens go through beside; 0: none
+  bool shared_gate = false;     // whose output is weighed by a sigmoid
 };
 
 struct LayerParams {
   RopeParams rope;
+  int64_t window = 0;  // a sliding layer: a token sees the newest so many up to itself; 0: a full layer
+  float soft_cap = 0;  // a score s counts as soft_cap * tanh(s / soft_cap); 0: as it is
+  bool sinks = false;  // a learned logit a query head has its share of the softmax
   QkNorm qk_norm = QkNorm::kNone;
   bool post_norms =
       false;  // norms behind attention and feed-forward too, before they are added to the stream

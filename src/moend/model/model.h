@@ -13,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "moend/attention/params.h"
 #include "moend/base/error.h"
 #include "moend/model/layer_params.h"
 
@@ -24,19 +25,23 @@ struct OptionalTensors {
   bool logit_bias = false;
   bool rope_freqs = false;         // llama-3's frequency factors
   bool long_rope_factors = false;  // phi3's two lists of them
+  bool vision = false;             // parts for images, which are passed over: the text runs
 };
 
 struct HyperParams {
   std::string architecture_name, name;
+  int64_t n_blocks = 0;  // layers of the file: behind n_layers may be some for multi-token prediction
   int64_t n_layers = 0, n_embd = 0, n_ff = 0, n_vocab = 0, n_ctx_train = 0;
   int64_t n_heads = 0, n_kv_heads = 0, head_size = 0;  // of every layer
   float rms_eps = 1e-5f;
   float softmax_scale = 0;  // 1 / sqrt(head_size) unless the file says otherwise
   float embedding_scale = 1.0f, logit_scale = 1.0f;
+  float logit_soft_cap = 0;  // as LayerParams::soft_cap, of the logits
   QueryTemperature query_temperature;
   RopeParams rope;  // of layers that have RoPE
   OptionalTensors optional;
-  std::vector<LayerParams> layers;  // [n_layers]
+  const char* ffn_norm = "ffn_norm";  // the name in files of the norm in front of the feed-forward network
+  std::vector<LayerParams> layers;    // [n_layers]
 };
 
 // Weights of a layer; absent ones are null. Names as in GGUF (blk.N.attn_q.weight ...).
@@ -44,12 +49,16 @@ struct LayerWeights {
   ggml_tensor *attn_norm = nullptr, *wq = nullptr, *wk = nullptr, *wv = nullptr, *wo = nullptr;
   ggml_tensor *bq = nullptr, *bk = nullptr, *bv = nullptr, *bo = nullptr;
   ggml_tensor *q_norm = nullptr, *k_norm = nullptr;  // QkNorm
+  ggml_tensor* sinks = nullptr;                      // [n_heads]
   ggml_tensor* rope_freqs = nullptr;                 // factors that RoPE's frequencies are divided by
   ggml_tensor *attn_post_norm = nullptr, *ffn_post_norm = nullptr;
   ggml_tensor *ffn_norm = nullptr, *ffn_gate = nullptr, *ffn_up = nullptr, *ffn_down = nullptr;
   ggml_tensor *ffn_gate_b = nullptr, *ffn_up_b = nullptr, *ffn_down_b = nullptr;
   // Experts: [n_embd, n_experts]; [in, out, n_experts]; the shared one; [n_embd].
   ggml_tensor *router = nullptr, *gate_experts = nullptr, *up_experts = nullptr, *down_experts = nullptr;
+  // [n_experts]; [out, n_experts]
+  ggml_tensor *router_b = nullptr, *selection_b = nullptr, *gate_experts_b = nullptr, *up_experts_b = nullptr,
+              *down_experts_b = nullptr;
   ggml_tensor *gate_shared = nullptr, *up_shared = nullptr, *down_shared = nullptr, *shared_gate = nullptr;
 };
 
@@ -67,6 +76,7 @@ void ForEachWeight(const LayerWeights& w, F&& fn) {
                                w.bo,
                                w.q_norm,
                                w.k_norm,
+                               w.sinks,
                                w.attn_post_norm,
                                w.ffn_post_norm,
                                w.ffn_norm,
@@ -80,6 +90,11 @@ void ForEachWeight(const LayerWeights& w, F&& fn) {
                                w.gate_experts,
                                w.up_experts,
                                w.down_experts,
+                               w.router_b,
+                               w.selection_b,
+                               w.gate_experts_b,
+                               w.up_experts_b,
+                               w.down_experts_b,
                                w.gate_shared,
                                w.up_shared,
                                w.down_shared,
@@ -176,6 +191,13 @@ class Model {
   // (W'W) e is the square of what an error e of the head's attention does to the residual stream. Within some
   // percent.
   virtual std::vector<float> OutputGrams(int64_t layer) const = 0;
+  // How a layer's queries attend.
+  AttentionStyle Style(int64_t layer) const {
+    const LayerParams& p = hparams().layers[static_cast<std::size_t>(layer)];
+    const ggml_tensor* sinks = weights().layers[static_cast<std::size_t>(layer)].sinks;
+    return {hparams().softmax_scale, p.soft_cap, p.window,
+            sinks ? static_cast<const float*>(sinks->data) : nullptr};
+  }
   virtual int64_t file_bytes() const = 0;
   virtual int64_t repacked_bytes() const = 0;  // allocated for copies of weights
 };

@@ -96,6 +96,10 @@ class Binder {
   void Ignore(std::string_view name) {
     if (const GgufTensor* t = file_.FindTensor(name)) used_.insert(t->name);
   }
+  void IgnoreAll(std::string_view prefix) {
+    for (const GgufTensor& t : file_.tensors())
+      if (t.name.starts_with(prefix)) used_.insert(t.name);
+  }
 
  private:
   Expected<void> CheckType(const GgufTensor& t, Role role) const {
@@ -172,6 +176,18 @@ Expected<void> BindFfn(Binder& bind, const HyperParams& h, const FfnParams& f, c
                  bind.Required(name("ffn_up_exps.weight"), Role::kExperts, h.n_embd, f.n_ff, f.n_experts));
     MOEND_ASSIGN(w.down_experts,
                  bind.Required(name("ffn_down_exps.weight"), Role::kExperts, f.n_ff, h.n_embd, f.n_experts));
+    if (f.expert_biases) {
+      MOEND_ASSIGN(w.router_b, bind.Required(name("ffn_gate_inp.bias"), Role::kVector, f.n_experts));
+      MOEND_ASSIGN(w.gate_experts_b,
+                   bind.Required(name("ffn_gate_exps.bias"), Role::kVector, f.n_ff, f.n_experts));
+      MOEND_ASSIGN(w.up_experts_b,
+                   bind.Required(name("ffn_up_exps.bias"), Role::kVector, f.n_ff, f.n_experts));
+      MOEND_ASSIGN(w.down_experts_b,
+                   bind.Required(name("ffn_down_exps.bias"), Role::kVector, h.n_embd, f.n_experts));
+    }
+    if (f.selection_bias) {
+      MOEND_ASSIGN(w.selection_b, bind.Required(name("exp_probs_b.bias"), Role::kVector, f.n_experts));
+    }
     if (f.n_ff_shared == 0) return {};
     MOEND_ASSIGN(w.gate_shared,
                  bind.Required(name("ffn_gate_shexp.weight"), Role::kMatrix, h.n_embd, f.n_ff_shared));
@@ -200,6 +216,16 @@ Expected<void> BindFfn(Binder& bind, const HyperParams& h, const FfnParams& f, c
   return {};
 }
 
+// One that is no number would make every output one that is no number.
+Expected<void> CheckSinks(const GgufFile& file, const ggml_tensor* sinks) {
+  const auto* s = static_cast<const float*>(sinks->data);
+  for (int64_t i = 0; i < sinks->ne[0]; ++i)
+    if (!std::isfinite(s[i]))
+      return Fail(ErrorCode::kCorrupt, "{}: tensor {} holds {} at {}; sinks are finite", file.path(),
+                  sinks->name, s[i], i);
+  return {};
+}
+
 Expected<void> BindLayer(Binder& bind, const GgufFile& file, const HyperParams& h, int64_t layer,
                          LayerWeights& w) {
   const LayerParams& p = h.layers[static_cast<std::size_t>(layer)];
@@ -215,7 +241,11 @@ Expected<void> BindLayer(Binder& bind, const GgufFile& file, const HyperParams& 
     MOEND_ASSIGN(w.k_norm,
                  bind.Required(prefix + "attn_k_norm.weight", Role::kVector, row ? k_rows : h.head_size));
   }
-  MOEND_ASSIGN(w.ffn_norm, bind.Required(prefix + "ffn_norm.weight", Role::kVector, h.n_embd));
+  if (p.sinks) {
+    MOEND_ASSIGN(w.sinks, bind.Required(prefix + "attn_sinks.weight", Role::kVector, h.n_heads));
+    MOEND_TRY(CheckSinks(file, w.sinks));
+  }
+  MOEND_ASSIGN(w.ffn_norm, bind.Required(prefix + h.ffn_norm + ".weight", Role::kVector, h.n_embd));
   if (p.post_norms) {
     MOEND_ASSIGN(w.attn_post_norm,
                  bind.Required(prefix + "post_attention_norm.weight", Role::kVector, h.n_embd));
@@ -299,6 +329,9 @@ Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool re
     weights.rope_freqs = w.rope_freqs;
     w.layers.push_back(weights);
   }
+  if (h.optional.vision)
+    for (const char* prefix : {"v.", "mm."}) bind.IgnoreAll(prefix);
+  for (int64_t block = h.n_layers; block < h.n_blocks; ++block) bind.IgnoreAll(fmt::format("blk.{}.", block));
   MOEND_TRY(bind.RefuseUnused());
   MOEND_ASSIGN(out.repacked, repacker.Finish());
   return out;

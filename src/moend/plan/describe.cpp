@@ -16,9 +16,11 @@ namespace {
 constexpr double kMib = 1 << 20;
 
 std::string ModelLines(const Fingerprint& model) {
-  return fmt::format("{}\n{}, {} layers, {} KV heads of {}\n",
+  const auto sliding = std::ranges::count_if(model.windows, [](int64_t window) { return window > 0; });
+  return fmt::format("{}\n{}, {} layers{}, {} KV heads of {}\n",
                      model.name.empty() ? "a nameless model" : Printable(model.name, 60),
-                     Printable(model.architecture, 16), model.n_layers, model.shape.n_kv_heads,
+                     Printable(model.architecture, 16), model.n_layers,
+                     sliding > 0 ? fmt::format(" of which {} slide", sliding) : "", model.shape.n_kv_heads,
                      model.shape.head_size);
 }
 
@@ -52,12 +54,14 @@ std::string Spread(const Profile& profile, const Expert& expert, double ProfileC
   if (it == profile.experts.end()) return "";
   const auto e = static_cast<std::size_t>(it - profile.experts.begin());
   double least = HUGE_VAL, most = 0;
-  for (const auto& row : profile.cells) {
+  for (std::size_t l = 0; l < profile.cells.size(); ++l) {
+    const auto& row = profile.cells[l];
+    if (profile.model.window(static_cast<int64_t>(l)) > 0) continue;
     if (e >= row.size()) return "";
     least = std::min(least, row[e].*metric);
     most = std::max(most, row[e].*metric);
   }
-  return least > 0 ? fmt::format("{:.3g}x", most / least) : "";
+  return least > 0 && most > 0 ? fmt::format("{:.3g}x", most / least) : "";
 }
 
 // How different the layers are, one axis at a time while the other two are left at their best.
@@ -104,6 +108,15 @@ std::string Bar(double share, int width, bool color) {
   return color && length > 0 ? fmt::format("\x1b[48;5;161m{}\x1b[0m", blocks) : blocks;
 }
 
+// A sliding layer, which no plan compresses.
+std::string SlidingRow(const Plan& plan, int64_t layer) {
+  const int64_t window = plan.model.window(layer);
+  const auto bytes = WindowBytes(plan.model.shape, window, plan.context_length);
+  return fmt::format("{:>5}  {:>8}  {:>9}  {:>6}  {:>6}  {:>10}\n", layer, "window",
+                     std::min(window, plan.context_length), 16, 16,
+                     bytes ? fmt::format("{:.3f}", static_cast<double>(*bytes) / kMib) : "?");
+}
+
 // A layer, or one KV head of it. A loss of NaN is not shown.
 std::string Row(const Plan& plan, const std::string& name, const Expert& e, int64_t n_heads, double loss,
                 int64_t score_bytes, double most, int bar_width, bool color) {
@@ -123,8 +136,10 @@ std::string Totals(const Plan& plan) {
   double kept = 0;  // numbers, of K and V
   for (int64_t l = 0; l < std::ssize(plan.layers); ++l)
     for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h)
-      kept += static_cast<double>(KeptTokens(plan.expert(l, h).keep, plan.guard, plan.context_length)) * 2.0 *
-              static_cast<double>(plan.model.shape.head_size);
+      kept += static_cast<double>(plan.model.window(l) > 0
+                                      ? std::min(plan.model.window(l), plan.context_length)
+                                      : KeptTokens(plan.expert(l, h).keep, plan.guard, plan.context_length)) *
+              2.0 * static_cast<double>(plan.model.shape.head_size);
   const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / kMib; };
   std::string out = fmt::format("{:.3f} MiB of {:.3f} MiB uncompressed", mib(plan.bytes), mib(full));
   if (plan.bytes > 0 && kept > 0) {
@@ -172,6 +187,10 @@ std::string DescribePlan(const Plan& plan, const TextStyle& style) {
   const int64_t score_bytes = ScoreBytes(plan);
   const int64_t heads = plan.heads.empty() ? 0 : plan.model.shape.n_kv_heads;
   for (int64_t l = 0; l < std::ssize(plan.layers); ++l) {
+    if (plan.model.window(l) > 0) {
+      out += SlidingRow(plan, l);
+      continue;
+    }
     // A layer whose heads are routed one by one is its heads' rows.
     for (int64_t h = 0; h < heads; ++h) {
       const double loss =

@@ -69,6 +69,11 @@ std::string Panel(const Profile& profile, std::span<const Group> groups, int cel
   out += Line("V bits", groups, cell, [&](std::size_t e) { return digit(profile.experts[e].v_bits); });
   for (std::size_t l = 0; l < profile.cells.size(); ++l) {
     const auto& row = profile.cells[l];
+    if (const int64_t window = profile.model.window(static_cast<int64_t>(l)); window > 0) {
+      out +=
+          fmt::format("{:<{}}sees the newest {} tokens only\n", fmt::format("layer {}", l), kLabel, window);
+      continue;
+    }
     out += Line(fmt::format("layer {}", l), groups, cell, [&](std::size_t e) {
       return e < row.size() ? scale.Cells(row[e].*metric, cell)
                             : std::string(static_cast<std::size_t>(cell), ' ');

@@ -68,6 +68,14 @@ Expected<Fingerprint> ReadFingerprint(const JsonNode& node) {
   MOEND_ASSIGN(model.hash, hash.Text(1024));
   if (!IsHash(model.hash))
     return hash.Wrong("is \"{}\", where 16 hex digits are needed", Printable(model.hash, 40));
+  if (!node.Has("windows")) return model;
+  MOEND_ASSIGN(const JsonNode windows, node.At("windows"));
+  MOEND_ASSIGN(const int64_t n, windows.Size());
+  if (n != model.n_layers) return windows.Wrong("has {} layers; n_layers is {}", n, model.n_layers);
+  for (int64_t l = 0; l < n; ++l) {
+    MOEND_ASSIGN(const JsonNode element, windows.At(l));
+    MOEND_ASSIGN(model.windows.emplace_back(), element.Int(0, kMaxWindow));
+  }
   return model;
 }
 
@@ -90,9 +98,11 @@ Expected<Expert> ReadExpert(const JsonNode& node) {
 }
 
 ordered_json Write(const Fingerprint& model) {
-  return {{"architecture", model.architecture}, {"name", model.name},
-          {"n_layers", model.n_layers},         {"n_kv_heads", model.shape.n_kv_heads},
-          {"head_size", model.shape.head_size}, {"hash", model.hash}};
+  ordered_json object = {{"architecture", model.architecture}, {"name", model.name},
+                         {"n_layers", model.n_layers},         {"n_kv_heads", model.shape.n_kv_heads},
+                         {"head_size", model.shape.head_size}, {"hash", model.hash}};
+  if (!model.windows.empty()) object["windows"] = model.windows;
+  return object;
 }
 
 ordered_json Write(const Protected& guard) {

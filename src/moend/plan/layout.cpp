@@ -138,6 +138,15 @@ Expected<int64_t> LayerBytes(const KvShape& shape, const Expert& expert, const P
   return shape.n_kv_heads * head;
 }
 
+Expected<int64_t> WindowBytes(const KvShape& shape, int64_t window, int64_t n_tokens) {
+  const Protected newest{0, window};
+  MOEND_TRY(CheckCacheConfig(shape, Expert{}, newest));
+  if (n_tokens < 0 || n_tokens > kMaxTokens)
+    return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; 0 to {} are", n_tokens,
+                kMaxTokens);
+  return FullLayerBytes(shape, std::min(RawCapacity(newest), RoundUp(n_tokens, kRawBlockTokens)));
+}
+
 int64_t FullLayerBytes(const KvShape& shape, int64_t n_tokens) {
   return n_tokens * shape.n_kv_heads * shape.head_size * 2 * kHalfBytes;
 }

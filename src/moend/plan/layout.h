@@ -87,6 +87,10 @@ int64_t BitmapBytes(int64_t n_tokens);
 Expected<int64_t> LayerBytes(const KvShape& shape, const Expert& expert, const Protected& guard,
                              int64_t n_tokens, int64_t score_bytes);
 
+// The same of a sliding layer, whose tokens see the newest `window` up to themselves: those at 16 bit and the
+// kPackTokens that are about to be dropped, and nothing else.
+Expected<int64_t> WindowBytes(const KvShape& shape, int64_t window, int64_t n_tokens);
+
 // Bytes of the uncompressed cache that ratios are measured against: n_tokens x K and V at 16 bit, nothing
 // else.
 int64_t FullLayerBytes(const KvShape& shape, int64_t n_tokens);

@@ -1,6 +1,7 @@
 #include "moend/plan/plan.h"
 
 #include <algorithm>
+#include <span>
 
 #include "moend/base/file.h"
 #include "moend/plan/json_fields.h"
@@ -12,9 +13,11 @@ namespace {
 constexpr double kMaxLoss = 1e30;
 
 std::string Describe(const Fingerprint& model) {
-  return fmt::format("{} ({}, {} layers, {} KV heads of {}, hash {})",
+  const auto sliding = std::ranges::count_if(model.windows, [](int64_t window) { return window > 0; });
+  return fmt::format("{} ({}, {} layers{}, {} KV heads of {}, hash {})",
                      model.name.empty() ? "a nameless model" : Printable(model.name),
-                     Printable(model.architecture), model.n_layers, model.shape.n_kv_heads,
+                     Printable(model.architecture), model.n_layers,
+                     sliding > 0 ? fmt::format(", {} of them sliding", sliding) : "", model.shape.n_kv_heads,
                      model.shape.head_size, Printable(model.hash, 16));
 }
 
@@ -93,6 +96,7 @@ Expected<Plan> ParsePlan(const std::string& json, const std::string& source) {
   MOEND_ASSIGN(plan.bytes, bytes.Int(0, INT64_MAX));
   MOEND_ASSIGN(const JsonNode layers, root.At("layers"));
   MOEND_TRY(ReadLayers(layers, plan));
+  MOEND_TRY(CheckSlidingLayers(plan, source));
   for (const auto& [key, member] :
        {std::pair{"adaptive_heads", &Plan::adaptive_heads}, {"refit", &Plan::refit}}) {
     if (!root.Has(key)) continue;
@@ -152,6 +156,25 @@ bool Evicts(const Plan& plan) {
          std::any_of(plan.heads.begin(), plan.heads.end(), evicts);
 }
 
+Expected<void> CheckSlidingLayers(const Plan& plan, const std::string& source) {
+  for (int64_t l = 0; l < std::min(std::ssize(plan.layers), std::ssize(plan.model.windows)); ++l) {
+    if (plan.model.window(l) == 0) continue;
+    bool full = plan.layers[static_cast<std::size_t>(l)] == Expert{};
+    for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h) full = full && plan.expert(l, h) == Expert{};
+    if (!full)
+      return Fail(ErrorCode::kMismatch,
+                  "{} compresses layer {}, which sees the newest {} tokens only and remembers those as they "
+                  "are: its expert must keep all of them at 16 bit",
+                  source, l, plan.model.window(l));
+  }
+  return {};
+}
+
+void CompressAlike(Plan& plan, const Expert& expert) {
+  for (std::size_t l = 0; l < plan.layers.size(); ++l)
+    if (plan.model.window(static_cast<int64_t>(l)) == 0) plan.layers[l] = expert;
+}
+
 Plan FullPlan(const Fingerprint& model, int64_t context_length) {
   Plan plan;
   plan.model = model;
@@ -168,9 +191,13 @@ Plan FullPlan(const Fingerprint& model, int64_t context_length) {
 Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_bytes) {
   const bool by_head = !plan.heads.empty();
   const KvShape shape = by_head ? KvShape{1, plan.model.shape.head_size} : plan.model.shape;
+  const auto rows = by_head ? std::span(plan.heads) : std::span(plan.layers);
   int64_t total = 0;
-  for (const Expert& expert : by_head ? plan.heads : plan.layers) {
-    MOEND_ASSIGN(const int64_t bytes, LayerBytes(shape, expert, plan.guard, n_tokens, score_bytes));
+  for (int64_t i = 0; i < std::ssize(rows); ++i) {
+    const int64_t window = plan.model.window(by_head ? i / plan.model.shape.n_kv_heads : i);
+    MOEND_ASSIGN(const int64_t bytes, window > 0 ? WindowBytes(shape, window, n_tokens)
+                                                 : LayerBytes(shape, rows[static_cast<std::size_t>(i)],
+                                                              plan.guard, n_tokens, score_bytes));
     if (__builtin_add_overflow(total, bytes, &total))
       return Fail(ErrorCode::kInvalidArgument,
                   "a cache of {} tokens in {} layers has too many bytes to count", n_tokens,
@@ -181,7 +208,12 @@ Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_by
 
 int64_t FullBytes(const Fingerprint& model, int64_t n_tokens) {
   int64_t total = 0;
-  if (__builtin_mul_overflow(FullLayerBytes(model.shape, n_tokens), model.n_layers, &total)) return INT64_MAX;
+  const int64_t full = model.n_layers - std::ssize(model.windows);
+  if (__builtin_mul_overflow(FullLayerBytes(model.shape, n_tokens), full, &total)) return INT64_MAX;
+  for (const int64_t window : model.windows) {
+    const int64_t seen = window > 0 ? std::min(window, n_tokens) : n_tokens;
+    if (__builtin_add_overflow(total, FullLayerBytes(model.shape, seen), &total)) return INT64_MAX;
+  }
   return total;
 }
 

@@ -31,6 +31,13 @@ struct Fingerprint {
   KvShape shape;
   std::string
       hash;  // 16 hex digits over the hyper-parameters, tensor names, types, shapes and samples of their data
+  // Of each layer: the newest tokens that a sliding layer sees, 0 for a full one; empty where all are full.
+  // A sliding layer remembers its window at 16 bit: it is no matter of plans, whose expert for it is
+  // Expert{}.
+  std::vector<int64_t> windows = {};
+  int64_t window(int64_t layer) const {
+    return windows.empty() ? 0 : windows[static_cast<std::size_t>(layer)];
+  }
   bool operator==(const Fingerprint&) const = default;
 };
 
@@ -51,13 +58,20 @@ struct ProfileCell {
 };
 
 // How a Profile's losses were measured: by the logits of runs with one row compressed at a time, or by what
-// compression does to the queries of a repetition (calibrate/reconstruction.h), of which kl has no unit.
+// compression does to the queries of a repetition (calibrate/reconstruction.h), of which kl has no unit until
+// it is weighted by sensitivities.
 enum class ProfileMethod { kLogits, kReconstruction };
 
 // A whole plan, predicted by the profile and measured on text.
 struct ProfileCheck {
   double compression = 0, predicted = 0;
   double measured = 0;  // mean KL(full || compressed) in nats a token
+};
+
+// Of KV heads compressed alone (calibrate/sensitivity.h): the losses that were predicted from their errors,
+// and the KL(full || compressed) that was measured, each summed over the probed texts.
+struct Sensitivity {
+  double error = 0, kl = 0;
 };
 
 struct Profile {
@@ -77,6 +91,9 @@ struct Profile {
   // The same for a single KV head compressed alone: [layer * n_kv_heads + head][expert]; empty when not
   // measured.
   std::vector<std::vector<ProfileCell>> head_cells;
+  // [layer * n_kv_heads + head], by which the kl of the cells is weighted; empty when not measured.
+  std::vector<Sensitivity> sensitivity;
+  int64_t probed = 0;                         // texts that these are sums over
   std::vector<ProfileCheck> checks;           // by ascending prediction; may be empty
   std::shared_ptr<const QueryStats> queries;  // null in profiles of older versions
 };
@@ -138,10 +155,16 @@ Expected<void> CheckSameModel(const Fingerprint& made_for, const Fingerprint& ru
 // Whether any layer or KV head gives tokens up.
 bool Evicts(const Plan& plan);
 
+// kMismatch, naming the layer, for a plan that compresses a sliding one.
+Expected<void> CheckSlidingLayers(const Plan& plan, const std::string& source);
+
+// Gives every layer that can be compressed the expert.
+void CompressAlike(Plan& plan, const Expert& expert);
+
 // A plan that compresses nothing.
 Plan FullPlan(const Fingerprint& model, int64_t context_length);
 
-// Sum of LayerBytes over the layers / of FullLayerBytes.
+// Sum of LayerBytes over the layers / of FullLayerBytes; sliding layers by their windows in both.
 Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_bytes);
 int64_t FullBytes(const Fingerprint& model, int64_t n_tokens);
 

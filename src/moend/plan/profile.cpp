@@ -78,6 +78,27 @@ Expected<void> ReadChecks(const JsonNode& node, std::vector<ProfileCheck>& check
   return {};
 }
 
+// sensitivity: {texts, error: one number a KV head, kl: likewise}
+Expected<void> ReadSensitivity(const JsonNode& node, Profile& profile) {
+  MOEND_ASSIGN(const JsonNode texts, node.At("texts"));
+  MOEND_ASSIGN(profile.probed, texts.Int(1, kMaxChunks));
+  if (profile.head_cells.empty()) return node.Wrong("is of KV heads, of which the profile has no losses");
+  profile.sensitivity.resize(profile.head_cells.size());
+  for (const auto& [key, member] :
+       {std::pair{"error", &Sensitivity::error}, std::pair{"kl", &Sensitivity::kl}}) {
+    MOEND_ASSIGN(const JsonNode numbers, node.At(key));
+    MOEND_ASSIGN(const int64_t n, numbers.Size());
+    if (n != std::ssize(profile.sensitivity))
+      return numbers.Wrong("has {} numbers; needed: one for each of the {} KV heads", n,
+                           profile.sensitivity.size());
+    for (int64_t row = 0; row < n; ++row) {
+      MOEND_ASSIGN(const JsonNode number, numbers.At(row));
+      MOEND_ASSIGN(profile.sensitivity[static_cast<std::size_t>(row)].*member, number.Real(0, kMaxLoss));
+    }
+  }
+  return {};
+}
+
 }  // namespace
 
 const char* Name(ProfileMethod method) {
@@ -150,6 +171,10 @@ Expected<Profile> ParseProfile(const std::string& json, const std::string& sourc
       profile.head_cells.push_back(std::move(head_cells));
     }
   }
+  if (root.Has("sensitivity")) {
+    MOEND_ASSIGN(const JsonNode sensitivity, root.At("sensitivity"));
+    MOEND_TRY(ReadSensitivity(sensitivity, profile));
+  }
   if (root.Has("checks")) {
     MOEND_ASSIGN(const JsonNode checks, root.At("checks"));
     MOEND_TRY(ReadChecks(checks, profile.checks));
@@ -179,6 +204,13 @@ std::string ToJson(const Profile& profile) {
                                    {"chunks_wanted", profile.chunks_wanted},
                                    {"experts", std::move(experts)},
                                    {"layers", std::move(layers)}};
+  if (!profile.sensitivity.empty()) {
+    auto& sensitivity = object["sensitivity"] = {{"texts", profile.probed}};
+    for (const Sensitivity& s : profile.sensitivity) {
+      sensitivity["error"].push_back(s.error);
+      sensitivity["kl"].push_back(s.kl);
+    }
+  }
   for (const ProfileCheck& check : profile.checks)
     object["checks"].push_back({{"compression", check.compression},
                                 {"predicted", check.predicted},
@@ -195,6 +227,11 @@ Expected<void> SaveProfile(const Profile& profile, const std::string& path) {
           return Fail(ErrorCode::kInvalidArgument,
                       "{} is not written: row {} of its losses has kl {} and l2 {}, which are no losses",
                       path, row, cell.kl, cell.l2);
+  for (const Sensitivity& s : profile.sensitivity)
+    if (!std::isfinite(s.error) || !std::isfinite(s.kl))
+      return Fail(ErrorCode::kInvalidArgument,
+                  "{} is not written: a KV head's sensitivity has error {} and kl {}, which are no losses",
+                  path, s.error, s.kl);
   for (const ProfileCheck& check : profile.checks)
     if (!std::isfinite(check.predicted) || !std::isfinite(check.measured))
       return Fail(ErrorCode::kInvalidArgument,

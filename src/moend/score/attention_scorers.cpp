@@ -11,14 +11,18 @@ namespace {
 // The last `tokens` tokens of the observed queries, fewer if there are fewer.
 QueryRows Newest(const QueryRows& q, int64_t tokens, int64_t head_size) {
   const int64_t rows = std::min(q.rows / q.group, std::max<int64_t>(tokens, 0)) * q.group;
-  return {q.q + (q.rows - rows) * head_size, rows, q.group};
+  QueryRows newest = q;
+  newest.q = q.q + (q.rows - rows) * head_size;
+  newest.rows = rows;
+  return newest;
 }
 
 class OwnedState {
  public:
-  OwnedState(int64_t rows, int64_t head_size) : values_(static_cast<std::size_t>(rows * (head_size + 2))) {
-    state_ = {values_.data() + 2 * rows, values_.data(), values_.data() + rows};
-    ResetState(state_, rows, head_size);
+  OwnedState(const QueryRows& q, int64_t head_size)
+      : values_(static_cast<std::size_t>(q.rows * (head_size + 2))) {
+    state_ = {values_.data() + 2 * q.rows, values_.data(), values_.data() + q.rows};
+    InitState(state_, q, head_size);
   }
   SoftmaxState get() const { return state_; }
 
@@ -35,7 +39,7 @@ int64_t SumPrefill(const PrefillScoreInput& in, int64_t tokens, std::span<float>
   std::fill(sums.begin(), sums.end(), 0.0f);
   if (q.rows == 0) return 0;
   const int64_t first = n - q.rows / q.group;
-  const OwnedState state(q.rows, d);
+  const OwnedState state(q, d);
   simd::AttendCausal(in.kv, first, q, state.get(), in.workspace);
   simd::ColumnSumsCausal(in.kv, first, 0, n, q, state.get().max, state.get().sum, sums.data(), in.workspace);
   return q.rows / q.group;
@@ -48,7 +52,7 @@ void SumCached(const CachedScoreInput& in, int64_t tokens, std::span<float> sums
   const QueryRows q = Newest(in.observed, tokens, d);
   std::fill(sums.begin(), sums.end(), 0.0f);
   if (q.rows == 0) return;
-  const OwnedState state(q.rows, d);
+  const OwnedState state(q, d);
   simd::AttendStream(in.kv, 0, in.kv.n_pages, true, q, state.get(), in.workspace);
   simd::ColumnSumsStream(in.kv, q, state.get().max, state.get().sum, sums.data(), in.workspace);
 }

@@ -122,6 +122,7 @@ class EngineBackend : public Backend {
       bytes += HeadBytes(e, n_tokens) + kSlackPages * PageBytes(e);
       evicts |= e.keep < 1;
     });
+    bytes += SlidingBytes(n_tokens);
     // Queries that are observed before an eviction.
     if (evicts)
       bytes += std::min<int64_t>(kDecodeObserved, needs_.observed_queries) * QueryBytes() *
@@ -154,7 +155,7 @@ class EngineBackend : public Backend {
 
   int64_t CompressScratch(int64_t n_tokens) const override {
     // Pages that a fork shares stay where they are: in the worst case the smaller copy is all extra.
-    int64_t bytes = 0;
+    int64_t bytes = SlidingBytes(n_tokens);
     ForEachHead([&](const Expert& e) { bytes += HeadBytes(e, n_tokens) + PageBytes(e); });
     return bytes;
   }
@@ -181,10 +182,18 @@ class EngineBackend : public Backend {
     return add_generation_prompt ? text + "Answer:" : text;
   }
 
+  // The heads of full layers.
   template <class F>
   void ForEachHead(F&& f) const {
     for (int64_t l = 0; l < std::ssize(plan_.layers); ++l)
-      for (int64_t h = 0; h < plan_.model.shape.n_kv_heads; ++h) f(plan_.expert(l, h));
+      for (int64_t h = 0; h < plan_.model.shape.n_kv_heads && plan_.model.window(l) == 0; ++h)
+        f(plan_.expert(l, h));
+  }
+  int64_t SlidingBytes(int64_t n_tokens) const {
+    int64_t bytes = 0;
+    for (const int64_t window : plan_.model.windows)
+      if (window > 0) bytes += WindowBytes(plan_.model.shape, window, n_tokens).value_or(0);
+    return bytes;
   }
   int64_t HeadBytes(const Expert& e, int64_t n_tokens) const {
     const KvShape head{1, plan_.model.shape.head_size};

@@ -98,6 +98,8 @@ ApiResult<void> ReadFraming(RequestHead& head, const Limits& limits) {
     }
   }
   if (has_length && has_encoding) return Refuse(400, "both Content-Length and Transfer-Encoding");
+  // RFC 9112, 6.1: who speaks 1.0 cannot mean it, and others on the way may have read the end elsewhere.
+  if (head.http10 && has_encoding) return Refuse(400, "HTTP/1.0 has no Transfer-Encoding");
   if (head.content_length > limits.body_bytes)
     return std::unexpected(
         ApiError{.status = 413,

@@ -130,14 +130,16 @@ class Job {
         least, ratio(least));
   }
 
-  // Gives every layer the expert and predicts its loss; a profile without such bits predicts nothing.
+  // Gives every layer that can be compressed the expert and predicts its loss; a profile without such bits
+  // predicts nothing.
   void SetAll(const Expert& expert) {
     Plan& plan = solution_.plan;
-    plan.layers.assign(losses_.size(), expert);
+    plan.layers.assign(losses_.size(), Expert{});
+    CompressAlike(plan, expert);
     plan.predicted.clear();
     solution_.loss = 0;
-    for (const auto& losses : losses_) {
-      const auto loss = LossAt(profile_.experts, losses, expert);
+    for (std::size_t l = 0; l < losses_.size(); ++l) {
+      const auto loss = LossAt(profile_.experts, losses_[l], plan.layers[l]);
       if (!loss) {
         plan.predicted.clear();
         solution_.loss = std::numeric_limits<double>::quiet_NaN();
@@ -170,6 +172,12 @@ class Job {
     if (fits == none) return TooSmall(least);
     SetAll({static_cast<double>(fits) / kKeepSteps, k_bits, v_bits});
     return {};
+  }
+
+  // The window of the layer that a row of losses_ is about, 0 for a full one.
+  int64_t Window(std::size_t row) const {
+    return WindowOfRow(profile_.model, request_.variant == Variant::k2dHeads ? Rows::kHeads : Rows::kLayers,
+                       row);
   }
 
   // What one row of losses_ is about: a layer, or one of its KV heads.
@@ -206,9 +214,15 @@ class Job {
                   request_.min_keep, profile_.experts.back().keep);
     MOEND_ASSIGN(const std::vector<int64_t> bytes, ExpertBytes(experts));
     const int64_t least = *std::min_element(bytes.begin(), bytes.end());
-    const int64_t rows = std::ssize(losses_);
-    if (least > solution_.plan.budget_bytes / rows) return TooSmall(least * rows);
-    return {};
+    int64_t total = 0;
+    for (std::size_t row = 0; row < losses_.size(); ++row) {
+      int64_t of_row = least;
+      if (const int64_t window = Window(row); window > 0) {
+        MOEND_ASSIGN(of_row, WindowBytes(RowShape(), window, request_.context_length));
+      }
+      if (__builtin_add_overflow(total, of_row, &total)) total = INT64_MAX;
+    }
+    return total > solution_.plan.budget_bytes ? Expected<void>(TooSmall(total)) : Expected<void>();
   }
 
   // Any of `experts`, a part of the profile's, in any layer.
@@ -221,9 +235,14 @@ class Job {
       column.push_back(static_cast<std::size_t>(it - profile_.experts.begin()));
     }
     std::vector<std::vector<Choice>> items;
-    for (const auto& losses : losses_) {
-      auto& layer = items.emplace_back();
-      for (std::size_t e = 0; e < experts.size(); ++e) layer.push_back({bytes[e], losses[column[e]]});
+    for (std::size_t row = 0; row < losses_.size(); ++row) {
+      auto& choices = items.emplace_back();
+      if (const int64_t window = Window(row); window > 0) {  // nothing to choose
+        MOEND_ASSIGN(const int64_t b, WindowBytes(RowShape(), window, request_.context_length));
+        choices.push_back({b, 0});
+        continue;
+      }
+      for (std::size_t e = 0; e < experts.size(); ++e) choices.push_back({bytes[e], losses_[row][column[e]]});
     }
     Plan& plan = solution_.plan;
     MOEND_ASSIGN(const std::vector<int> chosen,
@@ -234,7 +253,7 @@ class Job {
     solution_.loss = 0;
     for (std::size_t l = 0; l < items.size(); ++l) {
       const auto e = static_cast<std::size_t>(chosen[l]);
-      plan.layers.push_back(experts[e]);
+      plan.layers.push_back(Window(l) > 0 ? Expert{} : experts[e]);
       plan.predicted.push_back(items[l][e].loss);
       solution_.loss += items[l][e].loss;
     }
@@ -293,6 +312,21 @@ Expected<Solution> WithAffordableFloor(const Profile& profile, const SolveReques
 }
 
 }  // namespace
+
+void CompressFullLayers(const Fingerprint& model, double compression, SolveRequest& request) {
+  request.compression = model.windows.empty() ? compression : 0;
+  request.budget_bytes = 0;
+  if (model.windows.empty()) return;
+  const int64_t n = request.context_length;
+  int64_t windows = 0, full = 0;
+  for (int64_t l = 0; l < model.n_layers; ++l) {
+    const int64_t window = model.window(l);
+    (window > 0 ? windows : full) +=
+        window > 0 ? WindowBytes(model.shape, window, n).value_or(0) : FullLayerBytes(model.shape, n);
+  }
+  request.budget_bytes =
+      std::max<int64_t>(1, windows + static_cast<int64_t>(static_cast<double>(full) / compression));
+}
 
 void SumUpHeads(Plan& plan) {
   const auto n = static_cast<std::ptrdiff_t>(plan.model.shape.n_kv_heads);

@@ -66,6 +66,11 @@ struct SolveRequest {
   // route eviction then have none.
   double floor_price = 0;
 };
+// Asks for full layers that are `compression` times smaller than at 16 bit; sliding layers, as they always
+// are, come on top. Where all layers are full that is request.compression. request.context_length is set
+// before.
+void CompressFullLayers(const Fingerprint& model, double compression, SolveRequest& request);
+
 // What `moend` takes where no floor is asked for. Predictions so near to each other hardly tell plans
 // apart, and of two such plans the one that forgets less is the safer; docs/results.md has the answers with
 // and without.

@@ -1,7 +1,7 @@
 // Decode attention on an NVIDIA GPU (compute capability 8.0 or newer): all contexts, KV heads and page ranges
 // of a layer in one launch, straight over pages in the format of plan/layout.h. The meaning is that of
-// AttendStream() followed by Finish() (attention/attention.h), with every row of a stream seeing its live
-// paged tokens and its raw tokens; beyond it a sliding window, a soft cap and attention sinks (work.h).
+// InitState(), AttendStream() and Finish() (attention/attention.h), window, soft cap and sinks of QueryRows
+// included; beyond it, rows may be several tokens of which each sees its own past only (Stream::own).
 //
 //     streams of the layer ─► MakeWorkPlan() ─► items, bins, outputs ─► device memory ─► Attend()
 //

@@ -11,7 +11,6 @@
 namespace moend::cuda {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr int64_t kMaxRowsOfStream = 4096;
 inline constexpr float kNoScore = -INFINITY;
 // Sums of 16-bit V are in units of 2^-14, so that probabilities fill the range of half floats.
 inline constexpr float kHalfUnit = 0x1p-14f;
@@ -329,9 +328,6 @@ struct WarpWork {
     LoadUnits(rows.unit, scale);
     CapScores(s, scale);
     if (~live != 0) Hide<S>(s, map, [&](int, int, int token) { return (live >> token & 1) != 0; });
-    const int64_t hidden = stream.first_slot - int64_t{index} * kUnitTokens;
-    if (hidden > -kMaxRowsOfStream)
-      Hide<S>(s, map, [&](int n, int i, int token) { return token >= hidden + Token(n, i); });
     state.Softmax(s, scale);
 
     if (stream.v_bits == 16) {
@@ -380,7 +376,8 @@ struct WarpWork {
     const int own = stream.own, end = task.item.raw_end;
     Hide<S>(s, map, [&](int n, int i, int token) {
       const int at = first + token;
-      return token < kRawUnitTokens && at < end && (own == 0 || at < stream.n_raw - own + 1 + Token(n, i));
+      return token < kRawUnitTokens && at < end && at >= stream.first_raw + Token(n, i) &&
+             (own == 0 || at < stream.n_raw - own + 1 + Token(n, i));
     });
     state.Softmax(s, scale);
     StoreWeights<S>(s, ProbabilityOffsets(map, 16, lane), lane, state, p);

@@ -14,8 +14,8 @@ constexpr int64_t kUnitCost = 2048;
 
 struct Cost {
   int64_t page = 0, raw = 0;     // of a page, of kRawUnitTokens raw tokens
-  int64_t first = 0;             // page that is seen
-  int64_t pages = 0, units = 0;  // from there: pages, pages and raw units
+  int64_t pages = 0, units = 0;  // pages, pages and raw units
+  int64_t first_raw = 0;         // token of the first of these units
   int64_t total() const { return pages * page + (units - pages) * raw; }
 };
 
@@ -32,13 +32,16 @@ Expected<Cost> CostOf(const Stream& s, int64_t head_size) {
   if (s.own < 0 || s.own > s.n_raw)
     return Fail(ErrorCode::kInvalidArgument, "{} raw tokens of the queries' own, of {} in all", s.own,
                 s.n_raw);
+  if (s.first_raw != kNoWindow && s.n_pages > 0)
+    return Fail(ErrorCode::kInvalidArgument,
+                "a stream of {} pages is seen through a window; only raw tokens are", s.n_pages);
   MOEND_ASSIGN(const PageLayout layout, MakePageLayout(head_size, s.k_bits, s.v_bits));
   Cost cost;
   cost.page = layout.bytes + kUnitCost;
   cost.raw = head_size * kRawUnitTokens * 4 + kUnitCost;
-  cost.first = std::clamp<int64_t>(s.first_slot / kUnitTokens, 0, s.n_pages);
-  cost.pages = s.n_pages - cost.first;
-  cost.units = cost.pages + RoundUp(s.n_raw, kRawUnitTokens) / kRawUnitTokens;
+  cost.pages = s.n_pages;
+  cost.first_raw = std::clamp<int64_t>(s.first_raw, 0, s.n_raw) / kRawUnitTokens * kRawUnitTokens;
+  cost.units = cost.pages + RoundUp(s.n_raw - cost.first_raw, kRawUnitTokens) / kRawUnitTokens;
   return cost;
 }
 
@@ -117,12 +120,14 @@ Expected<WorkPlan> MakeWorkPlan(std::span<const Stream> streams, int64_t head_si
         Item item;
         item.stream = static_cast<int32_t>(i);
         item.output = static_cast<int32_t>(plan.outputs.size());
-        item.page_begin = static_cast<int32_t>(cost.first + std::min(done, cost.pages));
-        item.page_end = static_cast<int32_t>(cost.first + std::min(upto, cost.pages));
-        item.raw_begin =
-            static_cast<int32_t>(std::min(s.n_raw, std::max<int64_t>(done - cost.pages, 0) * kRawUnitTokens));
-        item.raw_end =
-            static_cast<int32_t>(std::min(s.n_raw, std::max<int64_t>(upto - cost.pages, 0) * kRawUnitTokens));
+        const auto raw_at = [&](int64_t units_done) {
+          const int64_t raw = std::max<int64_t>(units_done - cost.pages, 0) * kRawUnitTokens;
+          return static_cast<int32_t>(std::min(s.n_raw, cost.first_raw + raw));
+        };
+        item.page_begin = static_cast<int32_t>(std::min(done, cost.pages));
+        item.page_end = static_cast<int32_t>(std::min(upto, cost.pages));
+        item.raw_begin = raw_at(done);
+        item.raw_end = raw_at(upto);
         item.slot = plan.n_slots++;
         item.row_begin = static_cast<int32_t>(row);
         item.row_count = row_count;

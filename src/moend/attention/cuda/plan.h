@@ -27,7 +27,7 @@ Stream StreamOf(const PageLayout& layout);
 // The id of the page at `offset` bytes behind the pool's base. kInvalidArgument where a page cannot lie.
 Expected<uint32_t> PageId(int64_t offset);
 
-// `streams` need their counts (n_pages, n_raw, first_slot, rows, group, own) and page format; pointers are
+// `streams` need their counts (n_pages, n_raw, first_raw, rows, group, own) and page format; pointers are
 // not looked at. `blocks`: those that the device runs at once (KernelInfo). `rows`: most rows of an item. A
 // stream that holds nothing gets an item, for its output must become zeros. kInvalidArgument for counts that
 // no stream can have.

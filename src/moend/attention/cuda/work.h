@@ -19,7 +19,7 @@ inline constexpr int64_t kPageUnit = 64;
 // What a warp takes at once: a page, or a block of raw (unquantized) tokens.
 inline constexpr int kUnitTokens = 64, kRawUnitTokens = 16;
 
-inline constexpr int64_t kNoWindow = INT64_MIN / 2;
+inline constexpr int32_t kNoWindow = INT32_MIN / 2;
 
 // One KV head of one context, and its query rows. Row r is token r / group, query head r % group.
 struct Stream {
@@ -32,8 +32,9 @@ struct Stream {
   int64_t n_raw = 0;
   int64_t q = 0, out = 0;                // element offsets of row 0 in Batch::q and Batch::out
   int64_t q_stride = 0, out_stride = 0;  // elements between two tokens; heads of a token are head_size apart
-  // Sliding window: token i sees slots page * 64 + t >= first_slot + i, and all raw tokens.
-  int64_t first_slot = kNoWindow;
+  // Sliding window, of a stream without pages: token i sees the raw tokens from first_raw + i on, so that it
+  // is n_raw + behind - window of QueryRows (attention/params.h).
+  int32_t first_raw = kNoWindow;
   int32_t rows = 0;   // 1 or more
   int32_t group = 1;  // query heads per KV head
   int32_t own = 0;    // newest raw tokens that are the queries' own: token i sees all but own - 1 - i

@@ -67,22 +67,27 @@ double PageV(const PageLayout& layout, const uint8_t* page, int64_t token, int64
 
 // Everything below sees K and V through get(token, channel).
 template <class GetK>
-double Score(const float* q, int64_t head_size, int64_t token, const GetK& k) {
+double Score(const float* q, int64_t head_size, int64_t token, float soft_cap, const GetK& k) {
   double score = 0;
   for (int64_t c = 0; c < head_size; ++c) score += static_cast<double>(q[c]) * k(token, c);
-  return score;
+  return soft_cap == 0 ? score : soft_cap * std::tanh(score / soft_cap);
+}
+
+// Whether row r, whose token is `newest`, sees token t.
+bool Sees(const QueryRows& q, int64_t newest, int64_t t) {
+  return t <= newest && (q.window == 0 || newest - t < q.window);
 }
 
 // Adds the tokens [0, n) with visible(token) to one row of the state.
 template <class GetK, class GetV, class Visible>
-void AttendRow(const float* q, int64_t head_size, int64_t n, const GetK& k, const GetV& v,
+void AttendRow(const float* q, int64_t head_size, float soft_cap, int64_t n, const GetK& k, const GetV& v,
                const Visible& visible, float* out, float* max, float* sum) {
   std::vector<double> scores;
   std::vector<int64_t> tokens;
   for (int64_t t = 0; t < n; ++t) {
     if (!visible(t)) continue;
     tokens.push_back(t);
-    scores.push_back(Score(q, head_size, t, k));
+    scores.push_back(Score(q, head_size, t, soft_cap, k));
   }
   if (tokens.empty()) return;
   double highest = *max;
@@ -131,7 +136,7 @@ void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bo
     for (int64_t p = page_begin; p < page_end; ++p) {
       const uint8_t* page = kv.pages[p];
       AttendRow(
-          page_q.data() + r * head, head, kPageTokens,
+          page_q.data() + r * head, head, q.soft_cap, kPageTokens,
           [&](int64_t t, int64_t c) { return PageK(kv.layout, page, t, c); },
           [&](int64_t t, int64_t c) { return PageV(kv.layout, page, t, c); },
           [&](int64_t t) { return (kv.live[p] >> t & 1) != 0; }, out, state.max + r, state.sum + r);
@@ -139,8 +144,9 @@ void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bo
     if (!raw) continue;
     const RawPart part{kv};
     AttendRow(
-        q.q + r * head, head, kv.n_raw, [&](int64_t t, int64_t c) { return part.K(t, c); },
-        [&](int64_t t, int64_t c) { return part.V(t, c); }, [](int64_t) { return true; }, out, state.max + r,
+        q.q + r * head, head, q.soft_cap, kv.n_raw, [&](int64_t t, int64_t c) { return part.K(t, c); },
+        [&](int64_t t, int64_t c) { return part.V(t, c); },
+        [&](int64_t t) { return Sees(q, kv.n_raw - 1 + q.behind + r / q.group, t); }, out, state.max + r,
         state.sum + r);
   }
 }
@@ -150,10 +156,11 @@ void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, Softma
   const DensePart part{kv};
   for (int64_t r = 0; r < q.rows; ++r) {
     AttendRow(
-        q.q + r * kv.head_size, kv.head_size, first + r / q.group + 1,
+        q.q + r * kv.head_size, kv.head_size, q.soft_cap, kv.n_tokens,
         [&](int64_t t, int64_t c) { return part.K(t, c); },
-        [&](int64_t t, int64_t c) { return part.V(t, c); }, [](int64_t) { return true; },
-        state.out + r * kv.head_size, state.max + r, state.sum + r);
+        [&](int64_t t, int64_t c) { return part.V(t, c); },
+        [&](int64_t t) { return Sees(q, first + r / q.group, t); }, state.out + r * kv.head_size,
+        state.max + r, state.sum + r);
   }
 }
 
@@ -163,8 +170,8 @@ void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t
   for (int64_t t = begin; t < end; ++t) {
     double total = 0;
     for (int64_t r = 0; r < q.rows; ++r) {
-      if (t > first + r / q.group || sum[r] == 0.0f) continue;
-      const double score = Score(q.q + r * kv.head_size, kv.head_size, t,
+      if (!Sees(q, first + r / q.group, t) || sum[r] == 0.0f) continue;
+      const double score = Score(q.q + r * kv.head_size, kv.head_size, t, q.soft_cap,
                                  [&](int64_t token, int64_t c) { return part.K(token, c); });
       total += std::exp(score - max[r]) / sum[r];
     }
@@ -179,8 +186,8 @@ void ColumnSquaresCausal(const DenseView& kv, int64_t first, int64_t begin, int6
   for (int64_t t = begin; t < end; ++t) {
     double total = 0;
     for (int64_t r = 0; r < q.rows; ++r) {
-      if (t > first + r / q.group || sum[r] == 0.0f) continue;
-      const double score = Score(q.q + r * kv.head_size, kv.head_size, t,
+      if (!Sees(q, first + r / q.group, t) || sum[r] == 0.0f) continue;
+      const double score = Score(q.q + r * kv.head_size, kv.head_size, t, q.soft_cap,
                                  [&](int64_t token, int64_t c) { return part.K(token, c); });
       const double share = std::exp(score - max[r]) / sum[r];
       total += weight[r] * share * share;
@@ -196,8 +203,8 @@ void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q,
   for (int64_t t = 0; t < kv.n_tokens; ++t) {
     std::fill(total.begin(), total.end(), 0.0);
     for (int64_t r = 0; r < q.rows; ++r) {
-      if (t > first + r / q.group || sum[r] == 0.0f) continue;
-      const double score = Score(q.q + r * kv.head_size, kv.head_size, t,
+      if (!Sees(q, first + r / q.group, t) || sum[r] == 0.0f) continue;
+      const double score = Score(q.q + r * kv.head_size, kv.head_size, t, q.soft_cap,
                                  [&](int64_t token, int64_t c) { return part.K(token, c); });
       const double weight = std::exp(score - max[r]) / sum[r];
       for (int64_t c = 0; c < kv.head_size; ++c)
@@ -219,9 +226,9 @@ void ColumnSumsStream(const StreamView& kv, const QueryRows& q, const float* max
       double total = 0;
       for (int64_t r = 0; r < q.rows; ++r) {
         if (sum[r] == 0.0f) continue;
-        const double score = Score(page_q.data() + r * head, head, t, [&](int64_t token, int64_t c) {
-          return PageK(kv.layout, kv.pages[p], token, c);
-        });
+        const double score =
+            Score(page_q.data() + r * head, head, t, q.soft_cap,
+                  [&](int64_t token, int64_t c) { return PageK(kv.layout, kv.pages[p], token, c); });
         total += std::exp(score - max[r]) / sum[r];
       }
       sums[p * kPageTokens + t] = static_cast<float>(sums[p * kPageTokens + t] + total);

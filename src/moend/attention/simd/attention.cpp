@@ -74,7 +74,8 @@ namespace {
 QueryRows ForPages(const StreamView& kv, const QueryRows& q, float** workspace) {
   const int64_t head_size = kv.layout.head_size;
   RotateRows(q.q, q.rows, head_size, kv.rotation->inverse, *workspace);
-  const QueryRows rotated{*workspace, q.rows, q.group};
+  QueryRows rotated = q;
+  rotated.q = *workspace;
   *workspace += RotatedFloats(head_size, q.rows);
   return rotated;
 }

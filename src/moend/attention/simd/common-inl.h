@@ -230,6 +230,18 @@ constexpr uint64_t FirstLive(int64_t n) {
   return n >= kPageTokens ? kAllLive : n <= 0 ? 0 : (uint64_t{1} << n) - 1;
 }
 
+// The oldest raw token that a row sees through its window; below 0 if that is all of them, n_raw or more if
+// none.
+HWY_INLINE int64_t OldestRaw(const StreamView& kv, const QueryRows& q, int64_t row) {
+  return kv.n_raw + q.behind + row / q.group - q.window;
+}
+
+// Where raw tokens, 64 at a time, begin to matter to `row` and those behind it.
+HWY_INLINE int64_t FirstRawPage(const StreamView& kv, const QueryRows& q, int64_t row) {
+  if (q.window == 0) return 0;
+  return HWY_MAX(OldestRaw(kv, q, row), int64_t{0}) / kPageTokens * kPageTokens;
+}
+
 // One past the last token in `live`.
 constexpr int64_t LiveEnd(uint64_t live) {
   return 64 - std::countl_zero(live);

@@ -36,9 +36,11 @@ struct Scratch {
         scale(peak + rows) {}
 };
 
-void SoftmaxPage(uint64_t live, int64_t rows, const Scratch& s, SoftmaxState state) {
-  SoftmaxRows(
-      s.scores, rows, [live](int64_t) { return live; }, state.max, state.sum, PageWeights{s.factor, s.peak});
+// live(r): of row r.
+template <class Live>
+HWY_INLINE void SoftmaxPage(const Live& live, const QueryRows& q, const Scratch& s, SoftmaxState state) {
+  if (q.soft_cap != 0) CapScores(s.scores, q.rows * kPageTokens, q.soft_cap);
+  SoftmaxRows(s.scores, q.rows, live, state.max, state.sum, PageWeights{s.factor, s.peak});
 }
 
 // The part of a page that the score pass reads, to be brought near during another pass of `steps` steps.
@@ -90,8 +92,9 @@ void ValuePage(const PageLayout& layout, const uint8_t* page, int64_t rows, Ahea
 #endif
 }
 
-// 64 raw tokens at a time, from token `begin`.
-void AttendRaw(const StreamView& kv, int64_t begin, const QueryRows& q, SoftmaxState state,
+// 64 raw tokens at a time, from token `begin`. Through a window row r of `q`, which is row first_row + r of
+// its call, sees those from OldestRaw() on.
+void AttendRaw(const StreamView& kv, int64_t begin, const QueryRows& q, int64_t first_row, SoftmaxState state,
                const Scratch& s) {
   const int64_t head_size = kv.layout.head_size;
   const int64_t n = HWY_MIN(kv.n_raw - begin, kPageTokens);
@@ -102,39 +105,48 @@ void AttendRaw(const StreamView& kv, int64_t begin, const QueryRows& q, SoftmaxS
     k.tokens16[i] = kv.raw_k + block * head_size * kRawBlockTokens;
   }
   ScoreHalfRows(k, head_size, q.q, q.rows, Ahead(), s.scores);
-  SoftmaxPage(FirstLive(n), q.rows, s, state);
+  if (q.window == 0) {
+    SoftmaxPage([n](int64_t) { return FirstLive(n); }, q, s, state);
+  } else {
+    SoftmaxPage([&](int64_t r) { return FirstLive(n) & ~FirstLive(OldestRaw(kv, q, first_row + r) - begin); },
+                q, s, state);
+  }
   for (int64_t r = 0; r < q.rows; ++r) s.constant[r] = 0.0f;
   ValueHalfRows(kv.raw_v + begin * head_size, n,
                 ValueRows{s.scores, s.factor, s.constant, state.out, head_size}, q.rows, Ahead());
 }
 
-// q: at most kFusedRows rows.
+// q: at most kFusedRows rows, from row first_row of the call on.
 void AttendStreamBlock(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
-                       const QueryRows& q, SoftmaxState state, float* workspace) {
+                       const QueryRows& q, int64_t first_row, SoftmaxState state, float* workspace) {
   const PageLayout& layout = kv.layout;
   const Scratch s(workspace, q.rows, layout.head_size);
   for (int64_t i = page_begin; i < page_end; ++i) {
     if (kv.live[i] == 0) continue;
     const uint8_t* page = kv.pages[i];
     ScorePage(layout, page, q, AheadV(layout, page, ScoreSteps(layout)), s);
-    SoftmaxPage(kv.live[i], q.rows, s, state);
+    SoftmaxPage([live = kv.live[i]](int64_t) { return live; }, q, s, state);
     Ahead next;
     if (i + 1 < page_end) next = AheadK(layout, kv.pages[i + 1], ValueSteps(layout));
     ValuePage(layout, page, q.rows, next, s, state.out);
   }
   if (!raw) return;
-  for (int64_t t = 0; t < kv.n_raw; t += kPageTokens) AttendRaw(kv, t, q, state, s);
+  for (int64_t t = FirstRawPage(kv, q, first_row); t < kv.n_raw; t += kPageTokens)
+    AttendRaw(kv, t, q, first_row, state, s);
 }
 
 QueryRows RowBlock(const QueryRows& q, int64_t begin, int64_t head_size) {
-  return QueryRows{q.q + begin * head_size, HWY_MIN(q.rows - begin, kFusedRows), q.group};
+  QueryRows block = q;
+  block.q = q.q + begin * head_size;
+  block.rows = HWY_MIN(q.rows - begin, kFusedRows);
+  return block;
 }
 
 void AttendStreamFused(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,
                        const QueryRows& q, SoftmaxState state, float* workspace) {
   const int64_t head_size = kv.layout.head_size;
   for (int64_t r = 0; r < q.rows; r += kFusedRows) {
-    AttendStreamBlock(kv, page_begin, page_end, raw, RowBlock(q, r, head_size),
+    AttendStreamBlock(kv, page_begin, page_end, raw, RowBlock(q, r, head_size), r,
                       SoftmaxState{state.out + r * head_size, state.max + r, state.sum + r}, workspace);
   }
 }
@@ -150,6 +162,7 @@ void ColumnSumsStreamFused(const StreamView& kv, const QueryRows& q, const float
       Ahead next;
       if (i + 1 < kv.n_pages) next = AheadK(kv.layout, kv.pages[i + 1], ScoreSteps(kv.layout));
       ScorePage(kv.layout, kv.pages[i], block, next, s);
+      if (q.soft_cap != 0) CapScores(s.scores, block.rows * kPageTokens, q.soft_cap);
       for (int64_t r = 0; r < block.rows; ++r) {
         AddWeights(s.scores + r * kPageTokens, kv.live[i], max[begin + r], sum[begin + r],
                    sums + i * kPageTokens);

@@ -29,13 +29,16 @@ struct Tile {
   Tile(const Tile& o, float* other) : k(o.k), v(o.v), scores(other), head_size(o.head_size) {}
 };
 
-void ScoreTileRows(const Tile& tile, const float* q, int64_t rows) {
+// Rows [from, from + rows) of q.
+void ScoreTileRows(const Tile& tile, const QueryRows& q, int64_t from, int64_t rows) {
+  const float* first = q.q + from * tile.head_size;
   for (int64_t t = 0; t < kPageTokens; t += kTileVectors * kLanes) {
     const float* k = tile.k + KAt(tile.head_size, 0, t);
     ForRowBlocks<kTileRows>(rows, [&](auto n, int64_t r) {
-      ScoreTile<n()>(q + r * tile.head_size, k, tile.head_size, tile.scores + r * kPageTokens + t);
+      ScoreTile<n()>(first + r * tile.head_size, k, tile.head_size, tile.scores + r * kPageTokens + t);
     });
   }
+  if (q.soft_cap != 0) CapScores(tile.scores, rows * kPageTokens, q.soft_cap);
 }
 
 // out[rows][head_size] = out * factor[rows] + scores[rows][64] . V
@@ -64,7 +67,7 @@ HWY_INLINE void AttendTile(const Tile& tile, const QueryRows& q, int64_t begin, 
   float factor[kRowsPerBlock], peak[kRowsPerBlock];
   for (int64_t from = begin; from < end; from += kRowsPerBlock) {
     const int64_t rows = HWY_MIN(end - from, kRowsPerBlock);
-    ScoreTileRows(tile, q.q + from * tile.head_size, rows);
+    ScoreTileRows(tile, q, from, rows);
     int64_t tokens = 0;
     for (int64_t r = 0; r < rows; ++r) tokens = HWY_MAX(tokens, LiveEnd(live(from + r)));
     SoftmaxRows(
@@ -79,23 +82,43 @@ int64_t FirstRowSeeing(int64_t token, int64_t first, int64_t group) {
   return HWY_MAX(token - first, int64_t{0}) * group;
 }
 
+// The oldest token that a row sees.
+int64_t OldestSeen(const QueryRows& q, int64_t first, int64_t row) {
+  return q.window == 0 ? 0 : HWY_MAX(first + row / q.group + 1 - q.window, int64_t{0});
+}
+
+// One past the last row that sees any of the 64 tokens from t on.
+int64_t EndRowSeeing(const QueryRows& q, int64_t first, int64_t t) {
+  if (q.window == 0) return q.rows;
+  return HWY_MAX(HWY_MIN((t + kPageTokens - 1 + q.window - first) * q.group, q.rows), int64_t{0});
+}
+
+// Of the 64 tokens from t on, those that a row sees.
+uint64_t LiveCausal(const QueryRows& q, int64_t first, int64_t row, int64_t t) {
+  return FirstLive(first + row / q.group + 1 - t) & ~FirstLive(OldestSeen(q, first, row) - t);
+}
+
 void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, SoftmaxState state,
                   float* workspace) {
   const Tile tile(workspace, kv.head_size);
   const int64_t step = RowsPerTile(tile.head_size);
   for (int64_t r0 = 0; r0 < q.rows; r0 += step) {
     const int64_t r1 = HWY_MIN(r0 + step, q.rows);
-    const int64_t seen = first + (r1 - 1) / q.group + 1;
-    for (int64_t t = 0; t < seen; t += kPageTokens) {
+    const int64_t seen = HWY_MIN(first + (r1 - 1) / q.group + 1, kv.n_tokens);
+    for (int64_t t = OldestSeen(q, first, r0) / kPageTokens * kPageTokens; t < seen; t += kPageTokens) {
       WidenK(kv.k + t * kv.head_size, kv.head_size, tile.k);
       WidenV(kv.v + t * kv.head_size, HWY_MIN(seen - t, kPageTokens), kv.head_size, tile.v);
       const int64_t begin = HWY_MAX(r0, FirstRowSeeing(t, first, q.group));
-      if (first + begin / q.group + 1 - t >= kPageTokens) {
+      const int64_t end = HWY_MIN(r1, EndRowSeeing(q, first, t));
+      if (begin >= end) continue;
+      if (HWY_MIN(first + begin / q.group + 1, kv.n_tokens) - t >= kPageTokens &&
+          OldestSeen(q, first, end - 1) <= t) {
         AttendTile(
-            tile, q, begin, r1, [](int64_t) { return kAllLive; }, state);
+            tile, q, begin, end, [](int64_t) { return kAllLive; }, state);
       } else {
-        const auto live = [&](int64_t r) { return FirstLive(first + r / q.group + 1 - t); };
-        AttendTile(tile, q, begin, r1, live, state);
+        const uint64_t there = FirstLive(kv.n_tokens - t);
+        const auto live = [&](int64_t r) { return LiveCausal(q, first, r, t) & there; };
+        AttendTile(tile, q, begin, end, live, state);
       }
     }
   }
@@ -111,11 +134,12 @@ HWY_INLINE void ForColumns(const DenseView& kv, int64_t first, int64_t begin, in
     const uint64_t wanted = FirstLive(end - t) & ~FirstLive(begin - t);
     WidenK(kv.k + t * kv.head_size, kv.head_size, tile.k);
     float page[kPageTokens] = {};
-    for (int64_t r = FirstRowSeeing(t, first, q.group); r < q.rows; r += kRowsPerBlock) {
-      const int64_t rows = HWY_MIN(q.rows - r, kRowsPerBlock);
-      ScoreTileRows(tile, q.q + r * kv.head_size, rows);
+    const int64_t end_row = EndRowSeeing(q, first, t);
+    for (int64_t r = FirstRowSeeing(t, first, q.group); r < end_row; r += kRowsPerBlock) {
+      const int64_t rows = HWY_MIN(end_row - r, kRowsPerBlock);
+      ScoreTileRows(tile, q, r, rows);
       for (int64_t i = 0; i < rows; ++i) {
-        const uint64_t live = FirstLive(first + (r + i) / q.group + 1 - t) & wanted;
+        const uint64_t live = LiveCausal(q, first, r + i, t) & wanted;
         add(r + i, tile.scores + i * kPageTokens, live, page);
       }
     }
@@ -157,11 +181,12 @@ void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q,
   for (int64_t t = 0; t < kv.n_tokens; t += kPageTokens) {
     const int64_t tokens = HWY_MIN(kv.n_tokens - t, kPageTokens);
     WidenK(kv.k + t * n, n, tile.k);
-    for (int64_t r = FirstRowSeeing(t, first, q.group); r < q.rows; r += kRowsPerBlock) {
-      const int64_t rows = HWY_MIN(q.rows - r, kRowsPerBlock);
-      ScoreTileRows(tile, q.q + r * n, rows);
+    const int64_t end_row = EndRowSeeing(q, first, t);
+    for (int64_t r = FirstRowSeeing(t, first, q.group); r < end_row; r += kRowsPerBlock) {
+      const int64_t rows = HWY_MIN(end_row - r, kRowsPerBlock);
+      ScoreTileRows(tile, q, r, rows);
       for (int64_t i = 0; i < rows; ++i) {
-        const uint64_t live = FirstLive(first + (r + i) / q.group + 1 - t) & FirstLive(tokens);
+        const uint64_t live = LiveCausal(q, first, r + i, t) & FirstLive(tokens);
         StoreColumn(tile.scores + i * kPageTokens, live, max[r + i], sum[r + i], i, weights);
       }
       ArrangeV(in + r * n, rows, n, tile.v);
@@ -198,11 +223,16 @@ void AttendStreamTiled(const StreamView& kv, int64_t page_begin, int64_t page_en
           tile, q, r0, r1, [&](int64_t) { return kv.live[i]; }, state);
     }
     if (!raw) continue;
-    for (int64_t t = 0; t < kv.n_raw; t += kPageTokens) {
+    for (int64_t t = FirstRawPage(kv, q, r0); t < kv.n_raw; t += kPageTokens) {
       const int64_t n = HWY_MIN(kv.n_raw - t, kPageTokens);
       WidenRaw(kv, t, n, tile);
-      AttendTile(
-          tile, q, r0, r1, [n](int64_t) { return FirstLive(n); }, state);
+      if (q.window == 0) {
+        AttendTile(
+            tile, q, r0, r1, [n](int64_t) { return FirstLive(n); }, state);
+      } else {
+        const auto live = [&](int64_t r) { return FirstLive(n) & ~FirstLive(OldestRaw(kv, q, r) - t); };
+        AttendTile(tile, q, r0, r1, live, state);
+      }
     }
   }
 }
@@ -215,7 +245,7 @@ void ColumnSumsStreamTiled(const StreamView& kv, const QueryRows& q, const float
     UnpackK(kv.layout, kv.pages[i], tile.k);
     for (int64_t r = 0; r < q.rows; r += kRowsPerBlock) {
       const int64_t rows = HWY_MIN(q.rows - r, kRowsPerBlock);
-      ScoreTileRows(tile, q.q + r * tile.head_size, rows);
+      ScoreTileRows(tile, q, r, rows);
       for (int64_t j = 0; j < rows; ++j)
         AddWeights(tile.scores + j * kPageTokens, kv.live[i], max[r + j], sum[r + j], sums + i * kPageTokens);
     }

@@ -173,6 +173,19 @@ HWY_INLINE void SoftmaxBlock(float* HWY_RESTRICT scores, const Live& live, float
 
 #endif
 
+// scores[n], n a multiple of 16: cap * tanh(score / cap). tanh x = (e^2x - 1) / (e^2x + 1), of which rounding
+// takes some 1e-7 of the cap.
+HWY_NOINLINE inline void CapScores(float* HWY_RESTRICT scores, int64_t n, float cap) {
+  const DF df;
+  const VF vcap = hn::Set(df, cap), twice = hn::Set(df, 2.0f / cap), one = hn::Set(df, 1.0f);
+  const VF most = hn::Set(df, 80.0f);  // far beyond where tanh is 1
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const VF e = Exp(hn::Min(most, hn::Mul(hn::LoadU(df, scores + i), twice)));
+    const VF tanh = hn::Div(hn::Sub(e, one), hn::Add(e, one));
+    hn::StoreU(hn::Mul(vcap, tanh), df, scores + i);
+  }
+}
+
 // live(row) as for SoftmaxBlock, with rows counted from the first of `scores`.
 template <class Live>
 HWY_INLINE void SoftmaxRows(float* scores, int64_t rows, const Live& live, float* max, float* sum,
