@@ -3,16 +3,18 @@ PRESET ?= release
 BUILD := $(if $(filter release,$(PRESET)),build,build-$(PRESET))
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: all setup build test check-format format demo bench asan tsan install clean
+.PHONY: all setup build test check-format format demo bench check-cuda asan tsan install clean
 
 all: build
 
 setup:
 	@scripts/setup
 
-# Binary: build/moend
+# Binary: build/moend. Kernels for NVIDIA GPUs are compiled in where a compiler for them is found; CUDA=0 leaves them
+# out, CUDA=1 insists.
 build: setup
-	@[ -e $(BUILD)/build.ninja ] || cmake --preset $(PRESET)
+	@[ -e $(BUILD)/build.ninja ] && [ -z "$(CUDA)" ] || \
+	  cmake --preset $(PRESET) $(if $(CUDA),-DMOEND_CUDA=$(if $(filter 0,$(CUDA)),OFF,ON))
 	@cmake --build $(BUILD) -j $(JOBS)
 
 test: build check-format
@@ -33,6 +35,10 @@ bench: setup
 	@cmake --preset release -DMOEND_BUILD_BENCH=ON >/dev/null
 	@cmake --build build -j $(JOBS)
 	@scripts/bench
+
+# Everything that wants an NVIDIA GPU; writes cuda-report.txt.
+check-cuda:
+	@scripts/check-cuda
 
 asan tsan:
 	@$(MAKE) test PRESET=$(if $(filter asan,$@),asan-ubsan,tsan)
