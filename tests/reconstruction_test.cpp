@@ -112,19 +112,7 @@ TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
 TEST(Repetition, OfModelsWithSlidingLayers) {
   for (const char* architecture : {"gemma2", "gemma3", "gpt-oss"}) {
     SCOPED_TRACE(architecture);
-    test::TestModelOptions o;
-    o.architecture = architecture;
-    o.n_layers = 4;
-    o.window = 23;
-    o.window_pattern = 2;
-    if (o.architecture == "gpt-oss") {
-      o.n_experts = 4;
-      o.n_used = 2;
-      o.biases = true;
-    } else {
-      o.tied = true;
-    }
-    if (o.architecture == "gemma2") o.attn_soft_cap = 3;
+    test::TestModelOptions o = test::SlidingModelOptions(architecture, 23);
     o.weight_type = GGML_TYPE_F32;
     ExpectReadingAgain(o);
   }
