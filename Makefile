@@ -3,19 +3,22 @@ PRESET ?= release
 BUILD := $(if $(filter release,$(PRESET)),build,build-$(PRESET))
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: all setup build test check-format format demo bench asan tsan install clean
+.PHONY: all setup configure build test check-format format demo bench asan tsan install clean
 
 all: build
 
 setup:
 	@scripts/setup
 
-# Binary: build/moend
-build: setup
-	@[ -e $(BUILD)/build.ninja ] || cmake --preset $(PRESET)
-	@cmake --build $(BUILD) -j $(JOBS)
+# Binary: build/moend. The tests are built by `make test`.
+build: configure
+	@cmake --build $(BUILD) -j $(JOBS) --target moend
 
-test: build check-format
+configure: setup
+	@[ -e $(BUILD)/build.ninja ] || cmake --preset $(PRESET)
+
+test: configure check-format
+	@cmake --build $(BUILD) -j $(JOBS)
 	@scripts/setup --tests || echo "going on; tests that lack a tool are skipped" >&2
 	@ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
 
@@ -31,7 +34,7 @@ format:
 # Micro-benchmarks (Google Benchmark).
 bench: setup
 	@cmake --preset release -DMOEND_BUILD_BENCH=ON >/dev/null
-	@cmake --build build -j $(JOBS)
+	@cmake --build build -j $(JOBS) --target attention_bench versus_ggml prefill_share moend
 	@scripts/bench
 
 asan tsan:
