@@ -279,6 +279,16 @@ TEST(CalibrateByRepetition, MeasuresEveryHeadWithTwoReadings) {
   ASSERT_EQ(profile->sensitivity.size(), profile->head_cells.size());
   for (const Sensitivity& s : profile->sensitivity) EXPECT_TRUE(s.error >= 0 && s.kl >= 0);
   ASSERT_FALSE(profile->checks.empty());
+  EXPECT_TRUE(IsProbed(*profile, profile->chunks));
+  for (const bool probes : {false, true}) {
+    Profile interrupted = *profile;
+    if (probes) {
+      interrupted.probed = 1;
+    } else {
+      interrupted.checks.clear();
+    }
+    EXPECT_FALSE(IsProbed(interrupted, profile->chunks));
+  }
   for (std::size_t i = 1; i < profile->checks.size(); ++i)
     EXPECT_GE(profile->checks[i].predicted, profile->checks[i - 1].predicted);
   const auto again = ParseProfile(ToJson(*profile), "profile");
