@@ -3,21 +3,24 @@ PRESET ?= release
 BUILD := $(if $(filter release,$(PRESET)),build,build-$(PRESET))
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: all setup build test check-format format demo bench check-cuda asan tsan install clean
+.PHONY: all setup configure build test check-format format demo bench check-cuda asan tsan install clean
 
 all: build
 
 setup:
 	@scripts/setup
 
-# Binary: build/moend. Kernels for NVIDIA GPUs are compiled in where a compiler for them is found; CUDA=0 leaves them
-# out, CUDA=1 insists.
-build: setup
+# Binary: build/moend; the tests are built by `make test`. Kernels for NVIDIA GPUs are compiled in where a compiler for
+# them is found; CUDA=0 leaves them out, CUDA=1 insists.
+build: configure
+	@cmake --build $(BUILD) -j $(JOBS) --target moend
+
+configure: setup
 	@[ -e $(BUILD)/build.ninja ] && [ -z "$(CUDA)" ] || \
 	  cmake --preset $(PRESET) $(if $(CUDA),-DMOEND_CUDA=$(if $(filter 0,$(CUDA)),OFF,ON))
-	@cmake --build $(BUILD) -j $(JOBS)
 
-test: build check-format
+test: configure check-format
+	@cmake --build $(BUILD) -j $(JOBS)
 	@scripts/setup --tests || echo "going on; tests that lack a tool are skipped" >&2
 	@ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
 
@@ -33,7 +36,7 @@ format:
 # Micro-benchmarks (Google Benchmark).
 bench: setup
 	@cmake --preset release -DMOEND_BUILD_BENCH=ON >/dev/null
-	@cmake --build build -j $(JOBS)
+	@cmake --build build -j $(JOBS) --target attention_bench versus_ggml prefill_share moend
 	@scripts/bench
 
 # Everything that wants an NVIDIA GPU; writes cuda-report.txt.

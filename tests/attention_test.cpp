@@ -2,7 +2,6 @@
 
 #include <gtest/gtest.h>
 #include <hwy/aligned_allocator.h>
-#include <hwy/targets.h>
 
 #include <cmath>
 #include <functional>
@@ -10,11 +9,13 @@
 #include <string>
 #include <vector>
 
+#include "tests/support/each_target.h"
 #include "tests/support/packed_context.h"
 
 namespace moend {
 namespace {
 
+using test::ForEachTarget;
 using test::FromHalf;
 using test::PackedContext;
 using test::ToHalf;
@@ -117,24 +118,6 @@ void ExpectNear(const std::vector<float>& got, const std::vector<double>& want, 
     worst = std::max(worst, error);
   }
   EXPECT_LE(worst, tolerance) << what;
-}
-
-// Calls test() once for every instruction set that was compiled and that this machine has.
-void ForEachTarget(const std::function<void(const std::string&)>& test) {
-  int seen = 0;
-  for (int bit = 0; bit < 63; ++bit) {
-    const int64_t target = int64_t{1} << bit;
-    hwy::SetSupportedTargetsForTest(0);
-    if ((hwy::SupportedTargets() & target) == 0) continue;
-    hwy::SetSupportedTargetsForTest(target);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    if (std::string(simd::TargetName()) != hwy::TargetName(target)) continue;
-    ++seen;
-    test(simd::TargetName());
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-  ASSERT_GE(seen, 1);
 }
 
 std::vector<float> RunStream(decltype(&simd::AttendStream) attend, const StreamView& kv, const QueryRows& q) {

@@ -1,7 +1,6 @@
 // Windows, soft caps and sinks: the reference against the definition, the kernels against the reference.
 #include <gtest/gtest.h>
 #include <hwy/aligned_allocator.h>
-#include <hwy/targets.h>
 
 #include <cmath>
 #include <functional>
@@ -10,11 +9,13 @@
 #include <vector>
 
 #include "moend/attention/attention.h"
+#include "tests/support/each_target.h"
 #include "tests/support/packed_context.h"
 
 namespace moend {
 namespace {
 
+using test::ForEachTarget;
 using test::FromHalf;
 using test::PackedContext;
 using test::ToHalf;
@@ -97,23 +98,6 @@ void ExpectNear(const std::vector<float>& got, const std::vector<float>& want, d
     size = std::max(size, std::fabs(double{want[i]}));
   }
   EXPECT_LE(worst, tolerance * size) << what;
-}
-
-void ForEachTarget(const std::function<void(const std::string&)>& test) {
-  int seen = 0;
-  for (int bit = 0; bit < 63; ++bit) {
-    const int64_t target = int64_t{1} << bit;
-    hwy::SetSupportedTargetsForTest(0);
-    if ((hwy::SupportedTargets() & target) == 0) continue;
-    hwy::SetSupportedTargetsForTest(target);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-    if (std::string(simd::TargetName()) != hwy::TargetName(target)) continue;
-    ++seen;
-    test(simd::TargetName());
-  }
-  hwy::SetSupportedTargetsForTest(0);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-  ASSERT_GE(seen, 1);
 }
 
 std::string Describe(const QueryRows& q, int64_t head, int64_t tokens, int64_t first) {

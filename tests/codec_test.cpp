@@ -1,7 +1,6 @@
 #include "moend/cache/codec.h"
 
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include <cmath>
 #include <cstring>
@@ -12,9 +11,12 @@
 #include <vector>
 
 #include "moend/base/half.h"
+#include "tests/support/each_target.h"
 
 namespace moend {
 namespace {
+
+using test::ForEachTarget;
 
 constexpr int64_t kHeadSizes[] = {16, 48, 64, 80, 96, 128, 192, 256};
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -281,19 +283,6 @@ TEST(Codec, UnpackGivesWhatThePageSays) {
         EXPECT_EQ(only_v, v);
       }
     }
-  }
-}
-
-// Runs f with each instruction set that this machine has.
-template <class F>
-void ForEachTarget(F f) {
-  for (int64_t left = hwy::SupportedTargets(); left; left &= left - 1) {
-    const int64_t target = left & -left;
-    SCOPED_TRACE(hwy::TargetName(target));
-    hwy::SetSupportedTargetsForTest(target);
-    f();
-    hwy::SetSupportedTargetsForTest(0);
-    if (testing::Test::HasFatalFailure()) return;
   }
 }
 

@@ -82,6 +82,15 @@ TEST(DescribeTest, ProfileSaysHowItWasMeasured) {
   EXPECT_NE(text.find("keep 50%: kl 3x, l2 1.73x"), std::string::npos) << text;
 }
 
+TEST(DescribeTest, WhatARepetitionMeasuresIsNotTheLastTokens) {
+  Profile profile = MakeProfile(2, {0.5, 1.0});
+  EXPECT_NE(DescribeProfile(profile).find(" of each measured\n"), std::string::npos);
+  profile.method = ProfileMethod::kReconstruction;
+  const std::string text = DescribeProfile(profile);
+  EXPECT_EQ(text.find("the last"), std::string::npos) << text;
+  EXPECT_NE(text.find("each measured by what its repetition looks at\n"), std::string::npos) << text;
+}
+
 TEST(DescribeTest, ScorersOfLayersAreRanges) {
   Profile profile = MakeProfile(3, {0.5, 1.0});
   profile.scorer = "keydiff,expected,expected,keydiff,expected";

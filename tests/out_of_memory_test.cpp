@@ -167,7 +167,7 @@ struct World {
 };
 
 // Runs attempt(), which makes what it needs, calls `armed` around what may fail, and says whether it went
-// well, for each k and both ways of failing, until nothing fails any more. After every 7th failure a new
+// well, for each k and both ways of failing, until nothing fails any more. After every 29th failure a new
 // session is tried.
 using Armed = std::function<void(const std::function<void()>&)>;
 void FailEach(const World& world, int64_t step, const std::function<Expected<void>(const Armed&)>& attempt) {
@@ -186,7 +186,7 @@ void FailEach(const World& world, int64_t step, const std::function<Expected<voi
       if (!done) {
         ASSERT_TRUE(was_refused) << done.error().message;
         ASSERT_EQ(done.error().code, ErrorCode::kOutOfMemory) << k << ": " << done.error().message;
-        if (failures++ % 7 == 0) world.ExpectTheNextOneIsRight(k);
+        if (failures++ % 29 == 0) world.ExpectTheNextOneIsRight(k);
         if (testing::Test::HasFatalFailure()) return;
       }
       if (!was_refused) break;

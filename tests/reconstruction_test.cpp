@@ -112,19 +112,7 @@ TEST(Repetition, IsWhatReadingTheContextAgainBehindItGives) {
 TEST(Repetition, OfModelsWithSlidingLayers) {
   for (const char* architecture : {"gemma2", "gemma3", "gpt-oss"}) {
     SCOPED_TRACE(architecture);
-    test::TestModelOptions o;
-    o.architecture = architecture;
-    o.n_layers = 4;
-    o.window = 23;
-    o.window_pattern = 2;
-    if (o.architecture == "gpt-oss") {
-      o.n_experts = 4;
-      o.n_used = 2;
-      o.biases = true;
-    } else {
-      o.tied = true;
-    }
-    if (o.architecture == "gemma2") o.attn_soft_cap = 3;
+    test::TestModelOptions o = test::SlidingModelOptions(architecture, 23);
     o.weight_type = GGML_TYPE_F32;
     ExpectReadingAgain(o);
   }
@@ -291,6 +279,16 @@ TEST(CalibrateByRepetition, MeasuresEveryHeadWithTwoReadings) {
   ASSERT_EQ(profile->sensitivity.size(), profile->head_cells.size());
   for (const Sensitivity& s : profile->sensitivity) EXPECT_TRUE(s.error >= 0 && s.kl >= 0);
   ASSERT_FALSE(profile->checks.empty());
+  EXPECT_TRUE(IsProbed(*profile, profile->chunks));
+  for (const bool probes : {false, true}) {
+    Profile interrupted = *profile;
+    if (probes) {
+      interrupted.probed = 1;
+    } else {
+      interrupted.checks.clear();
+    }
+    EXPECT_FALSE(IsProbed(interrupted, profile->chunks));
+  }
   for (std::size_t i = 1; i < profile->checks.size(); ++i)
     EXPECT_GE(profile->checks[i].predicted, profile->checks[i - 1].predicted);
   const auto again = ParseProfile(ToJson(*profile), "profile");

@@ -3,7 +3,6 @@
 #include "moend/attention/rotation.h"
 
 #include <gtest/gtest.h>
-#include <hwy/targets.h>
 
 #include <cmath>
 #include <random>
@@ -13,11 +12,14 @@
 #include "moend/cache/serialize.h"
 #include "moend/model/model.h"
 #include "moend/score/key_blocks.h"
+#include "tests/support/each_target.h"
 #include "tests/support/packed_context.h"
 #include "tests/support/test_model.h"
 
 namespace moend {
 namespace {
+
+using test::ForEachTarget;
 
 constexpr int64_t kHeadSizes[] = {16, 48, 64, 80, 96, 128, 256};
 
@@ -34,16 +36,6 @@ std::vector<float> Balance(int64_t n, uint64_t seed) {
   std::vector<float> b = Numbers(n, seed, -3, 3);
   for (float& x : b) x = std::exp2(x);
   return b;
-}
-
-template <class F>
-void ForEachTarget(F f) {
-  for (int64_t left = hwy::SupportedTargets(); left; left &= left - 1) {
-    SCOPED_TRACE(hwy::TargetName(left & -left));
-    hwy::SetSupportedTargetsForTest(left & -left);
-    f();
-    hwy::SetSupportedTargetsForTest(0);
-  }
 }
 
 void ExpectNear(const std::vector<float>& got, const std::vector<float>& want, double tolerance) {

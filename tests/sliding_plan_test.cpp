@@ -202,21 +202,8 @@ TEST(SlidingPlan, EveryMethodOfAnEvaluation) {
 class SlidingCalibration : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
-    test::TestModelOptions o;
-    o.architecture = GetParam();
-    o.n_layers = 4;
-    o.window = 60;
-    o.window_pattern = 2;
-    if (o.architecture == "gpt-oss") {
-      o.n_experts = 4;
-      o.n_used = 2;
-      o.biases = true;
-    } else {
-      o.tied = true;
-    }
-    if (o.architecture == "gemma2") o.attn_soft_cap = 4;
-    ASSERT_TRUE(test::WriteTestModel(o, dir_ / "m.gguf"));
-    engine_ = Engine::Create(Model::Load(dir_ / "m.gguf").value(), {2, 128}).value();
+    ASSERT_TRUE(test::WriteTestModel(test::SlidingModelOptions(GetParam(), 60), dir_ / "m.gguf"));
+    engine_ = Engine::Create(Model::Load(dir_ / "m.gguf").value(), {1, 128}).value();
     for (uint64_t seed : {1, 2}) chunks_.push_back(test::RandomTokens(700, seed));
   }
   CalibrateOptions Options(ProfileMethod method) const {
@@ -303,7 +290,7 @@ TEST_P(SlidingCalibration, PlansAreValidatedAndRefined) {
     ASSERT_TRUE(solved) << solved.error().message;
     RefineOptions options;
     options.rows = rows;
-    options.seconds = 3;
+    options.seconds = 1;
     const auto refined = Refine(*trials, *profile, solved->plan, options, {});
     ASSERT_TRUE(refined) << refined.error().message;
     EXPECT_LE(refined->after, refined->before);

@@ -208,8 +208,9 @@ class SlidingSessions : public testing::TestWithParam<const char*> {
     engine_ = MakeEngine(64);
     plan_ = FullPlan(engine_->fingerprint(), 2048);
   }
-  std::shared_ptr<Engine> MakeEngine(int64_t block) const {
-    return Engine::Create(model_, {.n_threads = 2, .block_tokens = block}).value();
+  // One thread unless threads are the point: spinning threads crawl on a busy machine.
+  std::shared_ptr<Engine> MakeEngine(int64_t block, int threads = 1) const {
+    return Engine::Create(model_, {.n_threads = threads, .block_tokens = block}).value();
   }
   Session MakeSession(const std::shared_ptr<Engine>& engine) const {
     return Session::Create(engine, plan_).value();
@@ -249,7 +250,7 @@ class SlidingSessions : public testing::TestWithParam<const char*> {
 
 TEST_P(SlidingSessions, PromptsInBlocksOfAnySize) {
   for (const int64_t block : {1, 7, 64, 512}) {
-    const auto engine = MakeEngine(block);
+    const auto engine = MakeEngine(block, block == 64 ? 2 : 1);
     for (const int64_t n : {1, 2, 16, 17, 18, 40, 41, 63, 64, 65, 300}) {
       if (block == 1 && n > 65) continue;
       Session session = MakeSession(engine);

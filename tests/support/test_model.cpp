@@ -373,6 +373,23 @@ class Weights {
 
 }  // namespace
 
+TestModelOptions SlidingModelOptions(const std::string& architecture, int64_t window) {
+  TestModelOptions o;
+  o.architecture = architecture;
+  o.n_layers = 4;
+  o.window = window;
+  o.window_pattern = 2;
+  if (architecture == "gpt-oss") {
+    o.n_experts = 4;
+    o.n_used = 2;
+    o.biases = true;
+  } else {
+    o.tied = true;
+  }
+  if (architecture == "gemma2") o.attn_soft_cap = 3;
+  return o;
+}
+
 bool WriteTestModel(const TestModelOptions& options, const std::string& path) {
   Writer out;
   AddHyperParams(options, out.file.get());

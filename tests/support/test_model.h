@@ -53,6 +53,10 @@ struct TestModelOptions {
   uint64_t seed = 1;
 };
 
+// A small model of an architecture whose layers slide in turn (gemma2, gemma3, gpt-oss): every second one, of
+// 4, sees the newest `window` tokens. gemma2's scores are capped.
+TestModelOptions SlidingModelOptions(const std::string& architecture, int64_t window);
+
 inline constexpr int64_t kLeastVocab = 288;  // bytes, merges and special tokens
 
 // Whether the file could be written.

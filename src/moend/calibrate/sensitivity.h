@@ -9,6 +9,7 @@
 // measured, summed over the texts; E and K: the sums over all heads. So little evidence says little.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -19,6 +20,12 @@ namespace moend {
 
 // Texts of a calibration on which sensitivities are measured.
 inline constexpr int64_t kProbedTexts = 4;
+
+// Whether Calibrate() has nothing left to do with a profile that has all of `n_chunks` chunks.
+inline bool IsProbed(const Profile& profile, int64_t n_chunks) {
+  return profile.method == ProfileMethod::kLogits ||
+         (profile.probed >= std::min(n_chunks, kProbedTexts) && !profile.checks.empty());
+}
 
 // Solves for some compression, compresses what each KV head gets there, one head at a time, and measures the
 // logits on the chunk's end and on a part of the chunk that the model is asked for again. Adds to

@@ -14,6 +14,7 @@
 #include "moend/calibrate/default_text.h"
 #include "moend/calibrate/paper.h"
 #include "moend/calibrate/reconstruction.h"
+#include "moend/calibrate/sensitivity.h"
 #include "moend/cli/commands.h"
 #include "moend/cli/common.h"
 #include "moend/cli/progress.h"
@@ -143,7 +144,10 @@ Expected<void> RunMethod(CalibrateFlags flags, ProfileMethod method, const std::
   MOEND_ASSIGN(const auto texts, Texts(flags, tokenizer));
   MOEND_ASSIGN(const auto chunks, MakeChunks(texts, tokenizer.bos(), flags.options));
   const auto n_chunks = static_cast<int64_t>(chunks.size());
-  if (profile.chunks >= n_chunks) {
+  if (profile.chunks >= n_chunks && !IsProbed(profile, n_chunks)) {
+    Note(fmt::format("{} has its {} chunks already; going on with its probes and checks", flags.output,
+                     profile.chunks));
+  } else if (profile.chunks >= n_chunks) {
     Note(fmt::format("{} has its {} chunks already; --restart measures anew", flags.output, profile.chunks));
   } else if (profile.chunks > 0) {
     Note(fmt::format("going on with {} after {} of {} chunks", flags.output, profile.chunks, n_chunks));

@@ -163,8 +163,11 @@ std::string Totals(const Plan& plan) {
 std::string DescribeProfile(const Profile& profile, const TextStyle& style) {
   std::string out = fmt::format("profile of {}", ModelLines(profile.model));
   out += fmt::format("scorer {}; {} protected\n", ScorerText(profile.scorer), GuardText(profile.guard));
-  out += fmt::format("{} of {} chunks of {} tokens, the last {} of each measured\n\n", profile.chunks,
-                     profile.chunks_wanted, profile.length, profile.evaluated);
+  out += fmt::format("{} of {} chunks of {} tokens, {}\n\n", profile.chunks, profile.chunks_wanted,
+                     profile.length,
+                     profile.method == ProfileMethod::kReconstruction
+                         ? "each measured by what its repetition looks at"
+                         : fmt::format("the last {} of each measured", profile.evaluated));
   if (profile.chunks == 0 || profile.experts.empty()) return out + "no chunk is finished yet\n";
   out += HeatMap(profile, &ProfileCell::kl, "kl: KL divergence of the logits in nats a token", style) + "\n";
   out += HeatMap(profile, &ProfileCell::l2, "l2: relative error of the layer's attention output", style);
