@@ -10,6 +10,7 @@
 
 #include "moend/model/graph.h"
 #include "moend/model/model.h"
+#include "tests/support/process.h"
 #include "tests/support/test_model.h"
 
 namespace moend::test {
@@ -145,6 +146,23 @@ TEST(DeltaNets, BadFilesAreNamed) {
   refused(sections({0, 0, 0, 0}), ErrorCode::kCorrupt, "add up to 0 pairs");
   refused(sections({3, -3, 2, 0}), ErrorCode::kCorrupt, "holds -3");
   refused(sections({2, 2, 2, 2}), ErrorCode::kUnsupported, "leaves out the pair 6");
+}
+
+// As a user meets them: inspect counts their states as llama.cpp allocates them, and what reads a text says
+// that it cannot.
+TEST(DeltaNets, AreInspectedAndNotRun) {
+  const TempDir dir;
+  const std::string path = dir / "a.gguf";
+  ASSERT_TRUE(WriteTestModel(SmallHybrid("qwen35"), path));
+  const ProcessResult shown = RunProcess(MOEND_BINARY, {"inspect", path});
+  EXPECT_EQ(shown.code, 0) << shown.err;
+  // 3 inputs of 8 heads' 16 channels and 4 matrices of 16 x 16, 4 bytes each; 2 KV heads of 32 channels.
+  for (const char* part : {"qwen35", "256 bytes a token and 5632 of states", "1, which remember 5632 bytes"})
+    EXPECT_NE(shown.out.find(part), std::string::npos) << part << " not in " << shown.out;
+  const ProcessResult run = RunProcess(MOEND_BINARY, {"run", "-m", path, "-p", "a", "-n", "1"});
+  EXPECT_EQ(run.code, 1);
+  EXPECT_TRUE(run.out.empty()) << run.out;
+  EXPECT_NE(run.err.find("gated delta nets"), std::string::npos) << run.err;
 }
 
 }  // namespace
