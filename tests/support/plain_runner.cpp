@@ -83,6 +83,20 @@ void DenseHook::Combine(int64_t, float* out, int64_t n, int thread, int n_thread
   for (int64_t i = thread; i < n; i += n_threads) std::copy_n(out_.data() + i * row, row, out + i * row);
 }
 
+void DenseHook::LoadStates(int64_t layer, float* states, int64_t contexts) {
+  const std::vector<float>& state = layers_[static_cast<std::size_t>(layer)].state;
+  const int64_t n = contexts * h_.layers[static_cast<std::size_t>(layer)].delta_net.state_floats();
+  if (state.empty())
+    std::fill_n(states, n, 0.0f);
+  else
+    std::copy_n(state.data(), n, states);
+}
+
+void DenseHook::StoreStates(int64_t layer, const float* states, int64_t contexts) {
+  const int64_t n = contexts * h_.layers[static_cast<std::size_t>(layer)].delta_net.state_floats();
+  layers_[static_cast<std::size_t>(layer)].state.assign(states, states + n);
+}
+
 std::vector<std::vector<float>> PlainLogits(const Model& model, std::span<const int32_t> tokens,
                                             int64_t block, int n_threads) {
   const HyperParams& h = model.hparams();

@@ -21,13 +21,17 @@ class DenseHook final : public AttentionHook {
   void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
   void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) override;
 
+  void LoadStates(int64_t layer, float* states, int64_t contexts) override;
+  void StoreStates(int64_t layer, const float* states, int64_t contexts) override;
+
   int64_t stored(int64_t layer) const;  // tokens
 
  private:
   const Model& model_;
   const HyperParams& h_;
   struct Layer {
-    std::vector<float> k, v;  // [token][kv head][head_size]
+    std::vector<float> k, v;   // [token][kv head][head_size]
+    std::vector<float> state;  // of a delta net; empty before the first token
   };
   std::vector<Layer> layers_;
   std::vector<float> out_;  // [token][head][head_size] of the block at hand

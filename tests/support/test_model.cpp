@@ -211,6 +211,22 @@ void AddHyperParams(const TestModelOptions& o, gguf_context* file) {
     gguf_set_arr_data(file, key("attention.sliding_window_pattern").c_str(), GGUF_TYPE_BOOL, flags.data(),
                       flags.size());
   }
+  if (o.attention_interval > 0) number("full_attention_interval", o.attention_interval);
+  if (!o.recurrent.empty()) {
+    const std::vector<int8_t> flags(o.recurrent.begin(), o.recurrent.end());
+    gguf_set_arr_data(file, key("attention.recurrent_layers").c_str(), GGUF_TYPE_BOOL, flags.data(),
+                      flags.size());
+  }
+  if (!o.rope_sections.empty())
+    gguf_set_arr_data(file, key("rope.dimension_sections").c_str(), GGUF_TYPE_INT32, o.rope_sections.data(),
+                      o.rope_sections.size());
+  if (o.delta_k_heads > 0) {
+    number("ssm.conv_kernel", o.delta_kernel);
+    number("ssm.inner_size", o.delta_v_heads * o.delta_head_size);
+    number("ssm.state_size", o.delta_head_size);
+    number("ssm.time_step_rank", o.delta_v_heads);
+    number("ssm.group_count", o.delta_k_heads);
+  }
   if (!o.rope_finetuned) gguf_set_val_bool(file, key("rope.scaling.finetuned").c_str(), false);
   gguf_set_val_f32(file, key("attention.layer_norm_rms_epsilon").c_str(), 1e-5f);
   gguf_set_val_f32(file, key("rope.freq_base").c_str(), o.rope_freq_base);
@@ -281,6 +297,17 @@ class Weights {
   void Layer(const std::string& prefix, int64_t layer) {
     const int64_t q_rows = o_.n_heads * o_.head_size, kv_rows = o_.n_kv_heads * o_.head_size;
     Vector(prefix + "attn_norm.weight", o_.n_embd, 1.0f, 0.1f);
+    if (o_.delta_k_heads > 0) {
+      const auto at = static_cast<std::size_t>(layer);
+      const int64_t interval = o_.attention_interval > 0 ? o_.attention_interval : 4;
+      if (o_.recurrent.empty() ? (layer + 1) % interval != 0 : o_.recurrent[at])
+        DeltaNet(prefix);
+      else
+        GatedAttention(prefix);
+      Vector(prefix + "post_attention_norm.weight", o_.n_embd, 1.0f, 0.1f);
+      if (o_.n_experts > 0) return Experts(prefix);
+      return DenseFfn(prefix, o_.n_ff);
+    }
     // Scores of a spread of about 2: attention neither uniform nor stuck on one token.
     std::vector<float> q = Projection(o_.n_embd, q_rows, o_.qk_gain),
                        k = Projection(o_.n_embd, kv_rows, o_.qk_gain);
@@ -319,11 +346,7 @@ class Weights {
     }
     if (o_.architecture == "glm4moe") {
       Vector(prefix + "post_attention_norm.weight", o_.n_embd, 1.0f, 0.1f);
-      if (layer >= o_.dense_layers) return Experts(prefix);
-      Matrix(prefix + "ffn_gate.weight", o_.n_embd, o_.n_ff_dense, 1.0f);
-      Matrix(prefix + "ffn_up.weight", o_.n_embd, o_.n_ff_dense, 1.0f);
-      Matrix(prefix + "ffn_down.weight", o_.n_ff_dense, o_.n_embd, 1.0f);
-      return;
+      return layer >= o_.dense_layers ? Experts(prefix) : DenseFfn(prefix, o_.n_ff_dense);
     }
     Vector(prefix + "ffn_norm.weight", o_.n_embd, 1.0f, 0.1f);
     if (o_.architecture == "glm4" || o_.architecture.starts_with("gemma")) {
@@ -335,6 +358,42 @@ class Weights {
     if (!fused) Matrix(prefix + "ffn_gate.weight", o_.n_embd, o_.n_ff, 1.0f);
     Matrix(prefix + "ffn_up.weight", o_.n_embd, fused ? 2 * o_.n_ff : o_.n_ff, 1.0f);
     Matrix(prefix + "ffn_down.weight", o_.n_ff, o_.n_embd, 1.0f);
+  }
+
+  void DenseFfn(const std::string& prefix, int64_t n_ff) {
+    Matrix(prefix + "ffn_gate.weight", o_.n_embd, n_ff, 1.0f);
+    Matrix(prefix + "ffn_up.weight", o_.n_embd, n_ff, 1.0f);
+    Matrix(prefix + "ffn_down.weight", n_ff, o_.n_embd, 1.0f);
+  }
+
+  void GatedAttention(const std::string& prefix) {
+    const int64_t q_rows = o_.n_heads * o_.head_size, kv_rows = o_.n_kv_heads * o_.head_size;
+    Matrix(prefix + "attn_q.weight", o_.n_embd, 2 * q_rows, 1.4f);
+    Matrix(prefix + "attn_k.weight", o_.n_embd, kv_rows, 1.4f);
+    Matrix(prefix + "attn_v.weight", o_.n_embd, kv_rows, 1.0f);
+    Vector(prefix + "attn_q_norm.weight", o_.head_size, 1.4f, 0.1f);
+    Vector(prefix + "attn_k_norm.weight", o_.head_size, 1.4f, 0.1f);
+    Matrix(prefix + "attn_output.weight", q_rows, o_.n_embd, 1.0f);
+  }
+
+  void DeltaNet(const std::string& prefix) {
+    const int64_t heads = o_.delta_v_heads, values = heads * o_.delta_head_size,
+                  channels = 2 * o_.delta_k_heads * o_.delta_head_size + values;
+    Matrix(prefix + "attn_qkv.weight", o_.n_embd, channels, 1.0f);
+    Matrix(prefix + "attn_gate.weight", o_.n_embd, values, 1.0f);
+    out_.Add(prefix + "ssm_conv1d.weight", GGML_TYPE_F32, Normal(o_.delta_kernel * channels, 0.0f, 0.7f),
+             o_.delta_kernel);
+    Vector(prefix + "ssm_dt.bias", heads, -2.0f, 1.0f);
+    // Some heads forget within a few tokens, others over hundreds.
+    Vector(prefix + "ssm_a", heads, -0.3f, 0.1f);
+    if (o_.architecture == "qwen3next") {
+      Matrix(prefix + "ssm_ba.weight", o_.n_embd, 2 * heads, 1.0f);
+    } else {
+      Matrix(prefix + "ssm_beta.weight", o_.n_embd, heads, 1.0f);
+      Matrix(prefix + "ssm_alpha.weight", o_.n_embd, heads, 1.0f);
+    }
+    Vector(prefix + "ssm_norm.weight", o_.delta_head_size, 1.0f, 0.1f);
+    Matrix(prefix + "ssm_out.weight", values, o_.n_embd, 1.0f);
   }
 
   void Experts(const std::string& prefix) {
@@ -363,7 +422,8 @@ class Weights {
     Matrix(prefix + "ffn_gate_shexp.weight", o_.n_embd, o_.n_ff_shared, 1.0f);
     Matrix(prefix + "ffn_up_shexp.weight", o_.n_embd, o_.n_ff_shared, 1.0f);
     Matrix(prefix + "ffn_down_shexp.weight", o_.n_ff_shared, o_.n_embd, 1.0f);
-    if (o_.architecture == "qwen2moe") Vector(prefix + "ffn_gate_inp_shexp.weight", o_.n_embd, 0.0f, 0.1f);
+    if (o_.architecture == "qwen2moe" || o_.delta_k_heads > 0)
+      Vector(prefix + "ffn_gate_inp_shexp.weight", o_.n_embd, 0.0f, 0.1f);
   }
 
   const TestModelOptions& o_;

@@ -50,6 +50,12 @@ struct TestModelOptions {
   bool qk_norms = false;            // glm4moe
   bool vision = false;              // gemma3: tensors of an image encoder
   bool rope_finetuned = true;       // granite: false says that there is no RoPE
+  // qwen3next, qwen35, qwen35moe: every attention_interval-th layer attends, or those of which `recurrent`
+  // says so. Delta nets: heads of K and V, their size, and the length of the convolution.
+  int64_t attention_interval = 0;  // 0: no key
+  std::vector<bool> recurrent;
+  int64_t delta_k_heads = 0, delta_v_heads = 0, delta_head_size = 0, delta_kernel = 4;
+  std::vector<int32_t> rope_sections;
   uint64_t seed = 1;
 };
 

@@ -68,12 +68,23 @@ Expected<void> ExplainModel(const std::string& path) {
   std::map<int64_t, int64_t> sliding;  // layers of each window
   for (const LayerParams& l : hp.layers)
     if (l.window > 0) ++sliding[l.window];
-  int64_t full = hp.n_layers;
+  int64_t full = hp.n_layers, states = 0;
+  for (const LayerParams& l : hp.layers) {
+    if (l.delta_net.n_k_heads == 0) continue;
+    states += l.delta_net.state_floats() * static_cast<int64_t>(sizeof(float));
+    --full;
+  }
+  if (states > 0)
+    Row("delta net layers",
+        fmt::format("{}, which remember {} bytes of any context; not run yet", hp.n_layers - full, states));
   for (const auto& [window, layers] : sliding) {
     Row("sliding layers", fmt::format("{}, which see the newest {} tokens", layers, window));
     full -= layers;
   }
-  if (!sliding.empty()) Row("full layers", fmt::format("{}, which plans compress", full));
+  if (states > 0)
+    Row("full layers", fmt::format("{}", full));
+  else if (!sliding.empty())
+    Row("full layers", fmt::format("{}, which plans compress", full));
   if (hp.layers.back().soft_cap > 0)
     Row("soft cap", fmt::format("{:g} of attention scores", hp.layers.back().soft_cap));
   if (hp.layers.back().sinks) Row("sinks", "a learned logit in the softmax of each query head");
@@ -81,14 +92,16 @@ Expected<void> ExplainModel(const std::string& path) {
 
   const KvShape shape{hp.n_kv_heads, hp.head_size};
   const auto bytes = [&](int64_t tokens) {
-    int64_t sum = 0;
+    int64_t sum = states;
     for (const LayerParams& l : hp.layers)
-      sum += FullLayerBytes(shape, l.window > 0 ? std::min(l.window, tokens) : tokens);
+      if (l.delta_net.n_k_heads == 0)
+        sum += FullLayerBytes(shape, l.window > 0 ? std::min(l.window, tokens) : tokens);
     return sum;
   };
   fmt::print("\nK/V cache at 16 bit: {} bytes a token", full * FullLayerBytes(shape, 1));
   if (!sliding.empty())
     fmt::print(" and {} of windows", bytes(kMostTokens) - full * FullLayerBytes(shape, kMostTokens));
+  if (states > 0) fmt::print(" and {} of states", states);
   fmt::print("\n\n{:>10}", "tokens");
   constexpr double kRatios[] = {1, 4, 8, 14, 20, 40};
   for (const double r : kRatios) fmt::print("{:>12}", r == 1 ? "full" : fmt::format("{:g}x", r));
@@ -96,7 +109,7 @@ Expected<void> ExplainModel(const std::string& path) {
   for (int64_t tokens = 1024;; tokens = tokens * 4 < hp.n_ctx_train ? tokens * 4 : hp.n_ctx_train) {
     const int64_t shown = std::min(tokens, hp.n_ctx_train);
     fmt::print("{:>10}", shown);
-    // Windows stay as they are, so that short contexts cannot be made small.
+    // Windows and states stay as they are, so that short contexts cannot be made small.
     const int64_t fixed = bytes(shown) - full * FullLayerBytes(shape, shown);
     for (const double r : kRatios) {
       const double mib = MiB(bytes(shown)) / r;

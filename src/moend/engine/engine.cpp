@@ -15,6 +15,12 @@ Engine::~Engine() = default;
 
 Expected<std::shared_ptr<Engine>> Engine::Create(std::shared_ptr<const Model> model,
                                                  const EngineOptions& options) {
+  if (model->hparams().recurrent())
+    return Fail(
+        ErrorCode::kUnsupported,
+        "{} has layers that remember a state instead of K/V (gated delta nets), which moend's contexts "
+        "do not keep yet: it can be opened and inspected, but not run",
+        model->path());
   const MachineLimits limits = ReadMachineLimits();
   const int threads = options.n_threads > 0 ? std::min(options.n_threads, limits.cpus) : limits.threads();
   return Caught("making an engine", [&]() -> Expected<std::shared_ptr<Engine>> {

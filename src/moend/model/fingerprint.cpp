@@ -61,6 +61,10 @@ void HashLayers(Hasher& hash, const HyperParams& h) {
                     static_cast<float>(h.query_temperature.every)})
       hash.Real(f);
   for (const LayerParams& l : h.layers) {
+    if (const DeltaNetParams& d = l.delta_net; d.n_k_heads > 0)
+      for (int64_t n : {d.n_k_heads, d.n_v_heads, d.head_size, d.kernel, int64_t{d.grouped}})
+        hash.Word(static_cast<uint64_t>(n));
+    if (l.output_gate) hash.Word(1);
     const bool rope = l.rope.n_dims == h.head_size;
     const bool old_norm = l.qk_norm == (h.architecture_name == "qwen3" ? QkNorm::kHeads : QkNorm::kNone);
     const bool old_attention = l.window == 0 && l.soft_cap == 0 && !l.sinks;

@@ -96,6 +96,9 @@ class GgufFile {
   Expected<bool> Boolean(std::string_view key, bool fallback) const;
   // An array of `count` booleans (or of integers, of which 0 is false).
   Expected<std::vector<bool>> Booleans(std::string_view key, int64_t count) const;
+  // An array of `count` integers from low to high.
+  Expected<std::vector<int64_t>> Integers(std::string_view key, int64_t count, int64_t low,
+                                          int64_t high) const;
   Expected<std::string_view> String(std::string_view key,
                                     std::optional<std::string_view> fallback = {}) const;
   // Array elements; a missing key is an empty list.

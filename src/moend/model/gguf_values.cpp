@@ -146,6 +146,25 @@ Expected<std::vector<bool>> GgufFile::Booleans(std::string_view key, int64_t cou
   return out;
 }
 
+Expected<std::vector<int64_t>> GgufFile::Integers(std::string_view key, int64_t count, int64_t low,
+                                                  int64_t high) const {
+  const GgufValue* v = Find(key);
+  if (!v) return Missing(*this, key);
+  if (!v->is_array) return WrongType(*this, key, *v, "an array of integers");
+  if (v->count != count)
+    return Fail(ErrorCode::kCorrupt, "{}: key {} has {} values instead of {}", path_, key, v->count, count);
+  std::vector<int64_t> out;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto value = IntegerAt(*v, i);
+    if (!value) return WrongType(*this, key, *v, "an array of integers");
+    if (*value < low || *value > high)
+      return Fail(ErrorCode::kCorrupt, "{}: key {} holds {}, outside {} to {}", path_, key, *value, low,
+                  high);
+    out.push_back(*value);
+  }
+  return out;
+}
+
 Expected<std::string_view> GgufFile::String(std::string_view key,
                                             std::optional<std::string_view> fallback) const {
   const GgufValue* v = Find(key);

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <utility>
 
 #include "moend/base/caught.h"
+#include "moend/model/delta_net.h"
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -214,6 +216,32 @@ ggml_tensor* ExpertsFfn(ggml_context* ctx, ggml_cgraph* graph, const FfnParams& 
   return ggml_add(ctx, out, shared);
 }
 
+// What attention gives, weighed by its gate where the layer has one; before the output projection.
+ggml_tensor* Attended(ggml_context* ctx, const HyperParams& h, const LayerParams& p, const LayerWeights& w,
+                      ggml_tensor* x, ggml_tensor* positions, HookSlot* slot, ggml_tensor** attn_out) {
+  const int64_t size = h.head_size;
+  ggml_tensor *q = Linear(ctx, w.wq, w.bq, x), *gate = nullptr;
+  if (p.output_gate) {
+    q = ggml_reshape_3d(ctx, q, 2 * size, h.n_heads, x->ne[1]);
+    const auto half = [&](int64_t first) {
+      return ggml_cont_2d(ctx,
+                          ggml_view_3d(ctx, q, size, h.n_heads, x->ne[1], q->nb[1], q->nb[2],
+                                       ggml_row_size(GGML_TYPE_F32, first)),
+                          size * h.n_heads, x->ne[1]);
+    };
+    gate = half(size);
+    q = half(0);
+  }
+  q = Heads(ctx, h, q, h.n_heads, p.qk_norm, w.q_norm);
+  ggml_tensor* k = Heads(ctx, h, Linear(ctx, w.wk, w.bk, x), h.n_kv_heads, p.qk_norm, w.k_norm);
+  ggml_tensor* v = Heads(ctx, h, Linear(ctx, w.wv, w.bv, x), h.n_kv_heads, QkNorm::kNone, nullptr);
+  q = Sharpen(ctx, h, Rope(ctx, p.rope, q, positions, w.rope_freqs), positions);
+  k = Rope(ctx, p.rope, k, positions, w.rope_freqs);
+  ggml_tensor* attended = Attention(ctx, slot, q, k, v);
+  if (attn_out) *attn_out = attended;
+  return gate ? ggml_mul(ctx, attended, ggml_sigmoid(ctx, gate)) : attended;
+}
+
 // What a block adds to the stream: normed and scaled where the architecture has it so.
 ggml_tensor* AddToStream(ggml_context* ctx, const HyperParams& h, const LayerParams& p, ggml_tensor* stream,
                          ggml_tensor* x, ggml_tensor* post_norm) {
@@ -242,11 +270,19 @@ void AttentionHook::NoteException() noexcept {
   NoteError(ErrorOf(std::current_exception(), "attending"));
 }
 
+void AttentionHook::LoadStates(int64_t, float*, int64_t) {
+  throw std::logic_error("no states of delta nets are kept here");
+}
+
+void AttentionHook::StoreStates(int64_t, const float*, int64_t) {
+  throw std::logic_error("no states of delta nets are kept here");
+}
+
 int64_t NodesPerLayer(const HyperParams& h) {
   constexpr int64_t kDense = 56, kExperts = 48;
   int64_t most = 0;
   for (const LayerParams& l : h.layers) most = std::max(most, l.ffn.n_used);
-  return kDense + (most > 0 ? kExperts + 2 * most : 0);
+  return kDense + (h.recurrent() ? kDeltaNetNodes : 0) + (most > 0 ? kExperts + 2 * most : 0);
 }
 
 ggml_tensor* BuildEmbedding(ggml_context* ctx, const Model& model, ggml_tensor* tokens) {
@@ -262,15 +298,11 @@ ggml_tensor* BuildLayer(ggml_context* ctx, ggml_cgraph* graph, const Model& mode
   const LayerWeights& w = model.weights().layers[static_cast<std::size_t>(layer)];
 
   ggml_tensor* normed = Norm(ctx, h, x, w.attn_norm);
-  ggml_tensor* q = Heads(ctx, h, Linear(ctx, w.wq, w.bq, normed), h.n_heads, p.qk_norm, w.q_norm);
-  ggml_tensor* k = Heads(ctx, h, Linear(ctx, w.wk, w.bk, normed), h.n_kv_heads, p.qk_norm, w.k_norm);
-  ggml_tensor* v = Heads(ctx, h, Linear(ctx, w.wv, w.bv, normed), h.n_kv_heads, QkNorm::kNone, nullptr);
-  q = Sharpen(ctx, h, Rope(ctx, p.rope, q, positions, w.rope_freqs), positions);
-  k = Rope(ctx, p.rope, k, positions, w.rope_freqs);
-
-  ggml_tensor* attended = Attention(ctx, slot, q, k, v);
-  if (attn_out) *attn_out = attended;
-  x = AddToStream(ctx, h, p, x, Linear(ctx, w.wo, w.bo, attended), w.attn_post_norm);
+  ggml_tensor* mixed =
+      p.delta_net.n_k_heads > 0
+          ? BuildDeltaNet(ctx, graph, h, p.delta_net, w, normed, slot)
+          : Linear(ctx, w.wo, w.bo, Attended(ctx, h, p, w, normed, positions, slot, attn_out));
+  x = AddToStream(ctx, h, p, x, mixed, w.attn_post_norm);
 
   normed = Norm(ctx, h, x, w.ffn_norm);
   ggml_tensor* ffn =

@@ -34,6 +34,11 @@ class AttentionHook {
   virtual void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) = 0;
   virtual void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) = 0;
   virtual void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) = 0;
+  // Of layers that are delta nets, on one thread: what they remember of each of `contexts` contexts before
+  // the graph's tokens, and after them; f32 [contexts][DeltaNetParams::state_floats()], zeros before the
+  // first token. Those who do not keep states throw.
+  virtual void LoadStates(int64_t layer, float* states, int64_t contexts);
+  virtual void StoreStates(int64_t layer, const float* states, int64_t contexts);
 
  private:
   std::atomic<bool> noted_{false}, failed_{false};  // failed_ once error_ is there
@@ -45,6 +50,7 @@ class AttentionHook {
 struct HookSlot {
   AttentionHook* hook = nullptr;
   int64_t layer = 0;
+  bool one_token_each = false;  // the graph's tokens are of as many contexts; else of one
 };
 
 // tokens: i32 [n]. Returns f32 [n_embd, n].

@@ -65,14 +65,21 @@ void ApplyNorm(std::vector<double>& power, const ggml_tensor* norm) {
 std::vector<float> KeyBalance(const GgufFile& file, const Model& model, int64_t layer) {
   const HyperParams& hp = model.hparams();
   const LayerWeights& w = model.weights().layers[static_cast<std::size_t>(layer)];
+  const LayerParams& params = hp.layers[static_cast<std::size_t>(layer)];
   const std::string prefix = fmt::format("blk.{}.", layer);
   const int64_t d = hp.head_size, group = hp.n_heads / hp.n_kv_heads;
-  const int64_t q_rows = hp.n_heads * d, k_rows = hp.n_kv_heads * d;
+  const int64_t k_rows = hp.n_kv_heads * d;
+  if (params.delta_net.n_k_heads > 0) return std::vector<float>(static_cast<std::size_t>(k_rows), 1.0f);
   const std::string fused = prefix + "attn_qkv.weight";
   const bool is_fused = file.FindTensor(fused) != nullptr;
-  auto q = RowPower(file, is_fused ? fused : prefix + "attn_q.weight", 0, q_rows, w.attn_norm);
-  auto k =
-      RowPower(file, is_fused ? fused : prefix + "attn_k.weight", is_fused ? q_rows : 0, k_rows, w.attn_norm);
+  // A head's gate stands behind its query.
+  const int64_t stride = params.output_gate ? 2 * d : d;
+  const std::string q_name = is_fused ? fused : prefix + "attn_q.weight";
+  std::vector<double> q;
+  for (int64_t head = 0; head < hp.n_heads; ++head)
+    for (const double power : RowPower(file, q_name, head * stride, d, w.attn_norm)) q.push_back(power);
+  auto k = RowPower(file, is_fused ? fused : prefix + "attn_k.weight", is_fused ? hp.n_heads * stride : 0,
+                    k_rows, w.attn_norm);
   AddBias(q, w.bq);
   AddBias(k, w.bk);
   ApplyNorm(q, w.q_norm);

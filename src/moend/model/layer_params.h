@@ -52,11 +52,28 @@ struct FfnParams {
   bool shared_gate = false;     // whose output is weighed by a sigmoid
 };
 
+// A gated delta net (delta_net.h). Its heads of K and V are of one size.
+struct DeltaNetParams {
+  int64_t n_k_heads = 0;  // 0: the layer attends
+  int64_t n_v_heads = 0;  // a multiple
+  int64_t head_size = 0;
+  int64_t kernel = 0;    // tokens that the convolution sees, the newest included
+  bool grouped = false;  // neighbouring heads of V share a head of K, and its gates are stored with it; else
+                         // heads i, i + n_k_heads, ... do
+  int64_t channels() const { return (2 * n_k_heads + n_v_heads) * head_size; }  // of the convolution
+  // What is remembered of a context, f32: [channels][kernel - 1] inputs of the convolution, and a matrix for
+  // each head of V.
+  int64_t state_floats() const { return (kernel - 1) * channels() + n_v_heads * head_size * head_size; }
+};
+
 struct LayerParams {
   RopeParams rope;
-  int64_t window = 0;  // a sliding layer: a token sees the newest so many up to itself; 0: a full layer
-  float soft_cap = 0;  // a score s counts as soft_cap * tanh(s / soft_cap); 0: as it is
-  bool sinks = false;  // a learned logit a query head has its share of the softmax
+  int64_t window = 0;        // a sliding layer: a token sees the newest so many up to itself; 0: a full layer
+  float soft_cap = 0;        // a score s counts as soft_cap * tanh(s / soft_cap); 0: as it is
+  DeltaNetParams delta_net;  // in the place of attention; what is said of attention here means nothing then
+  bool output_gate = false;  // a query head's rows of the Q projection are followed by those of a gate, whose
+                             // sigmoid weighs the head's output
+  bool sinks = false;        // a learned logit a query head has its share of the softmax
   QkNorm qk_norm = QkNorm::kNone;
   bool post_norms =
       false;  // norms behind attention and feed-forward too, before they are added to the stream

@@ -1,5 +1,7 @@
 #include "moend/model/model.h"
 
+#include <algorithm>
+
 #include <ggml-cpu.h>
 
 #include <utility>
@@ -14,6 +16,10 @@
 #include "moend/model/weights.h"
 
 namespace moend {
+
+bool HyperParams::recurrent() const {
+  return std::ranges::any_of(layers, [](const LayerParams& l) { return l.delta_net.n_k_heads > 0; });
+}
 namespace {
 
 class LoadedModel final : public Model {

@@ -42,6 +42,7 @@ struct HyperParams {
   OptionalTensors optional;
   const char* ffn_norm = "ffn_norm";  // the name in files of the norm in front of the feed-forward network
   std::vector<LayerParams> layers;    // [n_layers]
+  bool recurrent() const;             // some layers are delta nets
 };
 
 // Weights of a layer; absent ones are null. Names as in GGUF (blk.N.attn_q.weight ...).
@@ -59,6 +60,14 @@ struct LayerWeights {
   // [n_experts]; [out, n_experts]
   ggml_tensor *router_b = nullptr, *selection_b = nullptr, *gate_experts_b = nullptr, *up_experts_b = nullptr,
               *down_experts_b = nullptr;
+  // DeltaNetParams: [n_embd, channels] of all K heads' queries and keys, and values; [n_embd, values];
+  // [values, n_embd]; [kernel, channels]; [head_size].
+  ggml_tensor *delta_qkv = nullptr, *delta_gate = nullptr, *delta_out = nullptr, *delta_conv = nullptr,
+              *delta_norm = nullptr;
+  // [n_v_heads]: times softplus of the step, that is the log of what stays; bias of the step.
+  ggml_tensor *delta_decay = nullptr, *delta_step_b = nullptr;
+  // Either one matrix [n_embd, 2 * n_v_heads] or one each [n_embd, n_v_heads].
+  ggml_tensor *delta_gates = nullptr, *delta_rate = nullptr, *delta_step = nullptr;
   ggml_tensor *gate_shared = nullptr, *up_shared = nullptr, *down_shared = nullptr, *shared_gate = nullptr;
 };
 
@@ -98,7 +107,17 @@ void ForEachWeight(const LayerWeights& w, F&& fn) {
                                w.gate_shared,
                                w.up_shared,
                                w.down_shared,
-                               w.shared_gate})
+                               w.shared_gate,
+                               w.delta_qkv,
+                               w.delta_gate,
+                               w.delta_out,
+                               w.delta_conv,
+                               w.delta_norm,
+                               w.delta_decay,
+                               w.delta_step_b,
+                               w.delta_gates,
+                               w.delta_rate,
+                               w.delta_step})
     if (t) fn(t);
 }
 

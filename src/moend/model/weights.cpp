@@ -137,9 +137,10 @@ class Binder {
 };
 
 // Q, K and V projections, apart or as one matrix of stacked rows, with optional biases.
-Expected<void> BindProjections(Binder& bind, const GgufFile& file, const HyperParams& h,
+Expected<void> BindProjections(Binder& bind, const GgufFile& file, const HyperParams& h, const LayerParams& p,
                                const std::string& prefix, LayerWeights& w) {
-  const int64_t q_rows = h.n_heads * h.head_size, kv_rows = h.n_kv_heads * h.head_size;
+  const int64_t q_rows = (p.output_gate ? 2 : 1) * h.n_heads * h.head_size,
+                kv_rows = h.n_kv_heads * h.head_size;
   const std::string fused = prefix + "attn_qkv.weight", fused_bias = prefix + "attn_qkv.bias";
   if (file.FindTensor(fused)) {
     MOEND_TRY(bind.Required(fused, Role::kRows, h.n_embd, q_rows + 2 * kv_rows));
@@ -161,6 +162,27 @@ Expected<void> BindProjections(Binder& bind, const GgufFile& file, const HyperPa
     MOEND_ASSIGN(w.bk, bind.Optional(prefix + "attn_k.bias", Role::kVector, kv_rows));
     MOEND_ASSIGN(w.bv, bind.Optional(prefix + "attn_v.bias", Role::kVector, kv_rows));
   }
+  return {};
+}
+
+Expected<void> BindDeltaNet(Binder& bind, const HyperParams& h, const DeltaNetParams& p,
+                            const std::string& prefix, LayerWeights& w) {
+  const auto name = [&](const char* what) { return prefix + what; };
+  const int64_t values = p.n_v_heads * p.head_size;
+  MOEND_ASSIGN(w.delta_qkv, bind.Required(name("attn_qkv.weight"), Role::kMatrix, h.n_embd, p.channels()));
+  MOEND_ASSIGN(w.delta_gate, bind.Required(name("attn_gate.weight"), Role::kMatrix, h.n_embd, values));
+  MOEND_ASSIGN(w.delta_conv, bind.Required(name("ssm_conv1d.weight"), Role::kVector, p.kernel, p.channels()));
+  MOEND_ASSIGN(w.delta_step_b, bind.Required(name("ssm_dt.bias"), Role::kVector, p.n_v_heads));
+  MOEND_ASSIGN(w.delta_decay, bind.Required(name("ssm_a"), Role::kVector, p.n_v_heads));
+  if (p.grouped) {
+    MOEND_ASSIGN(w.delta_gates,
+                 bind.Required(name("ssm_ba.weight"), Role::kMatrix, h.n_embd, 2 * p.n_v_heads));
+  } else {
+    MOEND_ASSIGN(w.delta_rate, bind.Required(name("ssm_beta.weight"), Role::kMatrix, h.n_embd, p.n_v_heads));
+    MOEND_ASSIGN(w.delta_step, bind.Required(name("ssm_alpha.weight"), Role::kMatrix, h.n_embd, p.n_v_heads));
+  }
+  MOEND_ASSIGN(w.delta_norm, bind.Required(name("ssm_norm.weight"), Role::kVector, p.head_size));
+  MOEND_ASSIGN(w.delta_out, bind.Required(name("ssm_out.weight"), Role::kMatrix, values, h.n_embd));
   return {};
 }
 
@@ -226,13 +248,10 @@ Expected<void> CheckSinks(const GgufFile& file, const ggml_tensor* sinks) {
   return {};
 }
 
-Expected<void> BindLayer(Binder& bind, const GgufFile& file, const HyperParams& h, int64_t layer,
-                         LayerWeights& w) {
-  const LayerParams& p = h.layers[static_cast<std::size_t>(layer)];
-  const std::string prefix = fmt::format("blk.{}.", layer);
+Expected<void> BindAttention(Binder& bind, const GgufFile& file, const HyperParams& h, const LayerParams& p,
+                             const std::string& prefix, LayerWeights& w) {
   const int64_t q_rows = h.n_heads * h.head_size, k_rows = h.n_kv_heads * h.head_size;
-  MOEND_ASSIGN(w.attn_norm, bind.Required(prefix + "attn_norm.weight", Role::kVector, h.n_embd));
-  MOEND_TRY(BindProjections(bind, file, h, prefix, w));
+  MOEND_TRY(BindProjections(bind, file, h, p, prefix, w));
   MOEND_ASSIGN(w.wo, bind.Required(prefix + "attn_output.weight", Role::kMatrix, q_rows, h.n_embd));
   if (p.qk_norm != QkNorm::kNone) {
     const bool row = p.qk_norm == QkNorm::kRow;
@@ -245,6 +264,16 @@ Expected<void> BindLayer(Binder& bind, const GgufFile& file, const HyperParams& 
     MOEND_ASSIGN(w.sinks, bind.Required(prefix + "attn_sinks.weight", Role::kVector, h.n_heads));
     MOEND_TRY(CheckSinks(file, w.sinks));
   }
+  return {};
+}
+
+Expected<void> BindLayer(Binder& bind, const GgufFile& file, const HyperParams& h, int64_t layer,
+                         LayerWeights& w) {
+  const LayerParams& p = h.layers[static_cast<std::size_t>(layer)];
+  const std::string prefix = fmt::format("blk.{}.", layer);
+  MOEND_ASSIGN(w.attn_norm, bind.Required(prefix + "attn_norm.weight", Role::kVector, h.n_embd));
+  MOEND_TRY(p.delta_net.n_k_heads > 0 ? BindDeltaNet(bind, h, p.delta_net, prefix, w)
+                                      : BindAttention(bind, file, h, p, prefix, w));
   MOEND_ASSIGN(w.ffn_norm, bind.Required(prefix + h.ffn_norm + ".weight", Role::kVector, h.n_embd));
   if (p.post_norms) {
     MOEND_ASSIGN(w.attn_post_norm,

@@ -1,6 +1,7 @@
 #include "moend/model/arch/arch.h"
 
 #include <array>
+#include <vector>
 
 namespace moend {
 namespace {
@@ -13,6 +14,12 @@ constexpr std::array kArchitectures = {
     Architecture{"qwen2moe", kNeox, false, DescribeQwen2Moe},
     Architecture{"qwen3", kNeox, false, DescribeQwen3},
     Architecture{"qwen3moe", kNeox, false, DescribeQwen3Moe},
+    Architecture{"qwen3next", kNeox, true, DescribeQwen3Next, /*passes_prediction=*/true,
+                 /*graph_only=*/true},
+    Architecture{"qwen35", kNeox, true, DescribeQwen35, /*passes_prediction=*/true,
+                 /*graph_only=*/true},
+    Architecture{"qwen35moe", kNeox, true, DescribeQwen35Moe, /*passes_prediction=*/true,
+                 /*graph_only=*/true},
     Architecture{"olmoe", kNeox, false, DescribeOlmoe},
     Architecture{"gemma2", kNeox, false, DescribeGemma2},
     Architecture{"gemma3", kNeox, false, DescribeGemma3},
@@ -40,13 +47,12 @@ const Architecture* FindArchitecture(std::string_view name) {
 }
 
 std::string ArchitectureNames() {
+  std::vector<std::string_view> names;
+  for (const Architecture& a : kArchitectures)
+    if (!a.graph_only) names.push_back(a.name);
   std::string out;
-  for (std::size_t i = 0; i < kArchitectures.size(); ++i)
-    out += fmt::format("{}{}",
-                       i == 0                           ? ""
-                       : i + 1 == kArchitectures.size() ? " and "
-                                                        : ", ",
-                       kArchitectures[i].name);
+  for (std::size_t i = 0; i < names.size(); ++i)
+    out += fmt::format("{}{}", i == 0 ? "" : i + 1 == names.size() ? " and " : ", ", names[i]);
   return out;
 }
 

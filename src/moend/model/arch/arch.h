@@ -24,11 +24,13 @@ struct Architecture {
   // Layers for multi-token prediction, which only speed up, are passed over; else a file that has them is
   // refused.
   bool passes_prediction = false;
+  // Files are opened and their graph is there, but contexts do not keep what its layers remember.
+  bool graph_only = false;
 };
 
 std::span<const Architecture> Architectures();
 const Architecture* FindArchitecture(std::string_view name);
-// "llama, qwen2, ... and glm4"
+// Those that run: "llama, qwen2, ... and glm4"
 std::string ArchitectureNames();
 
 // A key of the file's architecture: Key(h, "block_count") is "llama.block_count".
@@ -67,6 +69,9 @@ Expected<void> DescribeQwen2(const GgufFile& file, HyperParams& h);
 Expected<void> DescribeQwen2Moe(const GgufFile& file, HyperParams& h);
 Expected<void> DescribeQwen3(const GgufFile& file, HyperParams& h);
 Expected<void> DescribeQwen3Moe(const GgufFile& file, HyperParams& h);
+Expected<void> DescribeQwen3Next(const GgufFile& file, HyperParams& h);
+Expected<void> DescribeQwen35(const GgufFile& file, HyperParams& h);
+Expected<void> DescribeQwen35Moe(const GgufFile& file, HyperParams& h);
 Expected<void> DescribeOlmoe(const GgufFile& file, HyperParams& h);
 Expected<void> DescribePhi3(const GgufFile& file, HyperParams& h);
 Expected<void> DescribeSmollm3(const GgufFile& file, HyperParams& h);
