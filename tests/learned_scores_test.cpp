@@ -8,6 +8,7 @@
 #include "moend/base/base64.h"
 #include "moend/calibrate/calibrate.h"
 #include "moend/calibrate/learning.h"
+#include "moend/calibrate/trials.h"
 #include "moend/engine/capture.h"
 #include "moend/engine/engine_impl.h"
 #include "moend/engine/repetition.h"
@@ -274,6 +275,13 @@ TEST(LearnedScores, AreLearnedByCalibration) {
   const auto added = Calibrate(tiny.engine, chunks, options, older, nothing, keep);
   ASSERT_TRUE(added);
   EXPECT_EQ(ToJson(*added), ToJson(*whole));
+
+  // What plans lose is measured with the scorer that it was learned from.
+  Profile once = *whole;
+  once.scorer = kLearnedScorer;
+  const auto trials = Trials::Create(tiny.engine, chunks, once, 100, {});
+  ASSERT_FALSE(trials);
+  EXPECT_EQ(trials.error().code, ErrorCode::kUnsupported);
 
   options.learn = false;
   const auto without = Calibrate(tiny.engine, chunks, options, {}, nothing, keep);

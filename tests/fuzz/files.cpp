@@ -88,6 +88,12 @@ Fingerprint SomeModel() {
   return {"llama", "tiny \"quoted\" \xc3\xa4", 3, {2, 64}, "0123456789abcdef"};
 }
 
+std::shared_ptr<const LearnedScores> SomeScores() {
+  LearnedScores learned{3, 2, 5, {}};
+  for (int i = 0; i < 30; ++i) learned.weights.push_back(static_cast<float>(i % 7 - 3) / 8);
+  return std::make_shared<const LearnedScores>(learned);
+}
+
 // Whatever is accepted is written and read again to the same text.
 template <class Parse>
 std::function<Outcome(const std::string&)> RoundTrip(const Parse& parse) {
@@ -114,14 +120,15 @@ Parser PlanParser() {
   plan.predicted = {0.1, 1e-17, 0};
   Plan heads = plan;
   heads.variant = "2d_heads";
-  heads.scorer = "reconstruct";
+  heads.scorer = "learned";
   heads.refit = true;
+  heads.learned = SomeScores();
   for (int i = 0; i < 6; ++i) heads.heads.push_back({0.5, 4, 4});
-  return {
-      .name = "plan",
-      .seeds = {ToJson(plan), ToJson(heads)},
-      .words = {"\"heads\"", "\"keep\"", "\"k_bits\"", "\"adaptive_heads\": true", "\"windows\": [0, 8, 0]"},
-      .run = RoundTrip(ParsePlan)};
+  return {.name = "plan",
+          .seeds = {ToJson(plan), ToJson(heads)},
+          .words = {"\"heads\"", "\"keep\"", "\"k_bits\"", "\"adaptive_heads\": true", "\"learned\"",
+                    "\"windows\": [0, 8, 0]"},
+          .run = RoundTrip(ParsePlan)};
 }
 
 Parser ProfileParser() {
@@ -136,6 +143,7 @@ Parser ProfileParser() {
   heads.head_cells.assign(6, {{0.1, 0.1}, {0, 0}});
   heads.sensitivity.assign(6, {0.5, 0.25});
   heads.probed = 1;
+  heads.learned = SomeScores();
   heads.checks = {{8, 0.1, 0.2}, {14, 0.3, 0.4}};
   return {.name = "profile",
           .seeds = {ToJson(profile), ToJson(heads)},

@@ -200,7 +200,6 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
                LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
 
   const auto measure = [&](int64_t l) -> Expected<void> {
-    if (hp.layers[static_cast<std::size_t>(l)].window > 0) return {};  // nothing of it is compressed
     const LayerScorer of(scorer->of_layer(l));
     MOEND_ASSIGN(const auto scores, ScoreScratch(*machine.compute, scratch, n, of));
     MOEND_ASSIGN(const auto rotations, machine.Rotations(l));
@@ -248,6 +247,7 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
   };
   if (learner) hooks.watch = WatchedBy(*learner);
   hooks.end = [&](int64_t l, LayerScratch&) -> Expected<void> {
+    if (hp.layers[static_cast<std::size_t>(l)].window > 0) return {};  // nothing of it is compressed
     if (learner) MOEND_TRY(learner->EndLayer(l, scratch));
     return measure(l);
   };
@@ -282,7 +282,10 @@ Expected<void> LearnReconstruction(Engine& engine, std::span<const int32_t> toke
     *out = &scratch;
     return {};
   };
-  hooks.end = [&](int64_t l, LayerScratch&) -> Expected<void> { return learner.EndLayer(l, scratch); };
+  hooks.end = [&](int64_t l, LayerScratch&) -> Expected<void> {
+    if (hp.layers[static_cast<std::size_t>(l)].window > 0) return {};
+    return learner.EndLayer(l, scratch);
+  };
   std::vector<float> logits;
   return machine.ReadLayerByLayer(tokens, 0, hooks, logits, tick);
 }

@@ -27,6 +27,10 @@ Expected<Trials> Trials::Create(std::shared_ptr<Engine> engine, std::span<const 
   MOEND_TRY(CheckSameModel(profile.model, engine->fingerprint(), "the profile"));
   auto impl = std::make_unique<Impl>();
   MOEND_ASSIGN(impl->scorer, MakeScorer(profile.scorer));
+  if (impl->scorer->needs().learned)
+    return Fail(ErrorCode::kUnsupported,
+                "plans are not measured with the scorer learned; measure them with {}, which it stands for",
+                kReconstructScorer);
   std::shared_ptr<const QueryModel> queries;
   if (impl->scorer->needs().query_stats) {
     MOEND_ASSIGN(queries, MakeQueryModel(engine->model(), profile.queries));

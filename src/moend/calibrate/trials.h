@@ -16,8 +16,9 @@ namespace moend {
 
 class Trials {
  public:
-  // Reads the chunks (MakeChunks) with nothing compressed; scorer, guard and statistics are the profile's.
-  // The last `evaluated` tokens of each are predicted under every plan.
+  // Reads the chunks (MakeChunks) with nothing compressed; scorer, guard and statistics are the profile's;
+  // kUnsupported for the scorer `learned`. The last `evaluated` tokens of each are predicted under every
+  // plan.
   static Expected<Trials> Create(std::shared_ptr<Engine> engine, std::span<const std::vector<int32_t>> chunks,
                                  const Profile& profile, int64_t evaluated, const Progress& progress);
   Trials(Trials&&) noexcept;

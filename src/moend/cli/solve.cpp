@@ -52,6 +52,7 @@ Expected<void> Run(const SolveFlags& flags) {
   MOEND_ASSIGN(const auto scorer, MakeScorer(profile.scorer));
   // In a file only where somebody will read them.
   if (!scorer->needs().query_stats) profile.queries = nullptr;
+  const bool could_read_once = scorer->needs().repetition && profile.learned;
   if (!scorer->needs().learned) profile.learned = nullptr;
   if (scorer->needs().learned && !profile.learned)
     return Fail(ErrorCode::kInvalidArgument,
@@ -92,6 +93,10 @@ Expected<void> Run(const SolveFlags& flags) {
   if (flags.output.empty()) return {};
   MOEND_TRY(WriteFileAtomically(flags.output, ToJson(solution.plan)));
   Note(fmt::format("wrote {}", flags.output));
+  if (could_read_once && Evicts(solution.plan))
+    Note(
+        "prompts will be read twice, to know what they need; --scorer learned reads them once, and loses "
+        "more");
   return {};
 }
 

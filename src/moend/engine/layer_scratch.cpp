@@ -86,6 +86,7 @@ void LayerScratch::Clear() {
   n_tokens_ = repeated_.n = own_.n = 0;
   std::fill_n(accumulated_.data(), accumulated_.size(), 0.0f);
   std::fill_n(needed_.data(), needed_.size(), 0.0f);
+  std::fill_n(expected_.data(), expected_.size(), 0.0f);
   std::fill_n(moment_.data(), moment_.size(), 0.0f);
 }
 
