@@ -12,25 +12,12 @@
 #include "moend/engine/capture.h"
 #include "moend/engine/engine_impl.h"
 #include "moend/engine/repetition.h"
-#include "tests/support/test_model.h"
+#include "tests/support/tiny_engine.h"
 
 namespace moend {
 namespace {
 
-struct Tiny {
-  test::TempDir dir;
-  std::shared_ptr<Engine> engine;
-  explicit Tiny(const test::TestModelOptions& options = {}) {
-    const std::string path = dir / "tiny.gguf";
-    EXPECT_TRUE(test::WriteTestModel(options, path));
-    auto model = Model::Load(path);
-    EXPECT_TRUE(model) << model.error().message;
-    auto made = Engine::Create(*model, {1, 64});
-    EXPECT_TRUE(made) << made.error().message;
-    engine = *made;
-  }
-  const HyperParams& hparams() const { return engine->model().hparams(); }
-};
+using Tiny = test::TinyEngine;
 
 std::shared_ptr<LearnedScores> RandomScores(const HyperParams& hp) {
   auto learned = std::make_shared<LearnedScores>();

@@ -9,21 +9,13 @@
 #include <random>
 
 #include "moend/engine/head_budgets.h"
-#include "tests/support/test_model.h"
+#include "tests/support/tiny_engine.h"
 
 namespace moend {
 namespace {
 
-struct Tiny {
-  test::TempDir dir;
-  std::shared_ptr<Engine> engine;
-  Tiny() {
-    const std::string path = dir / "tiny.gguf";
-    EXPECT_TRUE(test::WriteTestModel({}, path));
-    auto model = Model::Load(path);
-    EXPECT_TRUE(model) << model.error().message;
-    engine = *Engine::Create(*model, {1, 128});
-  }
+struct Tiny : test::TinyEngine {
+  Tiny() : TinyEngine({}, 128) {}
 };
 
 std::vector<std::vector<int32_t>> Chunks(int64_t count) {

@@ -16,7 +16,7 @@
 #include "moend/plan/plan.h"
 #include "moend/score/scorer.h"
 #include "moend/solve/solve.h"
-#include "tests/support/test_model.h"
+#include "tests/support/tiny_engine.h"
 
 namespace moend {
 namespace {
@@ -264,17 +264,8 @@ TEST(Trigonometric, CachedKeysScoreLikeFreshOnes) {
   EXPECT_GT(xy / std::sqrt(xx * yy), 0.99);
 }
 
-struct Tiny {
-  test::TempDir dir;
-  std::shared_ptr<Engine> engine;
-  Tiny() {
-    test::TestModelOptions options;
-    const std::string path = dir / "tiny.gguf";
-    EXPECT_TRUE(test::WriteTestModel(options, path));
-    auto model = Model::Load(path);
-    EXPECT_TRUE(model) << model.error().message;
-    engine = *Engine::Create(*model, {1, 128});
-  }
+struct Tiny : test::TinyEngine {
+  Tiny() : TinyEngine({}, 128) {}
 };
 
 TEST(Trigonometric, FromCalibrationToGeneration) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "moend/base/dot.h"
+
 namespace moend {
 namespace {
 
@@ -10,19 +12,6 @@ constexpr int64_t kRows = 8, kColumns = 256;  // of a tile of moments
 constexpr int64_t kSkipped = 16;              // tokens at a text's start: attention sinks are kept anyway
 constexpr double kFloor = 1e-3;               // of the mean score: what is less is as good as nothing
 constexpr double kRidge = 1e-3;               // of the variance of a channel, all of which are scaled to 1
-
-// a . b, in an order that vectorizes.
-float Dot(const float* a, const float* b, int64_t n) {
-  constexpr int64_t kLanes = 16;
-  float sums[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t j = 0; j < kLanes; ++j) sums[j] += a[i + j] * b[i + j];
-  float sum = 0;
-  for (; i < n; ++i) sum += a[i] * b[i];
-  for (const float s : sums) sum += s;
-  return sum;
-}
 
 // Row i of a lower triangle, which has i + 1 numbers.
 float* Row(float* triangle, int64_t i) {

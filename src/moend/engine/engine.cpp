@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "moend/base/caught.h"
+#include "moend/base/dot.h"
 #include "moend/base/machine.h"
 #include "moend/engine/engine_impl.h"
 
@@ -115,20 +116,20 @@ std::span<const float> Engine::Impl::ValueGrams(int64_t layer) {
 namespace {
 
 // scratch.expected() of the tokens [at, at + n), whose hidden states are given.
-void Expect(const LearnedScores& learned, int64_t layer, int64_t at, int64_t n, const float* hidden,
-            LayerScratch& scratch) {
+Expected<void> Expect(Compute& compute, const LearnedScores& learned, int64_t layer, int64_t at, int64_t n,
+                      const float* hidden, LayerScratch& scratch) {
+  constexpr int64_t kTokens = 16;  // to a thread at a time
+  const int64_t width = learned.n_embd;
   n = std::min(n, scratch.score_tokens() - at);
-  for (int64_t i = 0; i < n; ++i, hidden += learned.n_embd) {
-    double square = 0;
-    for (int64_t c = 0; c < learned.n_embd; ++c) square += double{hidden[c]} * hidden[c];
-    const double scale = 1 / std::sqrt(std::max(square / static_cast<double>(learned.n_embd), 1e-30));
-    for (int64_t h = 0; h < learned.n_kv_heads; ++h) {
-      const float* w = learned.head(layer, h);
-      double dot = 0;
-      for (int64_t c = 0; c < learned.n_embd; ++c) dot += double{w[c]} * hidden[c];
-      scratch.expected(h)[at + i] = static_cast<float>(dot * scale);
+  return compute.ParallelFor((n + kTokens - 1) / kTokens, [&](int64_t i, int) {
+    for (int64_t t = i * kTokens; t < std::min(n, (i + 1) * kTokens); ++t) {
+      const float* state = hidden + t * width;
+      const float square = Dot(state, state, width) / static_cast<float>(width);
+      const float scale = 1 / std::sqrt(std::max(square, 1e-30f));
+      for (int64_t h = 0; h < learned.n_kv_heads; ++h)
+        scratch.expected(h)[at + t] = scale * Dot(learned.head(layer, h), state, width);
     }
-  }
+  });
 }
 
 }  // namespace
@@ -163,7 +164,8 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
       const int64_t m = std::min(block, n - done);
       const float* entering = hidden.data() + done * hp.n_embd;
       if (hooks.watch) hooks.watch(l, done, m, entering);
-      if (hooks.learned && scratch->expected(0)) Expect(*hooks.learned, l, done, m, entering, *scratch);
+      if (hooks.learned && scratch->expected(0))
+        MOEND_TRY(Expect(*compute, *hooks.learned, l, done, m, entering, *scratch));
       MOEND_TRY(compute->Layer(l, hidden.data() + done * hp.n_embd, m, first + done,
                                hooks.listener ? *hooks.listener : *prefill));
       if (!go_on()) return Fail(ErrorCode::kCancelled, "reading the prompt was stopped");
