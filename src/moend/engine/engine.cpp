@@ -121,6 +121,7 @@ Expected<void> Expect(Compute& compute, const LearnedScores& learned, int64_t la
   constexpr int64_t kTokens = 16;  // to a thread at a time
   const int64_t width = learned.n_embd;
   n = std::min(n, scratch.score_tokens() - at);
+  if (n <= 0) return {};
   return compute.ParallelFor((n + kTokens - 1) / kTokens, [&](int64_t i, int) {
     for (int64_t t = i * kTokens; t < std::min(n, (i + 1) * kTokens); ++t) {
       const float* state = hidden + t * width;
