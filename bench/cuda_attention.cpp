@@ -142,36 +142,23 @@ class Layer {
       }
       streams_.emplace_back(streams);
       if (copy == 0) {
-        plan_ =
-            cuda::MakeWorkPlan(streams, kHeadSize, g_blocks ? g_blocks : info_.blocks, info_.rows).value();
+        plan_ = test::DevicePlan(
+            cuda::MakeWorkPlan(streams, kHeadSize, g_blocks ? g_blocks : info_.blocks, info_.rows).value());
       } else {
         CudaCheck(cudaMemcpy(pool_.get() + copy * pool_bytes_, pool_.get(), static_cast<size_t>(pool_bytes_),
                              cudaMemcpyDeviceToDevice),
                   "copy");
       }
     }
-    items_ = DeviceArray<cuda::Item>(plan_.items);
-    bins_ = DeviceArray<int32_t>(plan_.bins);
-    outputs_ = DeviceArray<cuda::Output>(plan_.outputs);
-    partial_ = DeviceArray<float>(plan_.partial_floats);
-    done_ = DeviceArray<uint32_t>(static_cast<int64_t>(plan_.outputs.size()), 0);
   }
 
   double Time() const {
     return Microseconds(std::max(copies_, 20), [&](int i, cudaStream_t stream) {
-      cuda::Batch b;
+      cuda::Batch b = plan_.batch(kHeadSize);
       b.pool = pool_.get();
       b.streams = streams_[static_cast<size_t>(i % copies_)].get();
-      b.items = items_.get();
-      b.bins = bins_.get();
-      b.outputs = outputs_.get();
       b.q = q_.get();
       b.out = out_.get();
-      b.partial = partial_.get();
-      b.done = done_.get();
-      b.n_bins = static_cast<int32_t>(plan_.bins.size()) - 1;
-      b.head_size = kHeadSize;
-      b.slot_rows = plan_.slot_rows;
       if (const auto ran = cuda::Attend(b, stream); !ran) throw std::runtime_error(ran.error().message);
     });
   }
@@ -197,16 +184,13 @@ class Layer {
   int64_t bytes_ = 0, pool_bytes_ = 0, pages_ = 0;
   int copies_ = 1;
   DeviceArray<uint8_t> pool_;
-  DeviceArray<float> q_, out_, partial_;
+  DeviceArray<float> q_, out_;
   DeviceArray<uint16_t> raw_;
   DeviceArray<uint64_t> live_;
-  DeviceArray<uint32_t> ids_, done_;
+  DeviceArray<uint32_t> ids_;
   std::vector<DeviceArray<cuda::Stream>> streams_;
   cuda::KernelInfo info_;
-  cuda::WorkPlan plan_;
-  DeviceArray<cuda::Item> items_;
-  DeviceArray<int32_t> bins_;
-  DeviceArray<cuda::Output> outputs_;
+  test::DevicePlan plan_;
 };
 
 std::vector<Head> Heads(int64_t contexts, int k_bits, int v_bits, int64_t tokens) {

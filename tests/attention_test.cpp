@@ -18,6 +18,7 @@ namespace {
 using test::ForEachTarget;
 using test::FromHalf;
 using test::PackedContext;
+using test::Queries;
 using test::ToHalf;
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -48,14 +49,6 @@ class Workspace {
  private:
   hwy::AlignedFreeUniquePtr<float[]> data_;
 };
-
-std::vector<float> Queries(int64_t rows, int64_t head, double gain, uint32_t seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> q(static_cast<size_t>(rows * head));
-  for (float& x : q) x = static_cast<float>(gain / std::sqrt(static_cast<double>(head))) * normal(random);
-  return q;
-}
 
 // Softmax attention in one piece, without a running maximum; sums[token] gets the column sums.
 struct Naive {

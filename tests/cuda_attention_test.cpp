@@ -28,6 +28,7 @@ using test::CudaLayer;
 using test::HostStream;
 using test::LayerOptions;
 using test::PackedContext;
+using test::Queries;
 
 constexpr double kTolerance = 1e-3;  // relative L2 error of a stream's rows
 
@@ -37,14 +38,6 @@ class CudaAttention : public testing::Test {
     if (!cuda::Available()) GTEST_SKIP() << "no NVIDIA GPU of compute capability 8.0 or newer";
   }
 };
-
-std::vector<float> Queries(int64_t rows, int64_t head, double gain, uint32_t seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> q(static_cast<size_t>(rows * head));
-  for (float& x : q) x = static_cast<float>(gain / std::sqrt(static_cast<double>(head))) * normal(random);
-  return q;
-}
 
 HostStream MakeStream(const PackedContext& context, int32_t rows, int32_t group, double gain, uint32_t seed) {
   HostStream s;

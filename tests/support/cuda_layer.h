@@ -61,6 +61,47 @@ class DeviceArray {
   int64_t n_ = 0;
 };
 
+// A plan of work in device memory, and what launches write beside their output.
+class DevicePlan {
+ public:
+  DevicePlan() = default;
+  explicit DevicePlan(const cuda::WorkPlan& plan)
+      : items_(plan.items),
+        bins_(plan.bins),
+        outputs_(plan.outputs),
+        partial_(plan.partial_floats),
+        done_(static_cast<int64_t>(plan.outputs.size()), 0),
+        slot_rows_(plan.slot_rows) {}
+
+  // A batch of this plan; its streams, pool, queries and output are still to be named.
+  cuda::Batch batch(int64_t head_size) const {
+    cuda::Batch b;
+    b.items = items_.get();
+    b.bins = bins_.get();
+    b.outputs = outputs_.get();
+    b.partial = partial_.get();
+    b.done = done_.get();
+    b.n_bins = static_cast<int32_t>(bins_.size()) - 1;
+    b.head_size = static_cast<int32_t>(head_size);
+    b.slot_rows = slot_rows_;
+    return b;
+  }
+  void Poison() { partial_.Fill(0xFF); }
+  bool DoneIsClear() const {
+    for (const uint32_t n : done_.Read(0, done_.size()))
+      if (n != 0) return false;
+    return true;
+  }
+
+ private:
+  DeviceArray<cuda::Item> items_;
+  DeviceArray<int32_t> bins_;
+  DeviceArray<cuda::Output> outputs_;
+  DeviceArray<float> partial_;
+  DeviceArray<uint32_t> done_;
+  int32_t slot_rows_ = 0;
+};
+
 // What a test says of a stream; `q` is [rows][head_size].
 struct HostStream {
   StreamView kv;
@@ -139,72 +180,49 @@ class CudaLayer {
       row_at += host.rows * head_size;
       streams_.push_back(s);
     }
-    info_ = cuda::DescribeKernel(head_size, most_rows).value();
-    plan_ =
-        cuda::MakeWorkPlan(streams_, head_size, options.blocks ? options.blocks : info_.blocks, info_.rows)
-            .value();
+    const cuda::KernelInfo info = cuda::DescribeKernel(head_size, most_rows).value();
+    plan_ = DevicePlan(
+        cuda::MakeWorkPlan(streams_, head_size, options.blocks ? options.blocks : info.blocks, info.rows)
+            .value());
     device_streams_ = DeviceArray<cuda::Stream>(streams_);
-    items_ = DeviceArray<cuda::Item>(plan_.items);
-    bins_ = DeviceArray<int32_t>(plan_.bins);
-    outputs_ = DeviceArray<cuda::Output>(plan_.outputs);
-    partial_ = DeviceArray<float>(plan_.partial_floats);
-    done_ = DeviceArray<uint32_t>(static_cast<int64_t>(plan_.outputs.size()), 0);
     sinks_ = DeviceArray<float>(options.sinks);
   }
 
   cuda::Batch batch() const {
-    cuda::Batch b;
+    cuda::Batch b = plan_.batch(head_size_);
     b.pool = pool_.get();
     b.streams = device_streams_.get();
-    b.items = items_.get();
-    b.bins = bins_.get();
-    b.outputs = outputs_.get();
     b.q = q_.get();
     b.out = out_.get();
-    b.partial = partial_.get();
-    b.done = done_.get();
     b.sinks = options_.sinks.empty() ? nullptr : sinks_.get();
     b.soft_cap = options_.soft_cap;
-    b.n_bins = static_cast<int32_t>(plan_.bins.size()) - 1;
-    b.head_size = static_cast<int32_t>(head_size_);
-    b.slot_rows = plan_.slot_rows;
     return b;
   }
 
   // One launch over poisoned outputs; all rows of all streams.
   std::vector<float> Run() {
     out_.Fill(0xFF);
-    partial_.Fill(0xFF);
+    plan_.Poison();
     const auto ran = cuda::Attend(batch(), nullptr);
     if (!ran) throw std::runtime_error(ran.error().message);
     CudaCheck(cudaDeviceSynchronize(), "decode");
     return out_.Read(options_.row_offset, out_.size() - options_.row_offset);
   }
 
-  bool DoneIsClear() const {
-    for (const uint32_t n : done_.Read(0, done_.size()))
-      if (n != 0) return false;
-    return true;
-  }
-  const cuda::KernelInfo& info() const { return info_; }
-  const cuda::WorkPlan& plan() const { return plan_; }
+  bool DoneIsClear() const { return plan_.DoneIsClear(); }
 
  private:
   int64_t head_size_;
   LayerOptions options_;
   DeviceArray<uint8_t> pool_;
-  DeviceArray<uint32_t> ids_, done_;
+  DeviceArray<uint32_t> ids_;
   DeviceArray<uint64_t> live_;
   DeviceArray<uint16_t> raw_;
-  DeviceArray<float> q_, out_, partial_, sinks_;
+  DeviceArray<float> q_, out_, sinks_;
   std::vector<DeviceArray<float>> inverses_;
   std::vector<cuda::Stream> streams_;
   DeviceArray<cuda::Stream> device_streams_;
-  DeviceArray<cuda::Item> items_;
-  DeviceArray<int32_t> bins_;
-  DeviceArray<cuda::Output> outputs_;
-  cuda::KernelInfo info_;
-  cuda::WorkPlan plan_;
+  DevicePlan plan_;
 };
 
 }  // namespace moend::test

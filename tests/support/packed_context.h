@@ -249,4 +249,13 @@ class PackedContext {
   std::vector<int64_t> slot_;
 };
 
+// [rows][head] normally distributed queries whose scores against such keys spread by about `gain`.
+inline std::vector<float> Queries(int64_t rows, int64_t head, double gain, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> q(static_cast<size_t>(rows * head));
+  for (float& x : q) x = static_cast<float>(gain / std::sqrt(static_cast<double>(head))) * normal(random);
+  return q;
+}
+
 }  // namespace moend::test

@@ -1,6 +1,8 @@
 // Inner products in an order that compilers vectorize, the same on every machine.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace moend {
@@ -15,6 +17,11 @@ inline float Dot(const float* a, const float* b, int64_t n) {
   for (; i < n; ++i) sum += a[i] * b[i];
   for (const float s : sums) sum += s;
   return sum;
+}
+
+// 1 / the root mean square of n numbers; that of zeros is large, and finite.
+inline float InverseRms(const float* x, int64_t n) {
+  return 1 / std::sqrt(std::max(Dot(x, x, n) / static_cast<float>(n), 1e-30f));
 }
 
 }  // namespace moend

@@ -301,6 +301,11 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
   for (int64_t c = 0; c < n_lessons; ++c)
     MOEND_TRY(LearnReconstruction(*engine, chunks[static_cast<std::size_t>(c)], *learner,
                                   tick_of("lesson", c, n_lessons, 0, kLearnTime)));
+  const auto learn = [&]() -> Expected<void> {
+    MOEND_ASSIGN(LearnedScores learned, learner->Learn());
+    profile.learned = std::make_shared<const LearnedScores>(std::move(learned));
+    return {};
+  };
   const double lessons = kLearnTime * static_cast<double>(n_lessons);
   for (int64_t c = profile.chunks; c < n_chunks; ++c) {
     Profile sums = wanted;
@@ -314,15 +319,11 @@ Expected<Profile> Calibrate(std::shared_ptr<Engine> engine, std::span<const std:
     MixIn(profile.head_cells, sums.head_cells, profile.chunks);
     profile.queries = RoundQueryStats(sums.queries);
     ++profile.chunks;
-    if (learner && profile.chunks == n_chunks) {
-      MOEND_ASSIGN(LearnedScores learned, learner->Learn());
-      profile.learned = std::make_shared<const LearnedScores>(std::move(learned));
-    }
+    if (learner && profile.chunks == n_chunks) MOEND_TRY(learn());
     if (save) MOEND_TRY(save(profile));
   }
   if (learner && !profile.learned) {  // all chunks were there
-    MOEND_ASSIGN(LearnedScores learned, learner->Learn());
-    profile.learned = std::make_shared<const LearnedScores>(std::move(learned));
+    MOEND_TRY(learn());
     if (save) MOEND_TRY(save(profile));
   }
   learner.reset();

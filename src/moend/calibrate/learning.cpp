@@ -65,10 +65,8 @@ Expected<ScoreLearner> ScoreLearner::Create(Compute& compute) {
 void ScoreLearner::Watch(int64_t at, int64_t n, const float* hidden) {
   if (at == 0) rows_.clear();
   for (int64_t i = 0; i < n; ++i, hidden += width_) {
-    double square = 0;
-    for (int64_t c = 0; c < width_; ++c) square += double{hidden[c]} * hidden[c];
-    const double scale = 1 / std::sqrt(std::max(square / static_cast<double>(width_), 1e-30));
-    for (int64_t c = 0; c < width_; ++c) rows_.push_back(static_cast<float>(hidden[c] * scale));
+    const float scale = InverseRms(hidden, width_);
+    for (int64_t c = 0; c < width_; ++c) rows_.push_back(hidden[c] * scale);
   }
 }
 

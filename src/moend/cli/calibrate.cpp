@@ -144,9 +144,10 @@ Expected<void> RunMethod(CalibrateFlags flags, ProfileMethod method, const std::
   MOEND_ASSIGN(const auto texts, Texts(flags, tokenizer));
   MOEND_ASSIGN(const auto chunks, MakeChunks(texts, tokenizer.bos(), flags.options));
   const auto n_chunks = static_cast<int64_t>(chunks.size());
-  if (profile.chunks >= n_chunks && !IsProbed(profile, n_chunks)) {
-    Note(fmt::format("{} has its {} chunks already; going on with its probes and checks", flags.output,
-                     profile.chunks));
+  const bool learns = !by_logits && flags.options.learn && !profile.learned;
+  if (profile.chunks >= n_chunks && (learns || !IsProbed(profile, n_chunks))) {
+    Note(fmt::format("{} has its {} chunks already; going on with {}", flags.output, profile.chunks,
+                     learns ? "what they teach, for which they are read again" : "its probes and checks"));
   } else if (profile.chunks >= n_chunks) {
     Note(fmt::format("{} has its {} chunks already; --restart measures anew", flags.output, profile.chunks));
   } else if (profile.chunks > 0) {

@@ -1,7 +1,6 @@
 #include "moend/engine/engine.h"
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 
 #include "moend/base/caught.h"
@@ -125,8 +124,7 @@ Expected<void> Expect(Compute& compute, const LearnedScores& learned, int64_t la
   return compute.ParallelFor((n + kTokens - 1) / kTokens, [&](int64_t i, int) {
     for (int64_t t = i * kTokens; t < std::min(n, (i + 1) * kTokens); ++t) {
       const float* state = hidden + t * width;
-      const float square = Dot(state, state, width) / static_cast<float>(width);
-      const float scale = 1 / std::sqrt(std::max(square, 1e-30f));
+      const float scale = InverseRms(state, width);
       for (int64_t h = 0; h < learned.n_kv_heads; ++h)
         scratch.expected(h)[at + t] = scale * Dot(learned.head(layer, h), state, width);
     }
