@@ -20,7 +20,7 @@ install(DIRECTORY src/moend/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/moend
         FILES_MATCHING PATTERN "*.h" PATTERN "*-inl.h" EXCLUDE PATTERN cli EXCLUDE PATTERN serve EXCLUDE)
 
 string(FIND "${ggml_DIR}" "${CMAKE_SOURCE_DIR}/.deps/" moend_own_ggml)
-string(FIND "${llama_jinja_DIR}" "${CMAKE_SOURCE_DIR}/.deps/" moend_own_jinja)
+string(FIND "${llama_chat_DIR}" "${CMAKE_SOURCE_DIR}/.deps/" moend_own_jinja)
 if(moend_own_ggml EQUAL 0 OR moend_own_jinja EQUAL 0)
   install(DIRECTORY .deps/install/ DESTINATION ${CMAKE_INSTALL_LIBDIR}/moend)
 endif()

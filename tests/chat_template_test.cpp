@@ -18,7 +18,7 @@ using Chat = std::vector<ChatMessage>;
 class ChatTemplateTest : public testing::Test {
  protected:
   void SetUp() override {
-    if (!HasJinja()) GTEST_SKIP() << "built without llama_jinja";
+    if (!HasJinja()) GTEST_SKIP() << "built without llama_chat";
   }
   // Rendered with "<s>" and "</s>" as BOS and EOS.
   Expected<PromptText> Render(const std::string& source, const Chat& chat, const ChatOptions& options = {}) {
@@ -194,7 +194,7 @@ void PrintTo(const Hostile& h, std::ostream* out) {
 
 class HostileTemplates : public testing::TestWithParam<Hostile> {
   void SetUp() override {
-    if (!HasJinja()) GTEST_SKIP() << "built without llama_jinja";
+    if (!HasJinja()) GTEST_SKIP() << "built without llama_chat";
   }
 };
 

@@ -1,6 +1,6 @@
 #include "moend/model/jinja.h"
 
-#ifdef MOEND_HAVE_JINJA
+#ifdef MOEND_HAVE_LLAMA_CHAT
 #include <jinja/caps.h>
 #include <jinja/lexer.h>
 #include <jinja/parser.h>
@@ -14,7 +14,7 @@
 
 namespace moend {
 
-#ifdef MOEND_HAVE_JINJA
+#ifdef MOEND_HAVE_LLAMA_CHAT
 namespace {
 
 using Json = nlohmann::ordered_json;
@@ -74,6 +74,16 @@ bool HasJinja() {
   return true;
 }
 
+JinjaResult JinjaFailure(const std::string& what) {
+  constexpr std::string_view kRaised = "Jinja Exception: ";
+  std::string cause = Cause(what);
+  if (cause.find("bad_alloc") != std::string::npos)
+    throw std::bad_alloc();  // the engine wraps what it catches
+  if (const auto at = cause.find(kRaised); at != std::string::npos)
+    return {JinjaResult::kRefused, cause.substr(at + kRaised.size())};
+  return {JinjaResult::kFailed, cause.empty() ? "it ended early" : cause};
+}
+
 struct JinjaTemplate::Impl {
   jinja::program program;
   std::string source, error;
@@ -106,19 +116,19 @@ JinjaResult JinjaTemplate::Render(Json variables) const {
     }
     jinja::context context(impl_->source);
     for (const auto& [name, value] : variables.items()) context.set_val(name, ToValue(value));
+    // Templates have several names for these.
+    if (const auto effort = variables.find("reasoning_effort");
+        effort != variables.end() && effort->is_string())
+      jinja::caps_apply_reasoning_effort(context, effort->get<std::string>());
+    if (const auto keep = variables.find("preserve_reasoning"); keep != variables.end() && keep->is_boolean())
+      jinja::caps_apply_preserve_reasoning(context, keep->get<bool>());
     jinja::runtime runtime(context);
     const jinja::value result = runtime.execute(impl_->program);
     return {JinjaResult::kText, jinja::runtime::gather_string_parts(result)->as_string().str()};
   } catch (const std::bad_alloc&) {
     throw;
   } catch (const std::exception& e) {
-    constexpr std::string_view kRaised = "Jinja Exception: ";
-    std::string cause = Cause(e.what());
-    if (cause.find("bad_alloc") != std::string::npos)
-      throw std::bad_alloc();  // the engine wraps what it catches
-    if (const auto at = cause.find(kRaised); at != std::string::npos)
-      return {JinjaResult::kRefused, cause.substr(at + kRaised.size())};
-    return {JinjaResult::kFailed, cause.empty() ? "it ended early" : cause};
+    return JinjaFailure(e.what());
   }
 }
 
@@ -126,6 +136,9 @@ JinjaResult JinjaTemplate::Render(Json variables) const {
 
 bool HasJinja() {
   return false;
+}
+JinjaResult JinjaFailure(const std::string& what) {
+  return {JinjaResult::kFailed, what};
 }
 struct JinjaTemplate::Impl {};
 JinjaTemplate::JinjaTemplate(const std::string&) {}

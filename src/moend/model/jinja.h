@@ -21,6 +21,9 @@ struct JinjaResult {
   std::string text;
 };
 
+// What the engine says when it throws: kRefused or kFailed. std::bad_alloc where that is what it wraps.
+JinjaResult JinjaFailure(const std::string& what);
+
 // A parsed template. The engine bounds neither time nor memory and can crash: call this in a Worker only.
 class JinjaTemplate {
  public:

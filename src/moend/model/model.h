@@ -15,6 +15,8 @@
 
 #include "moend/attention/params.h"
 #include "moend/base/error.h"
+#include "moend/model/chat.h"
+#include "moend/model/grammar.h"
 #include "moend/model/layer_params.h"
 
 namespace moend {
@@ -142,23 +144,6 @@ struct LoadOptions {
   bool map = true;
 };
 
-struct ChatMessage {
-  std::string role, content;
-};
-
-struct ChatOptions {
-  bool add_generation_prompt = true;
-  // Further variables, a JSON object; without "enable_thinking" that is true. Their texts are text, too.
-  std::string variables = {};
-};
-
-// A text in which the template's special tokens are tokens, and what looks like one in a message is text.
-struct PromptText {
-  std::string text;
-  // Offsets, ascending: a special token that one of them lies in (its first byte included) is text.
-  std::vector<int64_t> seams = {};
-};
-
 // Tokenizer, by libllama (vocabulary-only load of the same file), and chat template. Thread safe. No message
 // of an error names the file, since clients of a server may read it.
 class Tokenizer {
@@ -186,6 +171,16 @@ class Tokenizer {
   // kUnsupported where there is none or it cannot be run.
   virtual Expected<PromptText> ApplyChatTemplate(std::span<const ChatMessage> messages,
                                                  const ChatOptions& options) const = 0;
+  // The same with tools, thoughts and schemas, and how to read the answer. Models whose template knows no
+  // tools, or that have none, are told of them in words. The grammar, if there is one, is not checked.
+  virtual Expected<ChatPrompt> PrepareChat(std::span<const ChatMessage> messages,
+                                           const ChatOptions& options) const = 0;
+  // See GrammarHost.
+  virtual Expected<std::unique_ptr<Grammar>> MakeGrammar(const GrammarSource& source) const = 0;
+  // kInvalidArgument names what in the schema, a JSON text, cannot be had.
+  virtual Expected<GrammarSource> SchemaGrammar(const std::string& schema) const = 0;
+  // Splits off the processes in which templates and grammars run, while this one is small.
+  virtual void StartWorkers() const = 0;
   // Empty where the template is run as it is; else a sentence on what is done instead. Runs it once.
   virtual std::string chat_template_note() const = 0;
 };

@@ -8,10 +8,12 @@
 #include <exception>
 #include <mutex>
 #include <new>
+#include <nlohmann/json.hpp>
 #include <unordered_set>
 
 #include "moend/model/big_stack.h"
 #include "moend/model/chat_template.h"
+#include "moend/model/json_schema.h"
 #include "moend/model/special_tokens.h"
 #include "moend/model/vocabulary.h"
 
@@ -36,6 +38,12 @@ std::string Cause(std::string_view log) {
   return log.empty() ? "it gives no reason" : Printable(log);
 }
 
+// For models that have no template: they were trained on plain text.
+constexpr std::string_view kPlainTemplate =
+    "{%- for message in messages %}{%- if message.role == 'user' %}{{- 'Question: ' }}"
+    "{%- elif message.role == 'assistant' %}{{- 'Answer: ' }}{%- endif %}{{- message.content + '\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- 'Answer:' }}{%- endif %}";
+
 // libllama's vocabulary functions are const and keep no state, so they may run on several threads at once.
 // Some of them throw, which must not cross the library's border.
 class LlamaTokenizer final : public Tokenizer {
@@ -51,9 +59,11 @@ class LlamaTokenizer final : public Tokenizer {
       if (llama_vocab_get_attr(vocab_, id) & (LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN))
         special_.Add(llama_vocab_get_text(vocab_, id), id);
     special_.Finish();
+    const std::string bos = Piece(llama_vocab_bos(vocab_), true), eos = Piece(llama_vocab_eos(vocab_), true);
+    const char* with_tools = llama_model_chat_template(model_.get(), "tool_use");
     if (const char* text = llama_model_chat_template(model_.get(), nullptr); text && *text)
-      template_ = std::make_unique<ChatTemplate>(text, Piece(llama_vocab_bos(vocab_), true),
-                                                 Piece(llama_vocab_eos(vocab_), true), special_);
+      template_ = std::make_unique<ChatTemplate>(text, bos, eos, special_, with_tools ? with_tools : "");
+    plain_ = std::make_unique<ChatTemplate>(std::string(kPlainTemplate), "", "", special_);
   }
 
   Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special, bool parse_special,
@@ -116,6 +126,32 @@ class LlamaTokenizer final : public Tokenizer {
     if (!template_)
       return Fail(ErrorCode::kUnsupported, "the model has no chat template; give it plain text instead");
     return template_->Render(messages, options);
+  }
+
+  Expected<ChatPrompt> PrepareChat(std::span<const ChatMessage> messages,
+                                   const ChatOptions& options) const override {
+    return (template_ ? *template_ : *plain_).Prepare(messages, options);
+  }
+
+  Expected<std::unique_ptr<Grammar>> MakeGrammar(const GrammarSource& source) const override {
+    std::vector<int32_t> begun;
+    if (!source.begun.empty()) {
+      MOEND_ASSIGN(begun, Tokenize(source.begun, false, true, {}));
+    }
+    return grammars_.Make(source, std::move(begun));
+  }
+
+  Expected<GrammarSource> SchemaGrammar(const std::string& schema) const override {
+    auto parsed = nlohmann::ordered_json::parse(schema, nullptr, /*allow_exceptions=*/false);
+    if (!parsed.is_object()) return Fail(ErrorCode::kInvalidArgument, "a JSON schema must be a JSON object");
+    MOEND_TRY(MakeEnforceable(parsed, /*relaxed=*/false));
+    MOEND_ASSIGN(std::string text, grammars_.FromSchema(parsed.dump()));
+    return GrammarSource{.text = std::move(text)};
+  }
+
+  void StartWorkers() const override {
+    grammars_.Start();
+    (template_ ? *template_ : *plain_).Note();
   }
 
   // What libllama would stop the process for when a text is tokenized.
@@ -248,7 +284,8 @@ class LlamaTokenizer final : public Tokenizer {
   bool splits_by_regex_;
   int64_t longest_token_ = 0;
   SpecialTokens special_;
-  std::unique_ptr<ChatTemplate> template_;
+  std::unique_ptr<ChatTemplate> template_, plain_;
+  GrammarHost grammars_{{vocab_, llama_vocab_n_tokens(vocab_)}};
 };
 
 }  // namespace
