@@ -313,9 +313,9 @@ TEST(EngineBackend, SpeaksTheModelsChatTemplate) {
   const World world;
   const auto backend = world.Make();
   const std::vector<ChatMessage> chat = {{"system", "be brief"}, {"user", "hello"}};
-  const auto whole = backend->ChatTokens(chat, {}, {}).value();
+  const auto whole = backend->Chat(chat, {}, {}).value().tokens;
   const auto before =
-      backend->ChatTokens(std::span(chat).first(1), {.add_generation_prompt = false}, {}).value();
+      backend->Chat(std::span(chat).first(1), {.add_generation_prompt = false}, {}).value().tokens;
   ASSERT_LT(before.size(), whole.size());
   EXPECT_TRUE(std::equal(before.begin(), before.end(), whole.begin()));
   EXPECT_NE(backend->Detokenize(whole).find("hello"), std::string::npos);

@@ -32,6 +32,11 @@ struct Works {
   const char* with = "{}";  // what else the body has
 };
 
+constexpr const char* kTools =
+    R"([{"type":"function","function":{"name":"f","parameters":{"type":"object"}}},{"type":"function","function":{"name":"g"}}])";
+constexpr const char* kWithTools =
+    R"({"tools":[{"type":"function","function":{"name":"f"}},{"function":{"name":"g"}}]})";
+
 const std::map<std::string, Works> kBothRoutes = {
     {"model", {R"("any")", "1", [](const Request&) { return true; }}},
     {"stream", {"true", "1", [](const Request& r) { return r.stream; }}},
@@ -64,7 +69,18 @@ const std::map<std::string, Works> kBothRoutes = {
     {"min_tokens", {"5", "-1", [](const Request& r) { return r.pick.min_tokens == 5; }}},
     {"n", {"1", "2", [](const Request&) { return true; }}},
     {"response_format",
-     {R"({"type":"text"})", R"({"type":"json_object"})", [](const Request&) { return true; }}},
+     {R"({"type":"json_object"})", R"({"type":"yaml"})",
+      [](const Request& r) { return r.json_schema == R"({"type":"object"})"; }}},
+    {"json_schema",
+     {R"({"b":1,"a":2})", "17", [](const Request& r) { return r.json_schema == R"({"b":1,"a":2})"; }}},
+    {"guided_json",
+     {R"("{\"b\":1}")", R"("{")", [](const Request& r) { return r.json_schema == R"({"b":1})"; }}},
+    {"guided_choice",
+     {R"(["yes","n\"o\n"])", R"(["a",1])",
+      [](const Request& r) { return r.grammar == R"(root ::= "yes" | "n\"o\n")"; }}},
+    {"grammar", {R"("root ::= \"a\"")", "1", [](const Request& r) { return r.grammar == "root ::= \"a\""; }}},
+    {"guided_grammar",
+     {R"("root ::= \"a\"")", "1", [](const Request& r) { return r.grammar == "root ::= \"a\""; }}},
     {"cache_prompt", {"false", "1", [](const Request& r) { return !r.cache_prompt; }}},
     {"kv_layers", {"true", "1", [](const Request& r) { return r.kv_layers; }}},
 };
@@ -73,7 +89,20 @@ const std::map<std::string, Works> kChatOnly = {
      {R"([{"role":"user","content":"hey"}])", "[]",
       [](const Request& r) { return r.messages[0].content == "hey"; }}},
     {"chat_template_kwargs",
-     {R"({"a":1})", "[1]", [](const Request& r) { return r.template_variables == R"({"a":1})"; }}},
+     {R"({"a":1})", "[1]",
+      [](const Request& r) { return r.template_variables == Json::parse(R"({"a":1})"); }}},
+    {"tools", {kTools, "{}", [](const Request& r) { return r.tools.size() == 2; }}},
+    {"tool_choice",
+     {R"({"type":"function","function":{"name":"g"}})", R"({"type":"function","function":{"name":"h"}})",
+      [](const Request& r) { return r.tool_choice == ToolChoice::kRequired && r.tools.size() == 1; },
+      kWithTools}},
+    {"parallel_tool_calls", {"true", "1", [](const Request& r) { return r.parallel_tool_calls == true; }}},
+    {"reasoning_effort",
+     {R"("low")", R"("much")",
+      [](const Request& r) { return r.template_variables["reasoning_effort"] == "low"; }}},
+    {"enable_thinking",
+     {"false", "1", [](const Request& r) { return r.template_variables["enable_thinking"] == false; }}},
+    {"reasoning_format", {R"("none")", R"("xml")", [](const Request& r) { return !r.split_reasoning; }}},
     {"logprobs", {"true", "1", [](const Request& r) { return r.pick.top_logprobs == 0; }}},
     {"top_logprobs",
      {"3", "21", [](const Request& r) { return r.pick.top_logprobs == 3; }, R"({"logprobs":true})"}},

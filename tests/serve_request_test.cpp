@@ -31,7 +31,7 @@ TEST(Requests, TemplateVariablesAndSpecialTokens) {
           R"({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"enable_thinking": false}})"),
       kLimits, kDefaults);
   ASSERT_TRUE(chat);
-  EXPECT_EQ(chat->template_variables, R"({"enable_thinking":false})");
+  EXPECT_EQ(chat->template_variables, Json::parse(R"({"enable_thinking":false})"));
   EXPECT_EQ(
       ChatError(R"({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": [1]})").param,
       "chat_template_kwargs");
@@ -242,11 +242,11 @@ TEST(Chat, NamesTheMessageAtFault) {
       ChatError(
           R"({"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"a","tool_calls":[1]}]})")
           .param,
-      "messages[1].tool_calls");
-  EXPECT_EQ(ChatError(R"({"messages":[{"role":"user","content":"x"}],"tools":[{}]})").param, "tools");
+      "messages[1].tool_calls[0]");
+  EXPECT_EQ(ChatError(R"({"messages":[{"role":"user","content":"x"}],"tools":[{}]})").param,
+            "tools[0].function");
   EXPECT_EQ(
-      ChatError(R"({"messages":[{"role":"user","content":"x"}],"response_format":{"type":"json_object"}})")
-          .param,
+      ChatError(R"({"messages":[{"role":"user","content":"x"}],"response_format":{"type":"xml"}})").param,
       "response_format");
   EXPECT_EQ(ChatError(R"({"messages":[{"role":"user","content":"x"}],"response_format":7})").param,
             "response_format");

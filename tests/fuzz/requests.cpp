@@ -107,6 +107,10 @@ Parser BodyParser(std::string name, std::vector<std::string> seeds, const Parse&
             for (const auto& [token, bias] : pick.logit_bias)
               if (token < 0 || token >= defaults.n_vocab || !std::isfinite(bias))
                 return wrong("a bias of no token");
+            if (!request->json_schema.empty() && !request->grammar.empty())
+              return wrong("two forms of an answer");
+            if (request->tool_choice == ToolChoice::kRequired && request->tools.empty())
+              return wrong("a call is asked for without a tool");
             return {.accepted = true, .said = request->stream ? "stream" : "whole"};
           }};
 }
@@ -121,12 +125,17 @@ void AddServerParsers(std::vector<Parser>& parsers) {
       {R"({"model": "m", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], )"
        R"("max_tokens": 16, "temperature": 0.7, "stop": ["\n"], "stream": false})",
        R"({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "top_p": 0.9, "seed": 7, )"
-       R"("logprobs": true, "top_logprobs": 3, "stream": true, "stream_options": {"include_usage": true}})"},
+       R"("logprobs": true, "top_logprobs": 3, "stream": true, "stream_options": {"include_usage": true}})",
+       R"({"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "c", "type": "function", "function": )"
+       R"({"name": "f", "arguments": "{\"a\": 1}"}}]}, {"role": "tool", "tool_call_id": "c", "content": "2"}], "tools": )"
+       R"([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}], "tool_choice": "required", )"
+       R"("reasoning_effort": "low", "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}})"},
       ParseChatRequest));
   parsers.push_back(
       BodyParser("completion_request",
                  {R"({"prompt": "Once", "max_tokens": 4, "logit_bias": {"3": -100}, "echo": false})",
-                  R"({"prompt": [1, 2, 3], "n_predict": -1, "repeat_penalty": 1.1, "min_tokens": 2})"},
+                  R"({"prompt": [1, 2, 3], "n_predict": -1, "repeat_penalty": 1.1, "min_tokens": 2, )"
+                  R"("guided_choice": ["a", "b"]})"},
                  ParseCompletionRequest));
 }
 

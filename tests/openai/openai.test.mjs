@@ -46,6 +46,65 @@ test("chats", async () => {
   assert.ok(answer.timings.kv.bytes > 0 && answer.timings.kv.full_bytes > 0 && answer.timings.kv.ratio > 0);
 });
 
+const kTool = {
+  type: "function",
+  function: {
+    name: "open_door", description: "Opens a door by its access code.",
+    parameters: {
+      type: "object", additionalProperties: false, required: ["code", "floor"],
+      properties: { code: { type: "string", maxLength: 8 }, floor: { type: "integer", minimum: 0, maximum: 3 } },
+    },
+  },
+};
+const kOpen = { type: "function", function: { name: "open_door" } };
+const checkCall = (call) => {
+  assert.equal(call.type, "function");
+  assert.ok(call.id);
+  assert.equal(call.function.name, "open_door");
+  const { code, floor } = JSON.parse(call.function.arguments);
+  assert.ok(typeof code === "string" && code.length <= 8 && Number.isInteger(floor) && floor >= 0 && floor <= 3);
+};
+
+test("calls a tool, and hears what it says", async () => {
+  const more = { tools: [kTool], max_tokens: 256 };
+  const answer = await ask({ ...more, tool_choice: kOpen });
+  const { message, finish_reason } = answer.choices[0];
+  assert.equal(finish_reason, "tool_calls");
+  assert.equal(message.tool_calls.length, 1);
+  checkCall(message.tool_calls[0]);
+  const next = await client.chat.completions.create({
+    model: "reference", temperature: 0, max_tokens: 16, tools: [kTool], tool_choice: "none",
+    messages: [{ role: "user", content: kQuestion }, message,
+      { role: "tool", tool_call_id: message.tool_calls[0].id, content: "The door is open." }],
+  });
+  assert.equal(typeof next.choices[0].message.content, "string");
+  assert.equal(next.choices[0].message.tool_calls, undefined);
+});
+
+test("streams a call", async () => {
+  const runner = client.chat.completions.stream({
+    model: "reference", temperature: 0, max_tokens: 256, tools: [kTool], tool_choice: kOpen,
+    messages: [{ role: "user", content: kQuestion }],
+  });
+  const whole = await runner.finalChatCompletion();
+  assert.equal(whole.choices[0].finish_reason, "tool_calls");
+  checkCall(whole.choices[0].message.tool_calls[0]);
+});
+
+test("keeps to a schema", async () => {
+  const schema = {
+    type: "object", additionalProperties: false, required: ["tower", "code"],
+    properties: { tower: { enum: ["blue", "red"] }, code: { type: "string", pattern: "^[0-9]{5}$" } },
+  };
+  const answer = await ask({ max_tokens: 256, response_format: { type: "json_schema", json_schema: { name: "t", schema } } });
+  assert.equal(answer.choices[0].finish_reason, "stop");
+  const parsed = JSON.parse(answer.choices[0].message.content);
+  assert.ok(["blue", "red"].includes(parsed.tower));
+  assert.match(parsed.code, /^[0-9]{5}$/);
+  await assert.rejects(ask({ response_format: { type: "json_schema", json_schema: { name: "t", schema: { not: {} } } } }),
+    OpenAI.BadRequestError);
+});
+
 test("streams a chat", async () => {
   const stream = await ask({ stream: true, stream_options: { include_usage: true } });
   let text = "", reason = null, usage = null, chunks = 0;
@@ -172,5 +231,5 @@ test("errors are OpenAI's", async () => {
   await bad({ stop: ["a", "b", "c", "d", "e"] }, "stop", "too_many");
   await bad({ prompt: "word ".repeat(40000) }, "prompt", "context_length_exceeded");
   await assert.rejects(ask({ messages: [] }), OpenAI.BadRequestError);
-  await assert.rejects(ask({ tools: [{ type: "function", function: { name: "f" } }] }), OpenAI.BadRequestError);
+  await assert.rejects(ask({ tool_choice: "required" }), OpenAI.BadRequestError);
 });

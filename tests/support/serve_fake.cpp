@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <optional>
 #include <stdexcept>
 
 namespace moend::serve::test {
@@ -43,12 +45,15 @@ int32_t NextOf(const std::vector<int32_t>& ids) {
   std::string text;
   for (const int32_t t : ids) text += t < 256 ? static_cast<char>(t) : '\n';
   const auto echo = text.rfind("echo:");
-  const auto dot = echo == std::string::npos ? echo : text.find('.', echo);
-  if (dot != std::string::npos) {
-    const std::string wanted = text.substr(echo + 5, dot - echo - 5) + ".";
-    // How much of it was answered already: the answer follows the last newline.
-    const std::string said = text.substr(text.rfind('\n') + 1);
-    if (said.size() < wanted.size() && wanted.starts_with(said) && text.rfind('\n') > dot)
+  const auto end = echo == std::string::npos ? echo : text.find_first_of(".|", echo);
+  if (end != std::string::npos) {
+    const std::string wanted = text.substr(echo + 5, end - echo - 5) + (text[end] == '.' ? "." : "");
+    // How much of it was answered already: the answer follows the assistant's turn, or the last newline.
+    constexpr std::string_view kTurn = "assistant:\n";
+    const auto turn = text.rfind(kTurn);
+    const auto from = turn != std::string::npos && turn > end ? turn + kTurn.size() : text.rfind('\n') + 1;
+    const std::string said = text.substr(from);
+    if (said.size() < wanted.size() && wanted.starts_with(said) && from > end)
       return static_cast<unsigned char>(wanted[said.size()]);
     if (said == wanted) return FakeBackend::kEnd;
   }
@@ -65,7 +70,12 @@ void SetLogits(FakeContext& c) {
 
 }  // namespace
 
-FakeBackend::FakeBackend(const FakeOptions& options) : options_(options) {
+FakeBackend::FakeBackend(const FakeOptions& options)
+    : options_(options),
+      template_(
+          "{%- for m in messages %}{{- m.role + ': ' + m.content + '\\n' }}{%- endfor %}"
+          "{%- if add_generation_prompt %}{{- 'assistant:\\n' }}{%- endif %}",
+          "", "", special_) {
   info_ = {.model_name = "fake",
            .model_hash = "0123456789abcdef",
            .plan_name = "fake plan",
@@ -100,13 +110,62 @@ std::string FakeBackend::Detokenize(std::span<const int32_t> tokens) const {
   return out;
 }
 
-Expected<std::vector<int32_t>> FakeBackend::ChatTokens(std::span<const ChatMessage> messages,
-                                                       const ChatOptions& options,
-                                                       const std::function<bool()>& stop) const {
+Expected<ChatTokens> FakeBackend::Chat(std::span<const ChatMessage> messages, const ChatOptions& options,
+                                       const std::function<bool()>& stop) const {
+  ChatTokens out;
   std::string text;
-  for (const ChatMessage& m : messages) text += m.role + ": " + m.content + "\n";
-  if (options.add_generation_prompt) text += "assistant:\n";
-  return Tokenize(text, true, true, stop);
+  if (!options.tools.empty() || !options.json_schema.empty()) {
+    MOEND_ASSIGN(ChatPrompt prompt, template_.Prepare(messages, options));
+    text = std::move(prompt.prompt.text);
+    out.format = std::move(prompt.format);
+  } else {
+    for (const ChatMessage& m : messages) text += m.role + ": " + m.content + "\n";
+    if (options.add_generation_prompt) text += "assistant:\n";
+  }
+  MOEND_ASSIGN(out.tokens, Tokenize(text, true, true, stop));
+  return out;
+}
+
+namespace {
+
+class FakeGrammar : public Grammar {
+ public:
+  explicit FakeGrammar(std::optional<std::string> literal) : literal_(std::move(literal)) {}
+  Expected<std::vector<bool>> Allows(std::span<const int32_t> tokens) override {
+    std::vector<bool> allowed;
+    for (const int32_t t : tokens)
+      allowed.push_back(
+          !literal_ ||
+          t == (at_ < literal_->size() ? static_cast<unsigned char>((*literal_)[at_]) : FakeBackend::kEnd));
+    return allowed;
+  }
+  Expected<std::vector<bool>> AllowsOfAll() override {
+    std::vector<int32_t> all(FakeBackend::kVocab);
+    std::iota(all.begin(), all.end(), 0);
+    return Allows(all);
+  }
+  void Accept(int32_t) override { ++at_; }
+
+ private:
+  std::optional<std::string> literal_;
+  std::size_t at_ = 0;
+};
+
+}  // namespace
+
+Expected<std::unique_ptr<Grammar>> FakeBackend::MakeGrammar(const GrammarSource& source) const {
+  std::optional<std::string> literal;
+  constexpr std::string_view kLiteral = "root ::= \"";
+  if (source.text.starts_with(kLiteral) && source.text.ends_with('"')) {
+    literal = source.text.substr(kLiteral.size(), source.text.size() - kLiteral.size() - 1);
+  } else if (source.text.find("::=") == std::string::npos) {
+    return Fail(ErrorCode::kInvalidArgument, "the grammar is none");
+  }
+  return std::make_unique<FakeGrammar>(std::move(literal));
+}
+
+Expected<GrammarSource> FakeBackend::SchemaGrammar(const std::string& schema) const {
+  return GrammarSource{.text = "root ::= \"" + std::to_string(schema.size()) + '"'};
 }
 
 Expected<std::unique_ptr<Context>> FakeBackend::NewContext() {

@@ -1,6 +1,6 @@
-// A backend without a model. Tokens are bytes; the answer to a prompt with "echo:TEXT." is TEXT and the end;
-// other prompts go on with letters that depend on every token before. K/V bytes are counted, shared between
-// forks and given back, as the engine's are.
+// A backend without a model. Tokens are bytes; the answer to a prompt with "echo:TEXT." is TEXT, the full
+// stop (or, of "echo:TEXT|", none) and the end; other prompts go on with letters that depend on every token
+// before. K/V bytes are counted, shared between forks and given back, as the engine's are.
 #pragma once
 
 #include <atomic>
@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "moend/base/ledger.h"
+#include "moend/model/chat_template.h"
+#include "moend/model/special_tokens.h"
 #include "moend/serve/backend.h"
 
 namespace moend::serve::test {
@@ -37,8 +39,15 @@ class FakeBackend : public Backend {
   std::string Piece(int32_t token) const override;
   std::string Detokenize(std::span<const int32_t> tokens) const override;
   bool IsEndOfGeneration(int32_t token) const override { return token == kEnd; }
-  Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages, const ChatOptions& options,
-                                            const std::function<bool()>& stop) const override;
+  std::string SpecialPiece(int32_t token) const override { return Piece(token); }
+  // Without tools and schemas the prompt is "ROLE: CONTENT" a line; else the fallback's for models that know
+  // none.
+  Expected<ChatTokens> Chat(std::span<const ChatMessage> messages, const ChatOptions& options,
+                            const std::function<bool()>& stop) const override;
+  // Takes "root ::= " and a literal, which is then the answer, and the grammars of formats, which let all
+  // through.
+  Expected<std::unique_ptr<Grammar>> MakeGrammar(const GrammarSource& source) const override;
+  Expected<GrammarSource> SchemaGrammar(const std::string& schema) const override;
   Expected<std::unique_ptr<Context>> NewContext() override;
   Expected<void> Prefill(Context& context, std::span<const int32_t> tokens,
                          const std::function<bool(double)>& between) override;
@@ -66,6 +75,8 @@ class FakeBackend : public Backend {
  private:
   FakeOptions options_;
   BackendInfo info_;
+  SpecialTokens special_;
+  ChatTemplate template_;
   std::shared_ptr<Ledger> ledger_ = std::make_shared<Ledger>();
 };
 

@@ -228,7 +228,9 @@ void AddLimits(CLI::App& command, serve::Limits& l) {
   whole("--max-total-body-bytes", l.total_body_bytes, 1024, "of all bodies being read together; 503");
   whole("--max-json-depth", l.json_depth, 4, "nesting of a body; 400");
   whole("--max-json-values", l.json_values, 16, "values in a body; 400");
+  whole("--max-json-fields", l.json_fields, 16, "fields of an object in a body; 400");
   whole("--max-messages", l.messages, 1, "of a chat; 400");
+  whole("--max-tools", l.tools, 0, "of a chat; 400");
   whole("--max-stops", l.stops, 0, "stop strings of a request; 400");
   whole("--max-stop-bytes", l.stop_bytes, 1, "of a stop string; 400");
   whole("--max-logit-bias", l.logit_bias, 0, "entries of logit_bias; 400");

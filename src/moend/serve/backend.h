@@ -40,6 +40,11 @@ struct BackendInfo {
   int levels = 0;             // how many times a context can be compressed further
 };
 
+struct ChatTokens {
+  std::vector<int32_t> tokens;
+  AnswerFormat format = {};
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -49,14 +54,18 @@ class Backend {
   // `stop`: see Tokenizer.
   virtual Expected<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special, bool parse_special,
                                                   const std::function<bool()>& stop) const = 0;
-  virtual std::string Piece(int32_t token) const = 0;
+  virtual std::string Piece(int32_t token) const = 0;         // of control tokens nothing,
+  virtual std::string SpecialPiece(int32_t token) const = 0;  // or their text
   virtual std::string Detokenize(std::span<const int32_t> tokens) const = 0;
   virtual bool IsEndOfGeneration(int32_t token) const = 0;
   // The tokens of a chat as the model was trained on it; with the generation prompt, what follows is the
-  // assistant's answer. What looks like a special token in a message is text.
-  virtual Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages,
-                                                    const ChatOptions& options,
-                                                    const std::function<bool()>& stop) const = 0;
+  // assistant's answer, of the format that comes with them. What looks like a special token in a message is
+  // text.
+  virtual Expected<ChatTokens> Chat(std::span<const ChatMessage> messages, const ChatOptions& options,
+                                    const std::function<bool()>& stop) const = 0;
+  // See Tokenizer.
+  virtual Expected<std::unique_ptr<Grammar>> MakeGrammar(const GrammarSource& source) const = 0;
+  virtual Expected<GrammarSource> SchemaGrammar(const std::string& schema) const = 0;
 
   // From here on: one thread, the scheduler's.
   virtual Expected<std::unique_ptr<Context>> NewContext() = 0;

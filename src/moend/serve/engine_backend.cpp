@@ -65,17 +65,25 @@ class EngineBackend : public Backend {
     return tokenizer().Tokenize(text, add_special, parse_special, stop);
   }
   std::string Piece(int32_t token) const override { return tokenizer().Piece(token, false); }
+  std::string SpecialPiece(int32_t token) const override { return tokenizer().Piece(token, true); }
   std::string Detokenize(std::span<const int32_t> tokens) const override {
     return tokenizer().Detokenize(tokens, true);
   }
   bool IsEndOfGeneration(int32_t token) const override { return tokenizer().IsEndOfGeneration(token); }
 
-  Expected<std::vector<int32_t>> ChatTokens(std::span<const ChatMessage> messages, const ChatOptions& options,
-                                            const std::function<bool()>& stop) const override {
-    if (!tokenizer().has_chat_template())
-      return tokenizer().Tokenize(PlainChat(messages, options.add_generation_prompt), true, false, stop);
-    MOEND_ASSIGN(const PromptText prompt, tokenizer().ApplyChatTemplate(messages, options));
-    return tokenizer().TokenizePrompt(prompt, true, 0, stop);
+  Expected<ChatTokens> Chat(std::span<const ChatMessage> messages, const ChatOptions& options,
+                            const std::function<bool()>& stop) const override {
+    MOEND_ASSIGN(ChatPrompt prompt, tokenizer().PrepareChat(messages, options));
+    ChatTokens out;
+    MOEND_ASSIGN(out.tokens, tokenizer().TokenizePrompt(prompt.prompt, true, 0, stop));
+    out.format = std::move(prompt.format);
+    return out;
+  }
+  Expected<std::unique_ptr<Grammar>> MakeGrammar(const GrammarSource& source) const override {
+    return tokenizer().MakeGrammar(source);
+  }
+  Expected<GrammarSource> SchemaGrammar(const std::string& schema) const override {
+    return tokenizer().SchemaGrammar(schema);
   }
 
   Expected<std::unique_ptr<Context>> NewContext() override {
@@ -169,21 +177,6 @@ class EngineBackend : public Backend {
     return {.n_ctx = info_.n_ctx, .scorer = scorer_, .ledger = ledger_};
   }
 
-  // A model without a template was trained on plain text.
-  static std::string PlainChat(std::span<const ChatMessage> messages, bool add_generation_prompt) {
-    std::string text;
-    for (const ChatMessage& m : messages) {
-      if (m.role == "user") {
-        text += "Question: " + m.content + "\n";
-      } else if (m.role == "assistant") {
-        text += "Answer: " + m.content + "\n";
-      } else {
-        text += m.content + "\n";
-      }
-    }
-    return add_generation_prompt ? text + "Answer:" : text;
-  }
-
   // The heads of full layers.
   template <class F>
   void ForEachHead(F&& f) const {
@@ -259,6 +252,7 @@ Expected<std::unique_ptr<Backend>> MakeEngineBackend(std::shared_ptr<Engine> eng
   MOEND_ASSIGN(const auto made, MakeScorer(scorer));
   if (made->needs().learned && Evicts(options.plan))
     MOEND_TRY(CheckLearned(engine->model(), options.plan.learned.get()));
+  engine->model().tokenizer().StartWorkers();
   BackendInfo info;
   info.n_ctx = options.n_ctx > 0 ? options.n_ctx : hp.n_ctx_train;
   MOEND_ASSIGN(const int64_t bytes, PlanBytes(options.plan, info.n_ctx, made->needs().accumulated ? 4 : 0));

@@ -12,6 +12,23 @@ constexpr auto kPoll = std::chrono::milliseconds(200);    // how soon a client's
 constexpr auto kFirstWait = std::chrono::seconds(2);      // an early error still gets its own status
 constexpr auto kPingInterval = std::chrono::seconds(10);  // keeps proxies from giving up on a long prefill
 
+// What of an answer's text is new, as its parts.
+AnswerDelta Read(Job& job, std::string text, const Outcome* outcome) {
+  if (!job.reader) return {.content = std::move(text)};
+  AnswerDelta delta = job.reader->Push(text);
+  if (!outcome || outcome->error) return delta;
+  AnswerDelta rest = job.reader->Finish(outcome->finish_reason == "length");
+  delta.reasoning += rest.reasoning;
+  delta.content += rest.content;
+  std::ranges::move(rest.calls, std::back_inserter(delta.calls));
+  return delta;
+}
+
+void NoteCalls(const Job& job, Outcome& outcome) {
+  if (job.reader && job.reader->has_calls() && outcome.finish_reason == "stop")
+    outcome.finish_reason = "tool_calls";
+}
+
 }  // namespace
 
 void Server::Chat(const Ready& ready, const HttpRequest& request, HttpResponse& response) {
@@ -57,7 +74,7 @@ ApiResult<std::shared_ptr<Job>> Server::MakeJob(const Ready& ready, GenerationRe
   const int64_t most =
       options_.limits.prompt_tokens > 0 ? std::min(options_.limits.prompt_tokens, n_ctx - 1) : n_ctx - 1;
   int64_t boundary = 0, bytes = std::ssize(r.prompt);
-  for (const ChatMessage& m : r.messages) bytes += std::ssize(m.content);
+  for (const ChatMessage& m : r.messages) bytes += TextBytes(m);
   if (const int64_t longest = backend.info().longest_token; longest > 0 && bytes / longest > most)
     return std::unexpected(BadField(field,
                                     fmt::format("the prompt has {} bytes and so at least {} tokens; this "
@@ -66,18 +83,36 @@ ApiResult<std::shared_ptr<Job>> Server::MakeJob(const Ready& ready, GenerationRe
                                     "context_length_exceeded"));
   if (r.chat) {
     const auto messages = std::span<const ChatMessage>(r.messages);
-    ChatOptions chat{.variables = r.template_variables};
-    MOEND_API_ASSIGN(job->prompt, ChatTokens(ready, messages, chat));
+    ChatOptions chat{.variables = r.template_variables.empty() ? "" : Dump(r.template_variables),
+                     .tools = r.tools.empty() ? "" : Dump(r.tools),
+                     .tool_choice = r.tool_choice,
+                     .parallel_tool_calls = r.parallel_tool_calls,
+                     .json_schema = std::exchange(r.json_schema, {}),
+                     .split_reasoning = r.split_reasoning && r.grammar.empty()};
+    MOEND_API_ASSIGN(auto prepared, ChatTokensOf(ready, messages, chat));
+    job->prompt = std::move(prepared.tokens);
+    if (auto ok = SetFormat(backend, std::move(prepared.format), *job); !ok)
+      return std::unexpected(std::move(ok.error()));
     if (messages.size() > 1) {
       // Where the last message begins: what a next request with another last message will share.
       chat.add_generation_prompt = false;
-      auto before = ChatTokens(ready, messages.first(messages.size() - 1), chat);
-      if (before) boundary = CommonPrefix(*before, job->prompt);
+      auto before = ChatTokensOf(ready, messages.first(messages.size() - 1), chat);
+      if (before) boundary = CommonPrefix(before->tokens, job->prompt);
     }
   } else if (!r.prompt_tokens.empty()) {
     job->prompt = std::move(r.prompt_tokens);
   } else {
     MOEND_API_ASSIGN(job->prompt, Tokens(ready, r.prompt, true, r.parse_special));
+  }
+  if (!r.json_schema.empty()) {
+    auto source = backend.SchemaGrammar(r.json_schema);
+    if (!source) return std::unexpected(FromError(source.error()));
+    r.grammar = std::move(source->text);
+  }
+  if (!r.grammar.empty()) {
+    auto grammar = backend.MakeGrammar({.text = std::move(r.grammar)});
+    if (!grammar) return std::unexpected(FromError(grammar.error()));
+    job->grammar = std::move(*grammar);
   }
   const auto n = std::ssize(job->prompt);
   if (n == 0) return std::unexpected(BadField(field, "the prompt is empty", "invalid_value"));
@@ -92,11 +127,27 @@ ApiResult<std::shared_ptr<Job>> Server::MakeJob(const Ready& ready, GenerationRe
   job->max_tokens = std::min({wanted, allowed, n_ctx - n});
   job->scope = scope;
   job->pick = std::move(r.pick);
-  job->stop = std::move(r.stop);
+  std::ranges::move(r.stop, std::back_inserter(job->stop));
   job->use_cache = job->keep_after = options_.prefix_cache && r.cache_prompt;
   job->keep_after = job->keep_after && r.chat;
   if (job->use_cache) job->split = SplitLength(n, boundary, options_.scheduler.min_prefix_tokens);
   return job;
+}
+
+ApiResult<void> Server::SetFormat(const Backend& backend, AnswerFormat format, Job& job) {
+  auto reader = AnswerReader::Make(format);
+  if (!reader) return std::unexpected(FromError(reader.error()));
+  job.reader = std::move(*reader);
+  for (const std::string& text : format.preserved) {
+    const auto tokens = backend.Tokenize(text, false, /*parse_special=*/true, {});
+    if (tokens && tokens->size() == 1) job.shown_tokens.push_back((*tokens)[0]);
+  }
+  job.stop = std::move(format.stops);
+  if (format.grammar.text.empty()) return {};
+  auto grammar = backend.MakeGrammar(format.grammar);
+  if (!grammar) return std::unexpected(FromError(grammar.error()));
+  job.grammar = std::move(*grammar);
+  return {};
 }
 
 void Server::Whole(Job& job, const AnswerHead& head, HttpResponse& response) {
@@ -107,7 +158,9 @@ void Server::Whole(Job& job, const AnswerHead& head, HttpResponse& response) {
     std::ranges::move(event.delta.tokens, std::back_inserter(all.tokens));
     if (event.outcome) {
       if (event.outcome->error) return SetError(response, *event.outcome->error);
-      response.SetContent(Dump(WholeAnswer(head, all, *event.outcome)), kJson);
+      AnswerDelta answer = Read(job, std::move(all.text), &*event.outcome);
+      NoteCalls(job, *event.outcome);
+      response.SetContent(Dump(WholeAnswer(head, answer, all.tokens, *event.outcome)), kJson);
       return;
     }
     if (ClientGone()) {
@@ -134,7 +187,10 @@ void Server::Stream(std::shared_ptr<Job> job, const AnswerHead& head, HttpRespon
     std::string text = FirstChunk(head);
     auto last_sent = Job::Clock::now();
     for (;;) {
-      if (!event.delta.empty()) text += DeltaChunk(head, event.delta);
+      const AnswerDelta delta =
+          Read(*job, std::move(event.delta.text), event.outcome ? &*event.outcome : nullptr);
+      if (!delta.empty() || !event.delta.tokens.empty()) text += DeltaChunk(head, delta, event.delta.tokens);
+      if (event.outcome) NoteCalls(*job, *event.outcome);
       if (event.outcome)
         text += event.outcome->error ? ErrorChunk(*event.outcome->error) : LastChunks(head, *event.outcome);
       const auto now = Job::Clock::now();

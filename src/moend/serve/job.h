@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "moend/engine/engine.h"
+#include "moend/serve/answer_reader.h"
 #include "moend/serve/api_error.h"
 #include "moend/serve/picker.h"
 
@@ -56,9 +58,13 @@ class Job {
   int64_t max_tokens = 0;
   PickOptions pick;
   std::vector<std::string> stop;
+  std::unique_ptr<Grammar> grammar;   // what the answer is held to; may be null
+  std::vector<int32_t> shown_tokens;  // control tokens whose text is part of the answer's
   Clock::time_point submitted = Clock::now();
 
-  // The client's side. Blocks until something new is there or the time is over. The outcome comes last,
+  // The client's side. `reader` is how the text is to be read; null: as it is.
+  std::unique_ptr<AnswerReader> reader;
+  // Blocks until something new is there or the time is over. The outcome comes last,
   // once; deltas that pile up are joined.
   struct Event {
     Delta delta;

@@ -11,6 +11,7 @@ namespace {
 // Walks the bytes once. Brackets inside strings do not count; malformed text is left to the parser.
 ApiResult<void> CheckShape(std::string_view body, const Limits& limits) {
   int64_t depth = 0, values = 0;
+  std::vector<int64_t> fields;  // so far, of the objects and lists around
   bool in_string = false;
   for (std::size_t i = 0; i < body.size(); ++i) {
     const char c = body[i];
@@ -28,8 +29,16 @@ ApiResult<void> CheckShape(std::string_view body, const Limits& limits) {
         return std::unexpected(BadField(
             "", fmt::format("the body is nested deeper than {} levels", limits.json_depth), "json_too_deep"));
       ++values;
+      fields.push_back(0);
     }
-    if (c == ']' || c == '}') --depth;
+    if (c == ']' || c == '}') {
+      --depth;
+      if (!fields.empty()) fields.pop_back();
+    }
+    if (c == ':' && !fields.empty() && ++fields.back() > limits.json_fields)
+      return std::unexpected(
+          BadField("", fmt::format("an object in the body has more than {} fields", limits.json_fields),
+                   "json_too_large"));
     if (c == ',') ++values;
     if (values > limits.json_values)
       return std::unexpected(BadField("", fmt::format("the body has more than {} values", limits.json_values),

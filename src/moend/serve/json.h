@@ -13,11 +13,11 @@
 
 namespace moend::serve {
 
-using Json = nlohmann::json;
 using OrderedJson = nlohmann::ordered_json;
+using Json = OrderedJson;  // the order of a schema's properties is that of the answer
 
-// The body as a JSON object. Depth and number of values are bounded before parsing; bad UTF-8, trailing text
-// and anything but an object are refused.
+// The body as a JSON object. Depth, number of values and of an object's fields are bounded before parsing;
+// bad UTF-8, trailing text and anything but an object are refused.
 ApiResult<Json> ParseBody(std::string_view body, const Limits& limits);
 
 // Text that is safe for JSON: bytes that are no UTF-8 become U+FFFD.

@@ -22,10 +22,12 @@ struct Limits {
   // Bodies.
   int64_t json_depth = 32;
   int64_t json_values = 262144;
+  int64_t json_fields = 1100;  // of an object, which are looked for one after the other
   int64_t messages = 1024;
   int64_t stops = 16;
   int64_t stop_bytes = 256;  // each
   int64_t logit_bias = 1024;
+  int64_t tools = 128;
   int64_t top_logprobs = 20;
 
   // Work.

@@ -39,30 +39,69 @@ void Picker::Adjust(std::span<const float> logits) {
     for (const int32_t token : options_.stop_tokens) at(token) = kNever;
 }
 
-Picked Picker::Pick(std::span<const float> logits) {
-  const bool penalties = options_.frequency_penalty != 0 || options_.presence_penalty != 0;
-  std::span<const float> view = logits;
-  if (penalties || !options_.logit_bias.empty() || options_.repeat_penalty != 1 || options_.ignore_eos ||
-      picked_ < options_.min_tokens) {
-    Adjust(logits);
-    view = adjusted_;
+// To look at one token takes microseconds, at all of a large vocabulary a tenth of a second; and mostly the
+// model keeps to the grammar by itself.
+Expected<void> Picker::Obey(Grammar& grammar, std::span<const float> view, int32_t& token) {
+  MOEND_ASSIGN(const auto one, grammar.Allows({&token, 1}));
+  if (!one[0]) {
+    MOEND_ASSIGN(const auto all, grammar.AllowsOfAll());
+    constexpr float kNever = -std::numeric_limits<float>::infinity();
+    allowed_.assign(view.begin(), view.end());
+    for (std::size_t i = 0; i < allowed_.size(); ++i)
+      if (!all[i]) allowed_[i] = kNever;
+    if (std::ranges::any_of(allowed_, [](float x) { return x > kNever; })) {
+      token = sampler_.Sample(allowed_);
+    } else {
+      // Only the end is left, and it was held back (ignore_eos, min_tokens).
+      const auto end =
+          std::ranges::find_if(ends_, [&](int32_t e) { return all[static_cast<std::size_t>(e)]; });
+      if (end == ends_.end())
+        return Fail(ErrorCode::kInvalidArgument, "the grammar allows no token that this request allows");
+      token = *end;
+    }
   }
+  if (!Ends(token)) grammar.Accept(token);
+  return {};
+}
+
+std::span<const float> Picker::View(std::span<const float> logits) {
+  const bool penalties = options_.frequency_penalty != 0 || options_.presence_penalty != 0;
+  if (!penalties && options_.logit_bias.empty() && options_.repeat_penalty == 1 && !options_.ignore_eos &&
+      picked_ >= options_.min_tokens)
+    return logits;
+  Adjust(logits);
+  return adjusted_;
+}
+
+Picked Picker::Pick(std::span<const float> logits) {
+  const auto view = View(logits);
+  return Report(view, sampler_.Sample(view));
+}
+
+Expected<Picked> Picker::Pick(std::span<const float> logits, Grammar& grammar) {
+  const auto view = View(logits);
+  int32_t token = sampler_.Sample(view);
+  MOEND_TRY(Obey(grammar, view, token));
+  return Report(view, token);
+}
+
+Picked Picker::Report(std::span<const float> view, int32_t token) {
   Picked picked;
-  picked.token = sampler_.Sample(view);
+  picked.token = token;
   ++picked_;
-  if (penalties) ++counts_[picked.token];
-  if (options_.repeat_penalty != 1) history_.push_back(picked.token);
+  if (options_.frequency_penalty != 0 || options_.presence_penalty != 0) ++counts_[token];
+  if (options_.repeat_penalty != 1) history_.push_back(token);
   if (options_.top_logprobs < 0) return picked;
 
   const float max = *std::ranges::max_element(view);
   double sum = 0;
   for (const float x : view) sum += std::exp(static_cast<double>(x - max));
   const double log_sum = static_cast<double>(max) + std::log(sum);
-  const auto logprob = [&](int32_t token) {
+  const auto logprob = [&](int32_t t) {
     // As OpenAI writes what cannot be: JSON has no infinity.
     constexpr double kLowest = -9999;
     return static_cast<float>(
-        std::max(kLowest, static_cast<double>(view[static_cast<std::size_t>(token)]) - log_sum));
+        std::max(kLowest, static_cast<double>(view[static_cast<std::size_t>(t)]) - log_sum));
   };
   picked.logprob = logprob(picked.token);
   if (options_.top_logprobs == 0) return picked;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "moend/engine/sampler.h"
+#include "moend/model/grammar.h"
 #include "moend/serve/request.h"
 
 namespace moend::serve {
@@ -25,11 +26,18 @@ class Picker {
   // looks back on beside the answer.
   Picker(const PickOptions& options, std::span<const int32_t> ends, std::span<const int32_t> prompt);
   Picked Pick(std::span<const float> logits);
+  // One that the grammar allows; it is told of it. Errors are the grammar's.
+  Expected<Picked> Pick(std::span<const float> logits, Grammar& grammar);
   // Whether this token ends the answer without being part of it.
   bool Ends(int32_t token) const;
 
  private:
   void Adjust(std::span<const float> logits);
+  // What is sampled from: the logits, or adjusted_.
+  std::span<const float> View(std::span<const float> logits);
+  Picked Report(std::span<const float> view, int32_t token);
+  // Makes `token` one that the grammar allows.
+  Expected<void> Obey(Grammar& grammar, std::span<const float> view, int32_t& token);
 
   PickOptions options_;
   std::span<const int32_t> ends_;
@@ -37,7 +45,7 @@ class Picker {
   int64_t picked_ = 0;
   std::vector<int32_t> history_;                 // of prompt and answer, when repetition is penalized
   std::unordered_map<int32_t, int64_t> counts_;  // generated tokens, when penalties are on
-  std::vector<float> adjusted_;
+  std::vector<float> adjusted_, allowed_;
 };
 
 }  // namespace moend::serve

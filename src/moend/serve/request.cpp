@@ -40,7 +40,37 @@ ApiResult<std::string> ParseContent(const Json& content, const std::string& path
   return text;
 }
 
-ApiResult<ChatMessage> ParseMessage(const Json& m, const std::string& path) {
+ApiResult<ToolCall> ParseToolCall(const Json& call, const std::string& path) {
+  if (!call.is_object()) return Bad(path, path + " must be an object", "invalid_type");
+  const Fields f(call, path + ".");
+  MOEND_API_ASSIGN(const auto type, f.String("type"));
+  const Json* function = f.Find("function");
+  if (type.value_or("function") != "function" || !function || !function->is_object())
+    return Bad(
+        path,
+        path + R"( must be {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}})",
+        "invalid_value");
+  const Fields of(*function, f.Path("function") + ".");
+  MOEND_API_ASSIGN(const auto id, f.String("id"));
+  MOEND_API_ASSIGN(const auto name, of.String("name"));
+  if (!name || name->empty()) return Bad(of.Path("name"), of.Path("name") + " is missing", "missing");
+  ToolCall out{.id = id.value_or(""), .name = *name, .arguments = "{}"};
+  const Json* arguments = of.Find("arguments");
+  if (!arguments || *arguments == "") return out;
+  // A text of JSON; some clients send the object itself.
+  const Json parsed = arguments->is_string() ? Json::parse(arguments->get_ref<const std::string&>(), nullptr,
+                                                           /*allow_exceptions=*/false)
+                                             : *arguments;
+  if (!parsed.is_object())
+    return Bad(of.Path("arguments"), of.Path("arguments") + " must be a JSON object, as a text",
+               "invalid_value");
+  out.arguments = Dump(parsed);
+  return out;
+}
+
+// `before`: the messages that this one may answer.
+ApiResult<ChatMessage> ParseMessage(const Json& m, const std::string& path,
+                                    std::span<const ChatMessage> before) {
   if (!m.is_object()) return Bad(path, path + " must be an object", "invalid_type");
   const Fields f(m, path + ".");
   MOEND_API_ASSIGN(const auto role, f.String("role"));
@@ -48,15 +78,44 @@ ApiResult<ChatMessage> ParseMessage(const Json& m, const std::string& path) {
   ChatMessage message;
   if (*role == "developer") {
     message.role = "system";
-  } else if (*role == "system" || *role == "user" || *role == "assistant") {
+  } else if (*role == "system" || *role == "user" || *role == "assistant" || *role == "tool") {
     message.role = *role;
   } else {
-    return Bad(path + ".role", path + ".role must be system, developer, user or assistant", "invalid_value");
+    return Bad(path + ".role", path + ".role must be system, developer, user, assistant or tool",
+               "invalid_value");
   }
-  for (const char* name : {"tool_calls", "function_call"})
-    if (const Json* j = f.Find(name); j && !(j->is_array() && j->empty()))
-      return Bad(f.Path(name), f.Path(name) + " is not supported by this server", "unsupported");
+  const auto not_empty = [](const Json* j) { return j && !(j->is_array() && j->empty()); };
+  if (not_empty(f.Find("function_call")))
+    return Bad(f.Path("function_call"),
+               f.Path("function_call") + " is not supported by this server; use tool_calls", "unsupported");
+  if (const Json* calls = f.Find("tool_calls"); not_empty(calls)) {
+    if (message.role != "assistant")
+      return Bad(f.Path("tool_calls"), f.Path("tool_calls") + " may only be the assistant's",
+                 "invalid_value");
+    if (!calls->is_array())
+      return Bad(f.Path("tool_calls"), f.Path("tool_calls") + " must be a list", "invalid_type");
+    for (std::size_t i = 0; i < calls->size(); ++i) {
+      MOEND_API_ASSIGN(auto call, ParseToolCall((*calls)[i], fmt::format("{}[{}]", f.Path("tool_calls"), i)));
+      message.tool_calls.push_back(std::move(call));
+    }
+  }
+  if (message.role == "assistant") {
+    MOEND_API_ASSIGN(auto thoughts, f.String("reasoning_content"));
+    message.reasoning_content = std::move(thoughts).value_or("");
+  }
+  if (message.role == "tool") {
+    MOEND_API_ASSIGN(auto id, f.String("tool_call_id"));
+    MOEND_API_ASSIGN(auto name, f.String("name"));
+    message.tool_call_id = std::move(id).value_or("");
+    message.name = std::move(name).value_or("");
+    // Some templates want the name, which few clients send.
+    for (const ChatMessage& b : before)
+      for (const ToolCall& call : b.tool_calls)
+        if (message.name.empty() && !call.id.empty() && call.id == message.tool_call_id)
+          message.name = call.name;
+  }
   const Json* content = f.Find("content");
+  if (!content && !message.tool_calls.empty()) return message;
   if (!content) return Bad(path + ".content", path + ".content is missing", "missing");
   MOEND_API_ASSIGN(message.content, ParseContent(*content, path + ".content"));
   return message;
@@ -85,7 +144,8 @@ ApiResult<void> ReadMessages(const char* name, const Reading& to) {
   if (static_cast<int64_t>(messages->size()) > to.limits.messages)
     return Bad(name, fmt::format("at most {} messages are allowed", to.limits.messages), "too_many");
   for (std::size_t i = 0; i < messages->size(); ++i) {
-    MOEND_API_ASSIGN(ChatMessage m, ParseMessage((*messages)[i], fmt::format("messages[{}]", i)));
+    MOEND_API_ASSIGN(ChatMessage m,
+                     ParseMessage((*messages)[i], fmt::format("messages[{}]", i), to.request.messages));
     to.request.messages.push_back(std::move(m));
   }
   return {};
@@ -116,6 +176,12 @@ ApiResult<GenerationRequest> ParseChatRequest(const Json& body, const Limits& li
 ApiResult<GenerationRequest> ParseCompletionRequest(const Json& body, const Limits& limits,
                                                     const RequestDefaults& defaults) {
   return Parse(false, body, limits, defaults);
+}
+
+int64_t TextBytes(const ChatMessage& m) {
+  int64_t bytes = std::ssize(m.content) + std::ssize(m.reasoning_content);
+  for (const ToolCall& call : m.tool_calls) bytes += std::ssize(call.name) + std::ssize(call.arguments);
+  return bytes;
 }
 
 ApiResult<TokenizeRequest> ParseTokenizeRequest(const Json& body) {

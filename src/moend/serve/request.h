@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,8 +30,13 @@ inline constexpr int64_t kUnlimited = INT64_MAX;
 
 struct GenerationRequest {
   bool chat = false;
-  std::vector<ChatMessage> messages;   // chat
-  std::string template_variables;      // chat: a JSON object, as ChatOptions has it
+  std::vector<ChatMessage> messages;         // chat
+  Json template_variables = Json::object();  // chat: as ChatOptions has them
+  Json tools = Json::array();                // chat: OpenAI's list; those that may be called
+  ToolChoice tool_choice = ToolChoice::kAuto;
+  std::optional<bool> parallel_tool_calls;
+  bool split_reasoning = true;         // chat: thoughts are reasoning_content
+  std::string json_schema, grammar;    // what the answer is held to; one of them at most
   std::string prompt;                  // completion: text,
   std::vector<int32_t> prompt_tokens;  // or tokens
   bool parse_special = true;           // completion: "<|...|>" in the text become their tokens
@@ -47,6 +53,9 @@ struct RequestDefaults {
   SamplerOptions sampler;
   int64_t n_vocab = 0;  // bound of token ids
 };
+
+// Of everything that the prompt has of it.
+int64_t TextBytes(const ChatMessage& message);
 
 ApiResult<GenerationRequest> ParseChatRequest(const Json& body, const Limits& limits,
                                               const RequestDefaults& defaults);

@@ -96,13 +96,6 @@ Done ReadMinTokens(const char* name, const Reading& to) {
   return Take(to.fields.Integer(name, 0, INT32_MAX), to.request.pick.min_tokens);
 }
 
-Done ReadTemplateVariables(const char* name, const Reading& to) {
-  const Json* variables = to.fields.Find(name);
-  if (!variables) return {};
-  if (!variables->is_object()) return Bad(name, "chat_template_kwargs must be an object", "invalid_type");
-  to.request.template_variables = variables->dump();
-  return {};
-}
 Done ReadParseSpecial(const char* name, const Reading& to) {
   return Take(to.fields.Boolean(name), to.request.parse_special);
 }
@@ -186,12 +179,6 @@ Done ReadCompletionLogprobs(const char* name, const Reading& to) {
   return Take(to.fields.Integer(name, 0, to.limits.top_logprobs), to.request.pick.top_logprobs);
 }
 
-Done ReadResponseFormat(const char* name, const Reading& to) {
-  const Json* format = to.fields.Find(name);
-  if (!format || (format->is_object() && format->value("type", Json()) == "text")) return {};
-  return Bad(name, R"(response_format may only be {"type": "text"})", "unsupported");
-}
-
 constexpr RequestField kFields[] = {
     // OpenAI's, and what llama-server and vLLM add to them.
     {"model", kBoth, kWorks, ReadModel},
@@ -226,19 +213,25 @@ constexpr RequestField kFields[] = {
     {"logprobs", kChat, kWorks, ReadChatLogprobs},
     {"top_logprobs", kChat, kWorks, ReadTopLogprobs},
     {"logprobs", kCompletion, kWorks, ReadCompletionLogprobs},
+    {"tools", kChat, kWorks, ReadTools},
+    {"tool_choice", kChat, kWorks, ReadToolChoice},
+    {"parallel_tool_calls", kChat, kWorks, ReadParallelToolCalls},
     {"response_format", kBoth, kWorks, ReadResponseFormat},
+    {"json_schema", kBoth, kWorks, ReadJsonSchema},
+    {"guided_json", kBoth, kWorks, ReadJsonSchema},
+    {"guided_choice", kBoth, kWorks, ReadGuidedChoice},
+    {"grammar", kBoth, kWorks, ReadGrammar},
+    {"guided_grammar", kBoth, kWorks, ReadGrammar},
+    {"reasoning_effort", kChat, kWorks, ReadReasoningEffort},
+    {"enable_thinking", kChat, kWorks, ReadEnableThinking},
+    {"reasoning_format", kChat, kWorks, ReadReasoningFormat},
     {"cache_prompt", kBoth, kWorks, ReadCachePrompt},
     {"kv_layers", kBoth, kWorks, ReadKvLayers},
 
     // What the answer must look like.
-    {"grammar", kBoth, kRefused, {}, R"([""])"},
     {"grammar_lazy", kBoth, kRefused, {}, "[false]"},
     {"grammar_triggers", kBoth, kRefused},
-    {"json_schema", kBoth, kRefused},
-    {"guided_json", kBoth, kRefused},
     {"guided_regex", kBoth, kRefused, {}, R"([""])"},
-    {"guided_choice", kBoth, kRefused},
-    {"guided_grammar", kBoth, kRefused, {}, R"([""])"},
     {"structured_outputs", kBoth, kRefused},
     {"structural_tag", kBoth, kRefused, {}, R"([""])"},
     {"suffix", kBoth, kRefused, {}, R"([""])"},
@@ -256,8 +249,8 @@ constexpr RequestField kFields[] = {
     // How the prompt is made.
     {"messages", kCompletion, kRefused},
     {"prompt", kChat, kRefused},
-    {"tools", kBoth, kRefused},
-    {"tool_choice", kBoth, kRefused, {}, R"(["none", "auto"])"},
+    {"tools", kCompletion, kRefused},
+    {"tool_choice", kCompletion, kRefused, {}, R"(["none", "auto"])"},
     {"functions", kBoth, kRefused},
     {"function_call", kBoth, kRefused, {}, R"(["none", "auto"])"},
     {"web_search_options", kBoth, kRefused},
@@ -283,14 +276,14 @@ constexpr RequestField kFields[] = {
     {"preserved_tokens", kBoth, kRefused},
     // Whether and how the model thinks.
     {"reasoning", kBoth, kRefused},
-    {"reasoning_effort", kBoth, kRefused, {}, R"(["none"])"},
-    {"reasoning_format", kBoth, kRefused, {}, R"(["none", "auto"])"},
+    {"reasoning_effort", kCompletion, kRefused, {}, R"(["none"])"},
+    {"reasoning_format", kCompletion, kRefused, {}, R"(["none", "auto"])"},
     {"reasoning_budget_tokens", kBoth, kRefused, {}, "[-1]"},
     {"thinking", kBoth, kRefused, {}, R"([{"type": "disabled"}])"},
     {"thinking_budget_tokens", kBoth, kRefused, {}, "[-1]"},
     {"thinking_token_budget", kBoth, kRefused, {}, "[-1]"},
     {"thinking_forced_open", kBoth, kRefused, {}, "[false]"},
-    {"enable_thinking", kBoth, kRefused},
+    {"enable_thinking", kCompletion, kRefused},
     // How tokens are picked.
     {"samplers", kBoth, kRefused},
     {"mirostat", kBoth, kRefused, {}, "[0]"},
@@ -329,7 +322,7 @@ constexpr RequestField kFields[] = {
     {"prompt_cache_key", kBoth, kIgnored},
     {"prompt_cache_retention", kBoth, kIgnored},
     {"prediction", kBoth, kIgnored},
-    {"parallel_tool_calls", kBoth, kIgnored},
+    {"parallel_tool_calls", kCompletion, kIgnored},
     {"parse_tool_calls", kBoth, kIgnored},
     {"guided_decoding_backend", kBoth, kIgnored},
     {"guided_whitespace_pattern", kBoth, kIgnored},

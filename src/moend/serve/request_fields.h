@@ -37,6 +37,19 @@ std::span<const RequestField> RequestFields();
 // Goes through the table for one of the two routes.
 ApiResult<void> ReadFields(bool chat, const Reading& to);
 
+// request_format.cpp: what the answer must look like, and what the model may do.
+ApiResult<void> ReadTools(const char* name, const Reading& to);
+ApiResult<void> ReadToolChoice(const char* name, const Reading& to);
+ApiResult<void> ReadParallelToolCalls(const char* name, const Reading& to);
+ApiResult<void> ReadResponseFormat(const char* name, const Reading& to);
+ApiResult<void> ReadJsonSchema(const char* name, const Reading& to);
+ApiResult<void> ReadGrammar(const char* name, const Reading& to);
+ApiResult<void> ReadGuidedChoice(const char* name, const Reading& to);
+ApiResult<void> ReadTemplateVariables(const char* name, const Reading& to);
+ApiResult<void> ReadReasoningEffort(const char* name, const Reading& to);
+ApiResult<void> ReadEnableThinking(const char* name, const Reading& to);
+ApiResult<void> ReadReasoningFormat(const char* name, const Reading& to);
+
 // request.cpp
 ApiResult<void> ReadMessages(const char* name, const Reading& to);
 ApiResult<void> ReadPrompt(const char* name, const Reading& to);

@@ -81,6 +81,23 @@ OrderedJson Chunk(const AnswerHead& head, OrderedJson delta, OrderedJson logprob
   return j;
 }
 
+// Whole ones have no index; of parts, only the first has id and name.
+OrderedJson Calls(const std::vector<AnswerDelta::Call>& calls, bool whole) {
+  OrderedJson list = OrderedJson::array();
+  for (const AnswerDelta::Call& c : calls) {
+    OrderedJson call = OrderedJson::object();
+    if (!whole) call["index"] = c.index;
+    if (!c.name.empty()) {
+      call["id"] = c.id;
+      call["type"] = "function";
+      call["function"]["name"] = c.name;
+    }
+    call["function"]["arguments"] = c.arguments;
+    list.push_back(std::move(call));
+  }
+  return list;
+}
+
 double PerSecond(int64_t n, double ms) {
   return ms > 0 ? static_cast<double>(n) * 1000 / ms : 0;
 }
@@ -130,16 +147,21 @@ OrderedJson TimingsJson(const Outcome& o, bool layers) {
   return t;
 }
 
-OrderedJson WholeAnswer(const AnswerHead& head, const Delta& all, const Outcome& o) {
+OrderedJson WholeAnswer(const AnswerHead& head, const AnswerDelta& all,
+                        const std::vector<TokenReport>& tokens, const Outcome& o) {
   OrderedJson j = Frame(head, false);
   OrderedJson choice = {{"index", 0}};
   OrderedJson logprobs = nullptr;
   if (head.chat) {
-    choice["message"] = {{"role", "assistant"}, {"content", all.text}, {"refusal", nullptr}};
-    if (head.logprobs) logprobs = ChatLogprobs(all.tokens);
+    OrderedJson& message = choice["message"] = {{"role", "assistant"}, {"content", all.content}};
+    if (all.content.empty() && !all.calls.empty()) message["content"] = nullptr;
+    if (!all.reasoning.empty()) message["reasoning_content"] = all.reasoning;
+    message["refusal"] = nullptr;
+    if (!all.calls.empty()) message["tool_calls"] = Calls(all.calls, /*whole=*/true);
+    if (head.logprobs) logprobs = ChatLogprobs(tokens);
   } else {
-    choice["text"] = all.text;
-    if (head.logprobs) logprobs = CompletionLogprobs(all.tokens);
+    choice["text"] = all.content;
+    if (head.logprobs) logprobs = CompletionLogprobs(tokens);
   }
   choice["logprobs"] = std::move(logprobs);
   choice["finish_reason"] = o.finish_reason;
@@ -154,11 +176,18 @@ std::string FirstChunk(const AnswerHead& head) {
   return Event(Chunk(head, {{"role", "assistant"}, {"content", ""}}, nullptr, nullptr));
 }
 
-std::string DeltaChunk(const AnswerHead& head, const Delta& delta) {
+std::string DeltaChunk(const AnswerHead& head, const AnswerDelta& delta,
+                       const std::vector<TokenReport>& tokens) {
   OrderedJson logprobs = nullptr;
-  if (head.logprobs) logprobs = head.chat ? ChatLogprobs(delta.tokens) : CompletionLogprobs(delta.tokens);
-  OrderedJson content = delta.text;
-  if (head.chat) content = OrderedJson{{"content", delta.text}};
+  if (head.logprobs) logprobs = head.chat ? ChatLogprobs(tokens) : CompletionLogprobs(tokens);
+  OrderedJson content = delta.content;
+  if (head.chat) {
+    content = OrderedJson::object();
+    if (!delta.reasoning.empty()) content["reasoning_content"] = delta.reasoning;
+    if (!delta.content.empty() || (delta.reasoning.empty() && delta.calls.empty()))
+      content["content"] = delta.content;
+    if (!delta.calls.empty()) content["tool_calls"] = Calls(delta.calls, /*whole=*/false);
+  }
   return Event(Chunk(head, std::move(content), std::move(logprobs), nullptr));
 }
 

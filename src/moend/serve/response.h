@@ -25,11 +25,13 @@ OrderedJson UsageJson(const Outcome& outcome);
 // llama-server's names, and a "kv" block: bytes, full_bytes, ratio, tokens (and layers when asked for).
 OrderedJson TimingsJson(const Outcome& outcome, bool layers);
 
-OrderedJson WholeAnswer(const AnswerHead& head, const Delta& all, const Outcome& outcome);
+OrderedJson WholeAnswer(const AnswerHead& head, const AnswerDelta& all,
+                        const std::vector<TokenReport>& tokens, const Outcome& outcome);
 
 // Server-sent events, each "data: {...}\n\n".
 std::string FirstChunk(const AnswerHead& head);  // the role; empty for completions
-std::string DeltaChunk(const AnswerHead& head, const Delta& delta);
+std::string DeltaChunk(const AnswerHead& head, const AnswerDelta& delta,
+                       const std::vector<TokenReport>& tokens);
 std::string LastChunks(const AnswerHead& head, const Outcome& outcome);  // reason, usage, [DONE]
 std::string ErrorChunk(const ApiError& error);
 

@@ -204,7 +204,10 @@ void Scheduler::DecodeStep() {
 }
 
 void Scheduler::Advance(Stream& s) {
-  const Picked picked = s.picker.Pick(s.context->logits());
+  const auto logits = s.context->logits();
+  const auto pick = s.job->grammar ? s.picker.Pick(logits, *s.job->grammar) : s.picker.Pick(logits);
+  if (!pick) return FailStream(s, FromError(pick.error()));
+  const Picked& picked = *pick;
   if (s.generated == 0) {
     s.first_token = Clock::now();
     metrics_.first_token_seconds.Observe(Seconds(s.first_token - s.job->submitted));
@@ -213,7 +216,8 @@ void Scheduler::Advance(Stream& s) {
   if (s.picker.Ends(picked.token)) return FinishStream(s, "stop");
   ++s.generated;
   ++metrics_.generated_tokens;
-  const std::string piece = backend_.Piece(picked.token);
+  const bool shown = std::ranges::find(s.job->shown_tokens, picked.token) != s.job->shown_tokens.end();
+  const std::string piece = shown ? backend_.SpecialPiece(picked.token) : backend_.Piece(picked.token);
   const int64_t offset = s.text.taken();
   Delta delta{.text = s.text.Push(piece), .tokens = {}};
   if (s.job->pick.top_logprobs >= 0) {

@@ -98,12 +98,10 @@ bool Server::Stopping() const {
   return draining_.load(std::memory_order_relaxed) || ClientGone();
 }
 
-ApiResult<std::vector<int32_t>> Server::Tokenizing(
-    int64_t bytes,
-    const std::function<Expected<std::vector<int32_t>>(const std::function<bool()>& stop)>& work) {
+ApiResult<ChatTokens> Server::Tokenizing(
+    int64_t bytes, const std::function<Expected<ChatTokens>(const std::function<bool()>& stop)>& work) {
   const std::function<bool()> stop = [this] { return Stopping(); };
-  Expected<std::vector<int32_t>> tokens =
-      Fail(ErrorCode::kCancelled, "a text of {} bytes was not tokenized", bytes);
+  Expected<ChatTokens> tokens = Fail(ErrorCode::kCancelled, "a text of {} bytes was not tokenized", bytes);
   long_texts_.Pass(bytes, stop, [&] { tokens = work(stop); });
   if (tokens) return std::move(*tokens);
   if (tokens.error().code == ErrorCode::kCancelled && draining_) return std::unexpected(ShuttingDown());
@@ -112,18 +110,21 @@ ApiResult<std::vector<int32_t>> Server::Tokenizing(
 
 ApiResult<std::vector<int32_t>> Server::Tokens(const Ready& ready, std::string_view text, bool add_special,
                                                bool parse_special) {
-  return Tokenizing(std::ssize(text), [&](const std::function<bool()>& stop) {
-    return ready.backend->Tokenize(text, add_special, parse_special, stop);
+  auto tokens = Tokenizing(std::ssize(text), [&](const std::function<bool()>& stop) -> Expected<ChatTokens> {
+    ChatTokens out;
+    MOEND_ASSIGN(out.tokens, ready.backend->Tokenize(text, add_special, parse_special, stop));
+    return out;
   });
+  if (!tokens) return std::unexpected(std::move(tokens.error()));
+  return std::move(tokens->tokens);
 }
 
-ApiResult<std::vector<int32_t>> Server::ChatTokens(const Ready& ready, std::span<const ChatMessage> messages,
-                                                   const ChatOptions& options) {
-  int64_t bytes = 0;
-  for (const ChatMessage& m : messages) bytes += std::ssize(m.content);
-  return Tokenizing(bytes, [&](const std::function<bool()>& stop) {
-    return ready.backend->ChatTokens(messages, options, stop);
-  });
+ApiResult<ChatTokens> Server::ChatTokensOf(const Ready& ready, std::span<const ChatMessage> messages,
+                                           const ChatOptions& options) {
+  int64_t bytes = std::ssize(options.tools);
+  for (const ChatMessage& m : messages) bytes += TextBytes(m);
+  return Tokenizing(
+      bytes, [&](const std::function<bool()>& stop) { return ready.backend->Chat(messages, options, stop); });
 }
 
 void Server::Handle(const HttpRequest& request, HttpResponse& response) {

@@ -84,12 +84,11 @@ class Server {
   // Tokens of `text`: one text a processor at a time if it is a long one, ended when Stopping().
   ApiResult<std::vector<int32_t>> Tokens(const Ready& ready, std::string_view text, bool add_special,
                                          bool parse_special);
-  ApiResult<std::vector<int32_t>> ChatTokens(const Ready& ready, std::span<const ChatMessage> messages,
-                                             const ChatOptions& options);
+  ApiResult<ChatTokens> ChatTokensOf(const Ready& ready, std::span<const ChatMessage> messages,
+                                     const ChatOptions& options);
   // Runs `work` on a text of so many bytes.
-  ApiResult<std::vector<int32_t>> Tokenizing(
-      int64_t bytes,
-      const std::function<Expected<std::vector<int32_t>>(const std::function<bool()>& stop)>& work);
+  ApiResult<ChatTokens> Tokenizing(
+      int64_t bytes, const std::function<Expected<ChatTokens>(const std::function<bool()>& stop)>& work);
 
   // routes.cpp
   void Models(const Ready& ready, const HttpRequest& request, HttpResponse& response);
@@ -104,6 +103,8 @@ class Server {
   void Completion(const Ready& ready, const HttpRequest& request, HttpResponse& response);
   void Generate(const Ready& ready, bool chat, const HttpRequest& request, HttpResponse& response);
   ApiResult<std::shared_ptr<Job>> MakeJob(const Ready& ready, GenerationRequest& r, const std::string& scope);
+  // How the answer is written, and what it is held to.
+  static ApiResult<void> SetFormat(const Backend& backend, AnswerFormat format, Job& job);
   void Stream(std::shared_ptr<Job> job, const AnswerHead& head, HttpResponse& response);
   void Whole(Job& job, const AnswerHead& head, HttpResponse& response);
 
