@@ -214,7 +214,7 @@ class Ours : public Contestant {
 // Random K/V as a prefill leaves them.
 LayerScratch Scratch(int64_t tokens, int64_t capacity) {
   auto scratch = Must(LayerScratch::Create(std::make_shared<Ledger>(), {kKvHeads, kHead}, kHeads, capacity, 0,
-                                           ScorerNeeds{}));
+                                           ScorerNeeds{}, 0));
   const std::vector<float> q(static_cast<std::size_t>(tokens) * kHeads * kHead);
   scratch.Append(q.data(), Random(tokens * kRow, 1).data(), Random(tokens * kRow, 2).data(), tokens, 1.0f);
   return scratch;

@@ -148,21 +148,28 @@ TEST(DeltaNets, BadFilesAreNamed) {
   refused(sections({2, 2, 2, 2}), ErrorCode::kUnsupported, "leaves out the pair 6");
 }
 
-// As a user meets them: inspect counts their states as llama.cpp allocates them, and what reads a text says
-// that it cannot.
-TEST(DeltaNets, AreInspectedAndNotRun) {
+// As a user meets them: inspect counts their states as llama.cpp allocates them, a profile measures the
+// layers that attend, and a plan for them runs.
+TEST(DeltaNets, AreInspectedAndRun) {
   const TempDir dir;
   const std::string path = dir / "a.gguf";
   ASSERT_TRUE(WriteTestModel(SmallHybrid("qwen35"), path));
-  const ProcessResult shown = RunProcess(MOEND_BINARY, {"inspect", path});
-  EXPECT_EQ(shown.code, 0) << shown.err;
+  const auto moend = [&](std::vector<std::string> args) {
+    ProcessResult r = RunProcess(MOEND_BINARY, args);
+    EXPECT_EQ(r.code, 0) << r.err;
+    return r;
+  };
+  const ProcessResult shown = moend({"inspect", path});
   // 3 inputs of 8 heads' 16 channels and 4 matrices of 16 x 16, 4 bytes each; 2 KV heads of 32 channels.
   for (const char* part : {"qwen35", "256 bytes a token and 5632 of states", "1, which remember 5632 bytes"})
     EXPECT_NE(shown.out.find(part), std::string::npos) << part << " not in " << shown.out;
-  const ProcessResult run = RunProcess(MOEND_BINARY, {"run", "-m", path, "-p", "a", "-n", "1"});
-  EXPECT_EQ(run.code, 1);
-  EXPECT_TRUE(run.out.empty()) << run.out;
-  EXPECT_NE(run.err.find("gated delta nets"), std::string::npos) << run.err;
+  const std::string profile = dir / "profile.json", plan = dir / "plan.json";
+  moend({"calibrate", "-m", path, "-f", MOEND_SOURCE_DIR "/README.md", "-c", "400", "--chunks", "1",
+         "--method", "logits", "--scorer", "keydiff", "-o", profile});
+  const ProcessResult solved = moend({"solve", profile, "--compression", "2", "-c", "4096", "-o", plan});
+  EXPECT_NE(solved.out.find("state"), std::string::npos) << solved.out;
+  const ProcessResult run = moend({"run", "-m", path, "--plan", plan, "-p", "abcdefgh", "-n", "8"});
+  EXPECT_NE(run.err.find("9 prompt tokens, 8 generated"), std::string::npos) << run.err;
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ TEST(ScoreLearner, FindsALinearFunction) {
   const auto truth = RandomScores(hp);
   ScorerNeeds needs;
   needs.repetition = true;
-  auto scratch = LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs);
+  auto scratch = LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs, 0);
   ASSERT_TRUE(scratch);
   std::mt19937_64 random(5);
   std::normal_distribution<float> normal;

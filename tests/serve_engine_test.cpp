@@ -23,9 +23,10 @@ struct World {
   std::shared_ptr<Engine> engine;
   Plan plan;
 
-  explicit World(const std::string& scorer = "keydiff") {
+  explicit World(const std::string& scorer = "keydiff", const std::string& hybrid = {}) {
     const std::string path = dir / "small.gguf";
     moend::test::TestModelOptions options;
+    if (!hybrid.empty()) options = moend::test::HybridModelOptions(hybrid);
     options.chat_template = true;
     EXPECT_TRUE(moend::test::WriteTestModel(options, path));
     auto model = Model::Load(path);
@@ -35,6 +36,7 @@ struct World {
     plan.scorer = scorer;
     plan.refit = scorer == "reconstruct";
     plan.layers = {{0.5, 4, 4}, {0.25, 8, 4}, {1.0, 3, 2}};
+    if (!hybrid.empty()) plan.layers = {{}, {0.5, 4, 4}, {}, {0.25, 8, 4}};
   }
   std::unique_ptr<Backend> Make(std::vector<Plan> further = {}) const {
     auto backend = MakeEngineBackend(engine, {.plan = plan, .further = std::move(further), .n_ctx = 4096});
@@ -69,10 +71,11 @@ std::vector<int32_t> Go(Backend& backend, Context& c, int64_t n) {
   return out;
 }
 
-class EngineBackendTest : public ::testing::TestWithParam<const char*> {};
+// A scorer, and a hybrid's architecture or none.
+class EngineBackendTest : public ::testing::TestWithParam<std::pair<const char*, const char*>> {};
 
 TEST_P(EngineBackendTest, BytesStayBelowTheirBounds) {
-  const World world(GetParam());
+  const World world(GetParam().first, GetParam().second);
   for (const int64_t n : {1, 63, 200, 700, 2000}) {
     const auto backend = world.Make();  // each with a peak of its own
     auto context = backend->NewContext().value();
@@ -101,7 +104,10 @@ TEST_P(EngineBackendTest, BytesStayBelowTheirBounds) {
   }
 }
 INSTANTIATE_TEST_SUITE_P(Scorers, EngineBackendTest,
-                         ::testing::Values("keydiff", "snapkv", "h2o", "streaming", "reconstruct"));
+                         ::testing::Values(std::pair("keydiff", ""), std::pair("snapkv", ""),
+                                           std::pair("h2o", ""), std::pair("streaming", ""),
+                                           std::pair("reconstruct", ""), std::pair("keydiff", "qwen35"),
+                                           std::pair("reconstruct", "qwen3next")));
 
 TEST(EngineBackend, AForkGoesOnAsItsParent) {
   const World world;

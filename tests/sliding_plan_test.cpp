@@ -64,7 +64,7 @@ TEST(SlidingPlan, FilesSayWhichLayersSlide) {
     EXPECT_NE(bad.error().message.find(says), std::string::npos) << bad.error().message;
   };
   refused("[100,0,100,100,0]", "[100,0,100,100]", "windows");
-  refused("[100,0,100,100,0]", "[100,0,100,100,-1]", "windows");
+  refused("[100,0,100,100,0]", "[100,0,100,100,-2]", "windows");
   refused("[100,0,100,100,0]", "[100,0,100,100,1e30]", "windows");
   refused("[100,0,100,100,0]", "\"some\"", "windows");
   refused("\"keep\":1.0", "\"keep\":0.5", "layer 0");
@@ -91,6 +91,57 @@ TEST(SlidingPlan, WindowsCountAsWindows) {
   EXPECT_EQ(PlanBytes(plan, 1000, 0).value(), 4 * head + 3 * 128 * kToken);
 }
 
+// Layers 0 and 3 hold a state of 1 MiB, layer 2 slides.
+TEST(SlidingPlan, StatesCountAsTheyAre) {
+  Profile profile = MakeProfile();
+  Fingerprint& model = profile.model;
+  constexpr int64_t kState = Fingerprint::kHoldsState;
+  model.windows = {kState, 0, kWindow, kState, 0};
+  model.state_bytes = 1 << 20;
+  constexpr int64_t kToken = 2 * 2 * 64 * 2;
+  EXPECT_EQ(FullBytes(model, 1000), (2 * 1000 + kWindow) * kToken + (2 << 20));
+  EXPECT_EQ(model.sliding_layers(), 1);
+  EXPECT_EQ(model.state_layers(), 2);
+  Plan plan = FullPlan(model, 1000);
+  CompressAlike(plan, {0.5, 4, 4});
+  EXPECT_EQ(plan.layers[3], Expert{});
+  const int64_t compressed = LayerBytes(model.shape, plan.layers[1], plan.guard, 1000, 0).value();
+  EXPECT_EQ(PlanBytes(plan, 1000, 0).value(), 2 * compressed + 128 * kToken + (2 << 20));
+  for (const Expert& e : plan.layers) plan.heads.insert(plan.heads.end(), 2, e);
+  const int64_t head = LayerBytes({1, 64}, plan.layers[1], plan.guard, 1000, 0).value();
+  EXPECT_EQ(PlanBytes(plan, 1000, 0).value(), 4 * head + 128 * kToken + (2 << 20));
+
+  const auto again = ParseProfile(ToJson(profile), "p");
+  ASSERT_TRUE(again) << again.error().message;
+  EXPECT_EQ(again->model, model);
+  const std::string text = ToJson(profile);
+  for (const auto& [from, to] : {std::pair{"\"state_bytes\":1048576", "\"state_bytes\":1048577"},
+                                 {"\"state_bytes\":1048576", "\"state_bytes\":0"},
+                                 {"\"state_bytes\":1048576", "\"state\":1"},
+                                 {"[-1,0,100,-1,0]", "[-2,0,100,-1,0]"}}) {
+    std::string bad = text;
+    const auto at = bad.find(from);
+    ASSERT_NE(at, std::string::npos) << from;
+    EXPECT_FALSE(ParseProfile(bad.replace(at, std::string(from).size(), to), "p")) << to;
+  }
+  for (const Variant variant :
+       {Variant::kFull, Variant::k1d, Variant::k2d, Variant::k2dHetero, Variant::k2dHeads}) {
+    SolveRequest request;
+    request.variant = variant;
+    request.context_length = 16384;
+    request.compression = variant == Variant::kFull ? 0 : 3;
+    const auto solved = Solve(profile, request);
+    ASSERT_TRUE(solved) << Name(variant) << ": " << solved.error().message;
+    EXPECT_TRUE(CheckFixedLayers(solved->plan, "p")) << Name(variant);
+    EXPECT_EQ(solved->plan.bytes, PlanBytes(solved->plan, 16384, 0).value());
+    EXPECT_NE(DescribePlan(solved->plan).find("state"), std::string::npos);
+  }
+  EXPECT_NE(DescribeProfile(profile).find("holds a state"), std::string::npos);
+  plan.layers[0] = {0.5, 4, 4};
+  plan.heads.clear();
+  EXPECT_FALSE(CheckFixedLayers(plan, "p"));
+}
+
 TEST(SlidingPlan, EveryVariantLeavesSlidingLayersAlone) {
   const Profile profile = MakeProfile();
   for (const Variant variant : {Variant::kFull, Variant::k1d, Variant::k2dUniform, Variant::k2d,
@@ -104,7 +155,7 @@ TEST(SlidingPlan, EveryVariantLeavesSlidingLayersAlone) {
       const auto solved = Solve(profile, request);
       ASSERT_TRUE(solved) << Name(variant) << ": " << solved.error().message;
       const Plan& plan = solved->plan;
-      EXPECT_TRUE(CheckSlidingLayers(plan, "p")) << Name(variant);
+      EXPECT_TRUE(CheckFixedLayers(plan, "p")) << Name(variant);
       EXPECT_EQ(plan.bytes, PlanBytes(plan, 16384, 0).value());
       if (variant != Variant::kFull) {
         EXPECT_LE(static_cast<double>(plan.bytes), static_cast<double>(FullBytes(profile.model, 16384)) / 7);
@@ -193,7 +244,7 @@ TEST(SlidingPlan, EveryMethodOfAnEvaluation) {
   ASSERT_TRUE(methods) << methods.error().message;
   EXPECT_GT(methods->size(), 12u);
   for (const eval::Method& m : *methods) {
-    EXPECT_TRUE(CheckSlidingLayers(m.plan, m.variant)) << m.variant;
+    EXPECT_TRUE(CheckFixedLayers(m.plan, m.variant)) << m.variant;
     EXPECT_EQ(m.plan.bytes, PlanBytes(m.plan, 16384, 0).value()) << m.variant;
   }
 }
@@ -202,7 +253,10 @@ TEST(SlidingPlan, EveryMethodOfAnEvaluation) {
 class SlidingCalibration : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
-    ASSERT_TRUE(test::WriteTestModel(test::SlidingModelOptions(GetParam(), 60), dir_ / "m.gguf"));
+    const std::string architecture = GetParam();
+    const auto options = architecture.starts_with("qwen") ? test::HybridModelOptions(architecture)
+                                                          : test::SlidingModelOptions(architecture, 60);
+    ASSERT_TRUE(test::WriteTestModel(options, dir_ / "m.gguf"));
     engine_ = Engine::Create(Model::Load(dir_ / "m.gguf").value(), {1, 128}).value();
     for (uint64_t seed : {1, 2}) chunks_.push_back(test::RandomTokens(700, seed));
   }
@@ -295,11 +349,12 @@ TEST_P(SlidingCalibration, PlansAreValidatedAndRefined) {
     ASSERT_TRUE(refined) << refined.error().message;
     EXPECT_LE(refined->after, refined->before);
     EXPECT_LE(refined->plan.bytes, solved->plan.budget_bytes);
-    EXPECT_TRUE(CheckSlidingLayers(refined->plan, "the refined plan"));
+    EXPECT_TRUE(CheckFixedLayers(refined->plan, "the refined plan"));
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, SlidingCalibration, testing::Values("gemma2", "gemma3", "gpt-oss"),
+INSTANTIATE_TEST_SUITE_P(All, SlidingCalibration,
+                         testing::Values("gemma2", "gemma3", "gpt-oss", "qwen3next", "qwen35"),
                          [](const auto& info) {
                            std::string name = info.param;
                            std::erase(name, '-');

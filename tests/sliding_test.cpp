@@ -1,8 +1,9 @@
-// Sliding layers: their caches, and sessions of models that have them, which must be exact however a context
-// is read.
+// Layers that no plan compresses, which slide or hold a state: their caches, and sessions of models that have
+// them, which must be exact however a context is read.
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -196,11 +197,20 @@ TestModelOptions SlidingModel(const std::string& architecture) {
   return o;
 }
 
-class SlidingSessions : public testing::TestWithParam<const char*> {
+TestModelOptions ModelOf(const std::string& architecture) {
+  if (!architecture.starts_with("qwen")) return SlidingModel(architecture);
+  TestModelOptions o = HybridModelOptions(architecture);
+  o.weight_type = GGML_TYPE_F32;
+  // Its last layer holds a state.
+  if (architecture == "qwen35") o.recurrent = {false, true, true, true};
+  return o;
+}
+
+class FixedLayerSessions : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
     path_ = dir_ / "model.gguf";
-    ASSERT_TRUE(WriteTestModel(SlidingModel(GetParam()), path_));
+    ASSERT_TRUE(WriteTestModel(ModelOf(GetParam()), path_));
     model_ = moend::Model::Load(path_, {1, false}).value();
     tokens_ = RandomTokens(kTokens, 7);
     want_ = LibllamaLogits(path_, tokens_, true);
@@ -248,7 +258,7 @@ class SlidingSessions : public testing::TestWithParam<const char*> {
   LogitDistance all_;
 };
 
-TEST_P(SlidingSessions, PromptsInBlocksOfAnySize) {
+TEST_P(FixedLayerSessions, PromptsInBlocksOfAnySize) {
   for (const int64_t block : {1, 7, 64, 512}) {
     const auto engine = MakeEngine(block, block == 64 ? 2 : 1);
     for (const int64_t n : {1, 2, 16, 17, 18, 40, 41, 63, 64, 65, 300}) {
@@ -260,7 +270,7 @@ TEST_P(SlidingSessions, PromptsInBlocksOfAnySize) {
   }
 }
 
-TEST_P(SlidingSessions, TurnsAndDecodeInAnyOrder) {
+TEST_P(FixedLayerSessions, TurnsAndDecodeInAnyOrder) {
   Random random(5);
   for (int round = 0; round < 4; ++round) {
     Session session = MakeSession(engine_);
@@ -278,7 +288,7 @@ TEST_P(SlidingSessions, TurnsAndDecodeInAnyOrder) {
   }
 }
 
-TEST_P(SlidingSessions, ForksAndRestoredOnesGoOn) {
+TEST_P(FixedLayerSessions, ForksAndRestoredOnesGoOn) {
   for (const int64_t n : {5, 39, 64, 200}) {
     Session session = MakeSession(engine_);
     ASSERT_TRUE(session.Prefill(Tokens(0, n)));
@@ -297,7 +307,7 @@ TEST_P(SlidingSessions, ForksAndRestoredOnesGoOn) {
   }
 }
 
-TEST_P(SlidingSessions, SeveralInOneStep) {
+TEST_P(FixedLayerSessions, SeveralInOneStep) {
   std::vector<Session> sessions;
   std::vector<Session*> pointers;
   for (const int64_t n : {3, 50, 130}) {
@@ -313,7 +323,7 @@ TEST_P(SlidingSessions, SeveralInOneStep) {
   }
 }
 
-TEST_P(SlidingSessions, ACaptureGivesTheSame) {
+TEST_P(FixedLayerSessions, ACaptureGivesTheSame) {
   const std::vector<std::string> scorers = {"keydiff"};
   const auto capture = KvCapture::Create(engine_, Tokens(0, 150), scorers);
   ASSERT_TRUE(capture) << capture.error().message;
@@ -322,7 +332,7 @@ TEST_P(SlidingSessions, ACaptureGivesTheSame) {
 }
 
 // Compressed, with every scorer: all that is promised is that it runs, is finite, and keeps its bytes.
-TEST_P(SlidingSessions, FullLayersAreCompressed) {
+TEST_P(FixedLayerSessions, FullLayersAreCompressed) {
   Plan plan = plan_;
   CompressAlike(plan, {0.3, 4, 2});
   plan.variant = "2d_uniform";
@@ -341,17 +351,42 @@ TEST_P(SlidingSessions, FullLayersAreCompressed) {
     for (std::size_t l = 0; l < stats.layers.size(); ++l) {
       const int64_t window = plan.model.window(static_cast<int64_t>(l));
       if (window == 0) continue;
+      if (window == Fingerprint::kHoldsState) {
+        EXPECT_EQ(stats.layers[l].bytes, plan.model.state_bytes);
+        continue;
+      }
       EXPECT_LE(stats.layers[l].tokens, window + kPackTokens - 1);
     }
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, SlidingSessions, testing::Values("gemma2", "gemma3", "gpt-oss"),
+INSTANTIATE_TEST_SUITE_P(All, FixedLayerSessions,
+                         testing::Values("gemma2", "gemma3", "gpt-oss", "qwen3next", "qwen35", "qwen35moe"),
                          [](const auto& info) {
                            std::string name = info.param;
                            std::erase(name, '-');
                            return name;
                          });
+
+// What is no number is never gone on from.
+TEST(States, DamagedOnesAreRefused) {
+  const TempDir dir;
+  ASSERT_TRUE(WriteTestModel(HybridModelOptions("qwen35"), dir / "a.gguf"));
+  const auto engine = Engine::Create(moend::Model::Load(dir / "a.gguf", {1, false}).value(), {1}).value();
+  const Plan plan = FullPlan(engine->fingerprint(), 512);
+  Session session = Session::Create(engine, plan).value();
+  ASSERT_TRUE(session.Prefill(RandomTokens(40, 1)));
+  const std::string saved = SaveSession(session).value();
+  ASSERT_TRUE(RestoreSession(engine, plan, {}, saved));
+  std::string bad = saved;
+  const float nan = NAN;
+  std::memcpy(bad.data() + bad.size() - 64, &nan, sizeof nan);
+  const auto restored = RestoreSession(engine, plan, {}, bad);
+  ASSERT_FALSE(restored);
+  EXPECT_NE(restored.error().message.find("state"), std::string::npos) << restored.error().message;
+  EXPECT_FALSE(RestoreSession(engine, plan, {}, saved.substr(0, saved.size() - 4)));
+  EXPECT_FALSE(RestoreSession(engine, plan, {}, saved + "abcd"));
+}
 
 TEST(Sliding, PlansThatCompressSlidingLayersAreRefused) {
   const TempDir dir;

@@ -450,6 +450,24 @@ TestModelOptions SlidingModelOptions(const std::string& architecture, int64_t wi
   return o;
 }
 
+TestModelOptions HybridModelOptions(const std::string& architecture) {
+  TestModelOptions o;
+  o.architecture = architecture;
+  o.n_layers = 4;
+  o.n_ff = 96;
+  o.rope_dims = 16;
+  o.attention_interval = 2;
+  o.delta_k_heads = 2;
+  o.delta_v_heads = architecture == "qwen35" ? 2 : 4;
+  o.delta_head_size = 16;
+  if (architecture != "qwen3next") o.rope_sections = {3, 3, 2, 0};
+  if (architecture == "qwen35") return o;
+  o.n_experts = 4;
+  o.n_used = 2;
+  o.n_ff_shared = 48;
+  return o;
+}
+
 bool WriteTestModel(const TestModelOptions& options, const std::string& path) {
   Writer out;
   AddHyperParams(options, out.file.get());

@@ -63,6 +63,9 @@ struct TestModelOptions {
 // 4, sees the newest `window` tokens. gemma2's scores are capped.
 TestModelOptions SlidingModelOptions(const std::string& architecture, int64_t window);
 
+// The same for those of delta nets (qwen3next, qwen35, qwen35moe): every second layer holds a state.
+TestModelOptions HybridModelOptions(const std::string& architecture);
+
 inline constexpr int64_t kLeastVocab = 288;  // bytes, merges and special tokens
 
 // Whether the file could be written.

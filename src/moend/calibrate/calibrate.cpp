@@ -46,7 +46,7 @@ class Calibrator {
                              static_cast<double>(parts.size()) * static_cast<double>(hp_.n_kv_heads);
     double work = 0, done = 0;
     for (int64_t l = 0; l < hp_.n_layers; ++l)
-      if (!Slides(l)) work += LayerWork(l) * per_layer;
+      if (Compresses(l)) work += LayerWork(l) * per_layer;
     const auto finished = [&](int64_t l) -> Expected<void> {
       done += LayerWork(l);
       if (tick && !tick(kReadShare + (1 - kReadShare) * done / work))
@@ -54,7 +54,7 @@ class Calibrator {
       return {};
     };
     for (int64_t l = 0; l < hp_.n_layers; ++l) {
-      if (Slides(l)) continue;  // its cells stay 0: nothing of it is compressed
+      if (!Compresses(l)) continue;  // its cells stay 0: nothing of it is compressed
       for (std::size_t e = 0; e < options_.experts.size(); ++e) {
         const std::vector<Expert> all(static_cast<std::size_t>(hp_.n_kv_heads), options_.experts[e]);
         MOEND_ASSIGN(const ProfileCell cell, probe_.MeasureLayer(l, all));
@@ -109,7 +109,7 @@ class Calibrator {
     }
   }
 
-  bool Slides(int64_t layer) const { return hp_.layers[static_cast<std::size_t>(layer)].window > 0; }
+  bool Compresses(int64_t layer) const { return hp_.layers[static_cast<std::size_t>(layer)].compresses(); }
   double LayerWork(int64_t layer) const { return static_cast<double>(hp_.n_layers - layer) + 1; }
 
   Engine::Impl& machine_;

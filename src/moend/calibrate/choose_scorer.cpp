@@ -69,7 +69,7 @@ Expected<std::string> ChooseScorers(Engine::Impl& machine, std::span<const std::
     for (std::size_t s = 0; s < scorers.size(); ++s) {
       probe.Use(*scorers[s]);
       for (std::size_t l = 0; l < n_layers; ++l) {
-        for (std::size_t k = 0; k < keeps.size() && hp.layers[l].window == 0; ++k) {
+        for (std::size_t k = 0; k < keeps.size() && hp.layers[l].compresses(); ++k) {
           const std::vector<Expert> heads(static_cast<std::size_t>(hp.n_kv_heads), Expert{keeps[k], 16, 16});
           MOEND_ASSIGN(const ProfileCell cell, probe.MeasureLayer(static_cast<int64_t>(l), heads));
           kl[l][s][k] += cell.kl;

@@ -138,18 +138,19 @@ Expected<Profile> CalibrateLikePaper(Engine& engine, std::span<const int32_t> to
   const std::scoped_lock lock(machine.reading, machine.busy);
   const HyperParams& hp = machine.model->hparams();
   if (std::ranges::any_of(hp.layers,
-                          [](const LayerParams& l) { return l.window > 0 || l.soft_cap > 0 || l.sinks; }))
-    return Fail(ErrorCode::kUnsupported,
-                "the paper's calibration knows plain attention only; the architecture {} has sliding layers, "
-                "soft caps or sinks",
-                hp.architecture_name);
+                          [](const LayerParams& l) { return !l.compresses() || l.soft_cap > 0 || l.sinks; }))
+    return Fail(
+        ErrorCode::kUnsupported,
+        "the paper's calibration knows plain attention only; the architecture {} has sliding layers, layers "
+        "with a state, soft caps or sinks",
+        hp.architecture_name);
   MOEND_ASSIGN(const auto random, MakeScorer("random"));
   std::vector<float> order(static_cast<std::size_t>(n));
   random->ScorePrefill({}, order);
   MOEND_ASSIGN(auto hidden, Buffer<float>::Create(nullptr, n * hp.n_embd));
   MOEND_TRY(machine.compute->Embed(tokens, hidden.data()));
   MOEND_ASSIGN(auto scratch,
-               LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, 0, {}));
+               LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, 0, {}, 0));
   for (int64_t l = 0; l < hp.n_layers; ++l) {
     scratch.Clear();
     MOEND_TRY(machine.prefill->Begin({}, &scratch));

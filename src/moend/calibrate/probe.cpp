@@ -71,7 +71,7 @@ Expected<void> Probe::Read(std::span<const int32_t> tokens, int64_t tail_tokens,
   }
   for (int64_t l = 0; l < hp_.n_layers; ++l) {
     MOEND_ASSIGN(auto scratch, LayerScratch::Create(nullptr, {hp_.n_kv_heads, hp_.head_size}, hp_.n_heads, n,
-                                                    context_, scorer_->needs()));
+                                                    context_, scorer_->needs(), hp_.state_floats()));
     layers_.push_back(std::move(scratch));
     MOEND_TRY(machine_.prefill->Begin({}, &layers_.back()));
     tap.BeginLayer();
@@ -81,10 +81,11 @@ Expected<void> Probe::Read(std::span<const int32_t> tokens, int64_t tail_tokens,
     }
     machine_.prefill->EndAccumulation();
     if (repetition) {
-      const bool full = hp_.layers[static_cast<std::size_t>(l)].window == 0;
+      const bool full = hp_.layers[static_cast<std::size_t>(l)].compresses();
       const auto grams = full ? machine_.ValueGrams(l) : std::span<const float>();
       MOEND_TRY(repetition->Layer(l, layers_.back(), grams, *machine_.prefill, {}));
     }
+    MOEND_TRY(layers_.back().KeepState());
     MOEND_TRY(machine_.prefill->Begin({}, &layers_.back()));
     inputs_.emplace_back(tail, tail + tail_ * hp_.n_embd);
     MOEND_ASSIGN(auto attention, RunTail(l, tail, true, tap));
@@ -112,8 +113,8 @@ Expected<std::vector<float>> Probe::RunTail(int64_t layer, float* hidden, bool w
 
 Expected<LayerScratch*> Probe::EmptyTail() {
   if (!tail_scratch_) {
-    MOEND_ASSIGN(auto scratch,
-                 LayerScratch::Create(nullptr, {hp_.n_kv_heads, hp_.head_size}, hp_.n_heads, tail_, 0, {}));
+    MOEND_ASSIGN(auto scratch, LayerScratch::Create(nullptr, {hp_.n_kv_heads, hp_.head_size}, hp_.n_heads,
+                                                    tail_, 0, {}, 0));
     tail_scratch_ = std::make_unique<LayerScratch>(std::move(scratch));
   }
   tail_scratch_->Clear();
@@ -147,8 +148,8 @@ Expected<ProfileCell> Probe::MeasureLayer(int64_t layer, std::span<const Expert>
   const auto li = static_cast<std::size_t>(layer);
   ProfileCell cell;
   if (IsFull(heads)) return cell;
-  if (hp_.layers[li].window > 0)
-    return Fail(ErrorCode::kInvalidArgument, "layer {} is a sliding one, which is not compressed", layer);
+  if (!hp_.layers[li].compresses())
+    return Fail(ErrorCode::kInvalidArgument, "layer {} slides or holds a state: it is not compressed", layer);
   MOEND_ASSIGN(const auto* scores, Scores(layer));
   MOEND_ASSIGN(const auto rotations, machine_.Rotations(layer));
   MOEND_ASSIGN(const auto caches,

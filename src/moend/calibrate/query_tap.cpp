@@ -43,6 +43,14 @@ void QueryTap::Combine(int64_t layer, float* out, int64_t n, int thread, int n_t
   inner_.Combine(layer, out, n, thread, n_threads);
 }
 
+void QueryTap::LoadStates(int64_t layer, float* states, int64_t contexts) {
+  inner_.LoadStates(layer, states, contexts);
+}
+
+void QueryTap::StoreStates(int64_t layer, const float* states, int64_t contexts) {
+  inner_.StoreStates(layer, states, contexts);
+}
+
 std::shared_ptr<const QueryStats> QueryTap::Take() const {
   auto stats = std::make_shared<QueryStats>(sums_);
   stats->tokens = tokens_ / model_.hparams().n_layers;

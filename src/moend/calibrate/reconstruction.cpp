@@ -196,8 +196,8 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
   ScorerNeeds needs = scorer->needs();
   needs.repetition = true;
   needs.reference_tokens = LayerScratch::ReferenceTokens(n);
-  MOEND_ASSIGN(auto scratch,
-               LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
+  MOEND_ASSIGN(auto scratch, LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n,
+                                                  needs, hp.state_floats()));
 
   const auto measure = [&](int64_t l) -> Expected<void> {
     const LayerScorer of(scorer->of_layer(l));
@@ -247,7 +247,7 @@ Expected<void> MeasureReconstruction(Engine& engine, std::span<const int32_t> to
   };
   if (learner) hooks.watch = WatchedBy(*learner);
   hooks.end = [&](int64_t l, LayerScratch&) -> Expected<void> {
-    if (hp.layers[static_cast<std::size_t>(l)].window > 0) return {};  // nothing of it is compressed
+    if (!hp.layers[static_cast<std::size_t>(l)].compresses()) return {};  // nothing of it is compressed
     if (learner) MOEND_TRY(learner->EndLayer(l, scratch));
     return measure(l);
   };
@@ -273,8 +273,8 @@ Expected<void> LearnReconstruction(Engine& engine, std::span<const int32_t> toke
   const auto n = static_cast<int64_t>(tokens.size());
   ScorerNeeds needs;
   needs.repetition = true;
-  MOEND_ASSIGN(auto scratch,
-               LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
+  MOEND_ASSIGN(auto scratch, LayerScratch::Create(nullptr, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n,
+                                                  needs, hp.state_floats()));
   Engine::Impl::LayerHooks hooks;
   hooks.watch = WatchedBy(learner);
   hooks.begin = [&](int64_t, std::span<const LayerCache>*, LayerScratch** out) -> Expected<void> {
@@ -283,7 +283,7 @@ Expected<void> LearnReconstruction(Engine& engine, std::span<const int32_t> toke
     return {};
   };
   hooks.end = [&](int64_t l, LayerScratch&) -> Expected<void> {
-    if (hp.layers[static_cast<std::size_t>(l)].window > 0) return {};
+    if (!hp.layers[static_cast<std::size_t>(l)].compresses()) return {};
     return learner.EndLayer(l, scratch);
   };
   std::vector<float> logits;

@@ -54,7 +54,7 @@ class Search {
     for (std::size_t row = 0; row < losses.size(); ++row) {
       if (const int64_t window = WindowOfRow(profile_.model, options_.rows, row); window > 0) {
         // One rung, which no expert stands for.
-        MOEND_ASSIGN(fixed_[row], WindowBytes(shape, window, plan.context_length));
+        MOEND_ASSIGN(fixed_[row], FixedBytes(profile_.model, window, shape.n_kv_heads, plan.context_length));
         ladder_.push_back({0});
         at_.push_back(0);
         continue;

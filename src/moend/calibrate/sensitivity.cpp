@@ -25,8 +25,7 @@ int64_t MeasuredTokens(int64_t n_tokens, int64_t rows) {
 
 // KV heads of the layers that compress at all.
 int64_t RoutedRows(const Fingerprint& model) {
-  const auto sliding = std::ranges::count_if(model.windows, [](int64_t window) { return window > 0; });
-  return (model.n_layers - sliding) * model.shape.n_kv_heads;
+  return (model.n_layers - model.sliding_layers() - model.state_layers()) * model.shape.n_kv_heads;
 }
 
 std::vector<double> Weights(const Profile& profile) {

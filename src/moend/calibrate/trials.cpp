@@ -190,8 +190,7 @@ Expected<Validation> Validate(Trials& trials, const Profile& profile, const Vali
     const int64_t window = WindowOfRow(profile.model, options.rows, row);
     if (window == 0) full_rows.push_back(row);
     if (window == 0) continue;
-    MOEND_ASSIGN(const int64_t b,
-                 WindowBytes({row_heads, profile.model.shape.head_size}, window, options.context_length));
+    MOEND_ASSIGN(const int64_t b, FixedBytes(profile.model, window, row_heads, options.context_length));
     fixed += b;
   }
   std::mt19937_64 random(options.seed);

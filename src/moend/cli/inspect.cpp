@@ -70,21 +70,18 @@ Expected<void> ExplainModel(const std::string& path) {
     if (l.window > 0) ++sliding[l.window];
   int64_t full = hp.n_layers, states = 0;
   for (const LayerParams& l : hp.layers) {
-    if (l.delta_net.n_k_heads == 0) continue;
+    if (!l.holds_state()) continue;
     states += l.delta_net.state_floats() * static_cast<int64_t>(sizeof(float));
     --full;
   }
   if (states > 0)
     Row("delta net layers",
-        fmt::format("{}, which remember {} bytes of any context; not run yet", hp.n_layers - full, states));
+        fmt::format("{}, which remember {} bytes of any context", hp.n_layers - full, states));
   for (const auto& [window, layers] : sliding) {
     Row("sliding layers", fmt::format("{}, which see the newest {} tokens", layers, window));
     full -= layers;
   }
-  if (states > 0)
-    Row("full layers", fmt::format("{}", full));
-  else if (!sliding.empty())
-    Row("full layers", fmt::format("{}, which plans compress", full));
+  if (states > 0 || !sliding.empty()) Row("full layers", fmt::format("{}, which plans compress", full));
   if (hp.layers.back().soft_cap > 0)
     Row("soft cap", fmt::format("{:g} of attention scores", hp.layers.back().soft_cap));
   if (hp.layers.back().sinks) Row("sinks", "a learned logit in the softmax of each query head");
@@ -94,8 +91,7 @@ Expected<void> ExplainModel(const std::string& path) {
   const auto bytes = [&](int64_t tokens) {
     int64_t sum = states;
     for (const LayerParams& l : hp.layers)
-      if (l.delta_net.n_k_heads == 0)
-        sum += FullLayerBytes(shape, l.window > 0 ? std::min(l.window, tokens) : tokens);
+      if (!l.holds_state()) sum += FullLayerBytes(shape, l.window > 0 ? std::min(l.window, tokens) : tokens);
     return sum;
   };
   fmt::print("\nK/V cache at 16 bit: {} bytes a token", full * FullLayerBytes(shape, 1));

@@ -314,6 +314,7 @@ Expected<std::unique_ptr<Compute::Graph>> Compute::MakeStep(int64_t n, bool head
   for (int64_t l = 0; l < hp.n_layers; ++l) {
     HookSlot& slot = g->slots[static_cast<std::size_t>(l)];
     slot.layer = l;
+    slot.one_token_each = true;
     x = BuildLayer(ctx, g->graph, *model_, l, x, g->positions, &slot);
   }
   g->out = head ? BuildHead(ctx, *model_, x) : x;

@@ -23,7 +23,10 @@ DecodeHook::DecodeHook(std::shared_ptr<const Model> model)
       shape_{model_->hparams().n_kv_heads, model_->hparams().head_size},
       n_heads_(model_->hparams().n_heads),
       group_(n_heads_ / shape_.n_kv_heads),
-      n_layers_(model_->hparams().n_layers) {}
+      last_layer_(model_->hparams().n_layers - 1) {
+  while (last_layer_ > 0 && model_->hparams().layers[static_cast<std::size_t>(last_layer_)].holds_state())
+    --last_layer_;
+}
 
 Expected<std::unique_ptr<DecodeHook>> DecodeHook::Create(std::shared_ptr<const Model> model, int n_threads) {
   const HyperParams& hp = model->hparams();
@@ -54,11 +57,25 @@ void DecodeHook::Store(int64_t layer, const float* q, const float* k, const floa
             ring->queries.data() + (((layer * shape_.n_kv_heads + h) * ring->window) + slot) * group_ * d,
             queries_.data() + b * q_row + h * group_ * d,
             static_cast<std::size_t>(group_ * d) * sizeof(float));
-      if (layer == n_layers_ - 1) ++ring->filled;
+      if (layer == last_layer_) ++ring->filled;
     }
   }
   PlanItems(layer);
   next_.store(0, std::memory_order_relaxed);
+}
+
+void DecodeHook::LoadStates(int64_t layer, float* states, int64_t contexts) {
+  const auto li = static_cast<std::size_t>(layer);
+  const int64_t n = model_->hparams().layers[li].delta_net.state_floats();
+  for (int64_t b = 0; b < contexts; ++b)
+    std::copy_n(contexts_[static_cast<std::size_t>(b)].states[li].data(), n, states + b * n);
+}
+
+void DecodeHook::StoreStates(int64_t layer, const float* states, int64_t contexts) {
+  const auto li = static_cast<std::size_t>(layer);
+  const int64_t n = model_->hparams().layers[li].delta_net.state_floats();
+  for (int64_t b = 0; b < contexts; ++b)
+    std::copy_n(states + b * n, n, contexts_[static_cast<std::size_t>(b)].states[li].data());
 }
 
 QueryRows DecodeHook::Rows(int64_t context, int64_t head) const {

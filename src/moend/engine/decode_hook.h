@@ -23,8 +23,9 @@ struct QueryRing {
 };
 
 struct DecodeContext {
-  std::span<LayerCache> caches;  // [layer][KV head]
-  QueryRing* ring = nullptr;     // null: this step is not observed
+  std::span<LayerCache> caches;     // [layer][KV head]
+  std::span<Buffer<float>> states;  // [layer], of those that hold one; empty where none does
+  QueryRing* ring = nullptr;        // null: this step is not observed
 };
 
 class DecodeHook : public AttentionHook {
@@ -36,6 +37,8 @@ class DecodeHook : public AttentionHook {
   void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override;
   void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
   void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) override;
+  void LoadStates(int64_t layer, float* states, int64_t contexts) override;
+  void StoreStates(int64_t layer, const float* states, int64_t contexts) override;
 
  private:
   // A share of one KV head's pages of one context; share 0 takes the raw tokens too.
@@ -52,8 +55,8 @@ class DecodeHook : public AttentionHook {
   QueryRows Rows(int64_t context, int64_t head) const;
   std::shared_ptr<const Model> model_;
   KvShape shape_;
-  int64_t n_heads_, group_, n_layers_;
-  AttentionStyle style_;  // of the layer at hand
+  int64_t n_heads_, group_, last_layer_;  // the last that attends
+  AttentionStyle style_;                  // of the layer at hand
   int n_threads_ = 1;
   std::span<const DecodeContext> contexts_;
   std::vector<Item> items_;

@@ -15,12 +15,6 @@ Engine::~Engine() = default;
 
 Expected<std::shared_ptr<Engine>> Engine::Create(std::shared_ptr<const Model> model,
                                                  const EngineOptions& options) {
-  if (model->hparams().recurrent())
-    return Fail(
-        ErrorCode::kUnsupported,
-        "{} has layers that remember a state instead of K/V (gated delta nets), which moend's contexts "
-        "do not keep yet: it can be opened and inspected, but not run",
-        model->path());
   const MachineLimits limits = ReadMachineLimits();
   const int threads = options.n_threads > 0 ? std::min(options.n_threads, limits.cpus) : limits.threads();
   return Caught("making an engine", [&]() -> Expected<std::shared_ptr<Engine>> {
@@ -71,8 +65,11 @@ Fingerprint Engine::fingerprint() const {
   const HyperParams& hp = model().hparams();
   Fingerprint model_is{
       hp.architecture_name, hp.name, hp.n_layers, {hp.n_kv_heads, hp.head_size}, model().hash()};
-  if (std::ranges::any_of(hp.layers, [](const LayerParams& l) { return l.window > 0; }))
-    for (const LayerParams& l : hp.layers) model_is.windows.push_back(l.window);
+  if (!std::ranges::all_of(hp.layers, &LayerParams::compresses))
+    for (const LayerParams& l : hp.layers)
+      model_is.windows.push_back(l.holds_state() ? Fingerprint::kHoldsState : l.window);
+  model_is.state_bytes =
+      RoundUp(hp.state_floats() * static_cast<int64_t>(sizeof(float)), kCacheLine * hp.n_kv_heads);
   return model_is;
 }
 
@@ -163,7 +160,7 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
       const int64_t m = std::min(block, n - done);
       const float* entering = hidden.data() + done * hp.n_embd;
       if (hooks.watch) hooks.watch(l, done, m, entering);
-      if (hooks.learned && scratch->expected(0))
+      if (hooks.learned && scratch->expected(0) && hp.layers[static_cast<std::size_t>(l)].compresses())
         MOEND_TRY(Expect(*compute, *hooks.learned, l, done, m, entering, *scratch));
       MOEND_TRY(compute->Layer(l, hidden.data() + done * hp.n_embd, m, first + done,
                                hooks.listener ? *hooks.listener : *prefill));
@@ -171,7 +168,7 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
     }
     prefill->EndAccumulation();
     if (repetition) {
-      const bool full = hp.layers[static_cast<std::size_t>(l)].window == 0;
+      const bool full = hp.layers[static_cast<std::size_t>(l)].compresses();
       const auto grams = full ? ValueGrams(l) : std::span<const float>();
       MOEND_TRY(repetition->Layer(l, *scratch, grams, *prefill, go_on));
     }

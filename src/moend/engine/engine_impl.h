@@ -72,7 +72,9 @@ struct Session::Impl {
   Plan plan;
   int64_t n_ctx = 0;
   std::vector<int32_t> tokens;
-  std::vector<LayerCache> caches;  // [layer][KV head], each a LayerCache of one head
+  std::vector<LayerCache>
+      caches;  // [layer][KV head], each a LayerCache of one head; empty where a layer holds a
+  std::vector<Buffer<float>> states;  // state: [layer], or none at all
   std::vector<float> logits;
   int64_t prompt_tokens = 0;   // the first ones, which were read together and scored as a prompt
   QueryRing ring;              // memory only while an eviction is near
@@ -87,6 +89,8 @@ struct Session::Impl {
     return std::span(caches).subspan(static_cast<std::size_t>(layer) * n, n);
   }
   std::vector<Expert> experts(int64_t layer) const;  // one a KV head
+  // What a scratch says that a layer with a state remembers.
+  void TakeState(int64_t layer, const LayerScratch& scratch);
   // A layer's caches of the first `n_tokens` tokens of a scratch, as the plan has them.
   Expected<std::vector<LayerCache>> Compressed(int64_t layer, const LayerScratch& scratch, int64_t n_tokens);
   LayerScorer scorer_of(int64_t layer) const {

@@ -46,18 +46,18 @@ struct Sizes {
 }  // namespace
 
 int64_t LayerScratch::Bytes(const KvShape& shape, int64_t n_heads, int64_t capacity, int64_t score_tokens,
-                            const ScorerNeeds& needs) {
+                            const ScorerNeeds& needs, int64_t state_floats) {
   const Sizes size(shape, n_heads, capacity, score_tokens, needs);
   int64_t bytes = 2 * RoundUp(size.kv * static_cast<int64_t>(sizeof(uint16_t)), kCacheLine);
   for (const int64_t n : {size.observed, size.accumulated, size.needed, size.expected, size.repeated,
-                          size.own, size.most_repeated, size.moment})
+                          size.own, size.most_repeated, size.moment, state_floats})
     bytes += RoundUp(n * static_cast<int64_t>(sizeof(float)), kCacheLine);
   return bytes;
 }
 
 Expected<LayerScratch> LayerScratch::Create(std::shared_ptr<Ledger> ledger, const KvShape& shape,
                                             int64_t n_heads, int64_t capacity, int64_t score_tokens,
-                                            const ScorerNeeds& needs) {
+                                            const ScorerNeeds& needs, int64_t state_floats) {
   LayerScratch s;
   s.ledger_ = ledger;
   s.shape_ = shape;
@@ -78,6 +78,7 @@ Expected<LayerScratch> LayerScratch::Create(std::shared_ptr<Ledger> ledger, cons
   MOEND_ASSIGN(s.own_.q, Buffer<float>::Create(ledger, size.own));
   MOEND_ASSIGN(s.reference_weight_, Buffer<float>::Create(ledger, size.most_repeated));
   MOEND_ASSIGN(s.moment_, Buffer<float>::Create(ledger, size.moment));
+  MOEND_ASSIGN(s.state_, Buffer<float>::Create(ledger, state_floats));
   s.Clear();
   return s;
 }
@@ -88,6 +89,18 @@ void LayerScratch::Clear() {
   std::fill_n(needed_.data(), needed_.size(), 0.0f);
   std::fill_n(expected_.data(), expected_.size(), 0.0f);
   std::fill_n(moment_.data(), moment_.size(), 0.0f);
+  std::ranges::fill(state(), 0.0f);
+}
+
+Expected<void> LayerScratch::KeepState() {
+  MOEND_ASSIGN(kept_state_, Buffer<float>::Create(ledger_, state_.size()));
+  std::ranges::copy(state(), kept_state_.data());
+  return {};
+}
+
+void LayerScratch::Truncate(int64_t n) {
+  n_tokens_ = std::min(n, n_tokens_);
+  std::copy_n(kept_state_.data(), kept_state_.size(), state_.data());
 }
 
 void LayerScratch::Append(const float* q, const float* k, const float* v, int64_t n,

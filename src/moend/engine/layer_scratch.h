@@ -19,17 +19,24 @@ namespace moend {
 class LayerScratch {
  public:
   // Room for `capacity` tokens, of which the first `score_tokens` will be scored; `n_heads` are query heads.
+  // `state_floats`: of the state that layers without K/V remember (HyperParams::state_floats()).
   static Expected<LayerScratch> Create(std::shared_ptr<Ledger> ledger, const KvShape& shape, int64_t n_heads,
-                                       int64_t capacity, int64_t score_tokens, const ScorerNeeds& needs);
+                                       int64_t capacity, int64_t score_tokens, const ScorerNeeds& needs,
+                                       int64_t state_floats);
 
   // What Create() takes.
   static int64_t Bytes(const KvShape& shape, int64_t n_heads, int64_t capacity, int64_t score_tokens,
-                       const ScorerNeeds& needs);
+                       const ScorerNeeds& needs, int64_t state_floats);
 
   // Forgets all tokens, keeps the memory.
   void Clear();
-  // Forgets the tokens from n on.
-  void Truncate(int64_t n) { n_tokens_ = n < n_tokens_ ? n : n_tokens_; }
+  // Forgets the tokens from n on. A state goes back to what it was at KeepState(), if that was called.
+  void Truncate(int64_t n);
+
+  // Of a layer that holds a state: that behind the newest token, zeros before the first.
+  std::span<float> state() { return {state_.data(), static_cast<std::size_t>(state_.size())}; }
+  std::span<const float> state() const { return const_cast<LayerScratch*>(this)->state(); }
+  Expected<void> KeepState();
 
   // k, v: f32 [n][n_kv_heads][head_size]; q: f32 [n][n_heads][head_size], unscaled, kept only as far as the
   // scorer needs it. `style`: the layer's; what it points to outlives the scratch.
@@ -102,6 +109,7 @@ class LayerScratch {
   Reference repeated_, own_;
   Buffer<float> reference_weight_;  // [repeated_.most]
   Buffer<float> moment_;            // [n_kv_heads][head_size][head_size]
+  Buffer<float> state_, kept_state_;
 };
 
 }  // namespace moend

@@ -64,6 +64,7 @@ Expected<void> PrefillHook::BeginRepetition(LayerScratch* context, LayerScratch*
     MOEND_ASSIGN(w.squares, Buffer<float>::Create(context->ledger(), n));
     std::fill_n(w.squares.data(), n, 0.0f);
   }
+  std::ranges::copy(context->state(), part->state().begin());
   context_ = context;
   index_ = index;
   weights_ = weights;
@@ -104,6 +105,16 @@ void PrefillHook::Store(int64_t layer, const float* q, const float* k, const flo
   else if (!context_ && style_.window == 0)
     ReferOwn(layer, q, n);
   next_.store(0, std::memory_order_relaxed);
+}
+
+void PrefillHook::LoadStates(int64_t layer, float* states, int64_t) {
+  const int64_t n = model_->hparams().layers[static_cast<std::size_t>(layer)].delta_net.state_floats();
+  std::copy_n(scratch_->state().data(), n, states);
+}
+
+void PrefillHook::StoreStates(int64_t layer, const float* states, int64_t) {
+  const int64_t n = model_->hparams().layers[static_cast<std::size_t>(layer)].delta_net.state_floats();
+  std::copy_n(states, n, scratch_->state().data());
 }
 
 void PrefillHook::ReferOwn(int64_t layer, const float* q, int64_t n) {

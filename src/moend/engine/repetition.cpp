@@ -79,7 +79,7 @@ int64_t Repetition::MostBytes(const HyperParams& hp, int n_threads, int64_t n) {
   const int64_t parts = (n + kRepeatedTokens - 1) / kRepeatedTokens;
   return RoundUp((n + parts * kAsk) * hp.n_embd * kFloat, kCacheLine) +
          LayerScratch::Bytes({hp.n_kv_heads, hp.head_size}, hp.n_heads, std::min(n, kRepeatedTokens) + kAsk,
-                             0, ScorerNeeds()) +
+                             0, ScorerNeeds(), hp.state_floats()) +
          n_threads * RoundUp(hp.n_kv_heads * n * kFloat, kCacheLine);
 }
 
@@ -102,7 +102,7 @@ Expected<Repetition> Repetition::Create(Compute& compute, std::shared_ptr<Ledger
   r.ids_ = tokens;
   MOEND_ASSIGN(r.hidden_, Buffer<float>::Create(ledger, r.tokens_ * hp.n_embd));
   MOEND_ASSIGN(r.scratch_, LayerScratch::Create(ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, longest, 0,
-                                                ScorerNeeds()));
+                                                ScorerNeeds(), hp.state_floats()));
   MOEND_TRY(compute.Embed(tokens, r.hidden_.data()));
   return r;
 }

@@ -21,7 +21,7 @@ Expected<void> CheckPlan(const Plan& plan, const Engine& engine) {
       static_cast<int64_t>(plan.heads.size()) != model.n_layers * model.shape.n_kv_heads)
     return Fail(ErrorCode::kMismatch, "the plan has {} KV heads in all, the model {}", plan.heads.size(),
                 model.n_layers * model.shape.n_kv_heads);
-  return CheckSlidingLayers(plan, "the plan");
+  return CheckFixedLayers(plan, "the plan");
 }
 
 }  // namespace
@@ -53,8 +53,15 @@ Expected<Session> Session::Create(std::shared_ptr<Engine> engine, const Plan& pl
     impl->ledger = options.ledger ? options.ledger : std::make_shared<Ledger>();
     impl->plan = plan;
     impl->engine = std::move(engine);
+    if (plan.model.state_layers() > 0) impl->states.resize(static_cast<std::size_t>(hp.n_layers));
     for (int64_t l = 0; l < hp.n_layers; ++l) {
-      const int64_t window = plan.model.window(l);
+      int64_t window = plan.model.window(l);
+      if (plan.model.holds_state(l)) {
+        Buffer<float>& state = impl->states[static_cast<std::size_t>(l)];
+        MOEND_ASSIGN(state, Buffer<float>::Create(impl->ledger, plan.model.state_bytes / 4));
+        std::fill_n(state.data(), state.size(), 0.0f);
+        window = 1;  // stay empty
+      }
       for (int64_t h = 0; h < hp.n_kv_heads && window > 0; ++h) {
         MOEND_ASSIGN(auto sliding, LayerCache::CreateSliding(impl->ledger, {1, hp.head_size}, window));
         impl->caches.push_back(std::move(sliding));
@@ -106,20 +113,27 @@ Expected<void> Session::Impl::Read(std::span<const int32_t> tokens, const Progre
   if (!Evicts(s.plan))
     needs.repetition = needs.learned = false;  // nothing is chosen, so nothing need be known
   if (s.plan.refit) needs.reference_tokens = LayerScratch::ReferenceTokens(n);
-  MOEND_ASSIGN(auto scratch,
-               LayerScratch::Create(s.ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n, needs));
+  MOEND_ASSIGN(auto scratch, LayerScratch::Create(s.ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, n, n,
+                                                  needs, hp.state_floats()));
   const bool evict = !fresh && s.since_eviction + n >= kEvictInterval;
   Engine::Impl::LayerHooks hooks;
   hooks.ledger = s.ledger;
   hooks.learned = s.plan.learned.get();
   hooks.begin = [&](int64_t l, std::span<const LayerCache>* past, LayerScratch** out) -> Expected<void> {
     scratch.Clear();
+    if (s.plan.model.holds_state(l))
+      std::copy_n(s.states[static_cast<std::size_t>(l)].data(), std::ssize(scratch.state()),
+                  scratch.state().data());
     *past = s.heads(l);
     *out = &scratch;
     return {};
   };
   hooks.end = [&](int64_t l, LayerScratch& done) -> Expected<void> {
     const std::span<LayerCache> heads = s.heads(l);
+    if (s.plan.model.holds_state(l)) {
+      s.TakeState(l, done);
+      return {};
+    }
     if (fresh) {
       MOEND_ASSIGN(auto packed, s.Compressed(l, done, n));
       std::move(packed.begin(), packed.end(), heads.begin());
@@ -158,6 +172,10 @@ Expected<std::vector<LayerCache>> Session::Impl::Compressed(int64_t layer, const
                          scorer_of(layer), nullptr);
 }
 
+void Session::Impl::TakeState(int64_t layer, const LayerScratch& scratch) {
+  std::ranges::copy(scratch.state(), states[static_cast<std::size_t>(layer)].data());
+}
+
 std::vector<Expert> Session::Impl::experts(int64_t layer) const {
   std::vector<Expert> experts;
   for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h) experts.push_back(plan.expert(layer, h));
@@ -178,6 +196,7 @@ int64_t Session::Impl::observed_window() const {
 
 Expected<void> Session::Impl::PrepareStep(DecodeContext* context) {
   context->caches = caches;
+  context->states = states;
   context->ring = nullptr;
   const int64_t window = observed_window();
   if (window == 0 || since_eviction < kEvictInterval - window) return {};
@@ -322,6 +341,11 @@ Expected<Session> Session::Fork() const {
       MOEND_ASSIGN(auto forked, cache.Fork());
       copy->caches.push_back(std::move(forked));
     }
+    for (const Buffer<float>& state : impl_->states) {
+      MOEND_ASSIGN(auto own, Buffer<float>::Create(copy->ledger, state.size()));
+      std::copy_n(state.data(), state.size(), own.data());
+      copy->states.push_back(std::move(own));
+    }
     if (impl_->ring.queries.size()) {
       MOEND_ASSIGN(copy->ring.queries, Buffer<float>::Create(copy->ledger, impl_->ring.queries.size()));
       std::copy_n(impl_->ring.queries.data(), impl_->ring.queries.size(), copy->ring.queries.data());
@@ -348,6 +372,7 @@ KvStats Session::stats() const {
       layer.bytes += cache.bytes();
     }
     layer.tokens /= heads;
+    if (s.plan.model.holds_state(static_cast<int64_t>(l))) layer.bytes = s.plan.model.state_bytes;
     stats.bytes += layer.bytes;
     stats.layers.push_back(layer);
   }
@@ -382,7 +407,7 @@ Expected<KvCapture> KvCapture::Create(std::shared_ptr<Engine> engine, std::span<
     hooks.learned = learned.get();
     hooks.begin = [&](int64_t, std::span<const LayerCache>*, LayerScratch** out) -> Expected<void> {
       MOEND_ASSIGN(auto scratch, LayerScratch::Create(capture.ledger_, {hp.n_kv_heads, hp.head_size},
-                                                      hp.n_heads, n, n, needs));
+                                                      hp.n_heads, n, n, needs, hp.state_floats()));
       capture.layers_.push_back(std::move(scratch));
       *out = &capture.layers_.back();
       return {};
@@ -403,6 +428,10 @@ Expected<Session> SessionFromCapture(std::shared_ptr<Engine> engine, const Plan&
       return Fail(ErrorCode::kTooLong, "{} tokens do not fit in a context of {} tokens", n, s.n_ctx);
     const std::lock_guard lock(s.machine().busy);
     for (int64_t l = 0; l < plan.model.n_layers; ++l) {
+      if (plan.model.holds_state(l)) {
+        s.TakeState(l, capture.layer(l));
+        continue;
+      }
       MOEND_ASSIGN(auto packed, s.Compressed(l, capture.layer(l), n));
       std::move(packed.begin(), packed.end(), s.heads(l).begin());
     }

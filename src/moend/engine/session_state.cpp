@@ -1,6 +1,7 @@
 #include "moend/engine/session_state.h"
 
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "moend/base/caught.h"
@@ -58,7 +59,7 @@ Expected<void> RecompressSession(Session& session, const Plan& plan) {
       MOEND_TRY(CheckLearned(s.engine->model(), plan.learned.get()));
       s.plan.learned = plan.learned;
     }
-    MOEND_TRY(CheckSlidingLayers(plan, "the plan"));
+    MOEND_TRY(CheckFixedLayers(plan, "the plan"));
     const std::lock_guard lock(s.machine().busy);
     s.failed = true;
     const int64_t n_heads = s.plan.model.shape.n_kv_heads;
@@ -94,11 +95,16 @@ Expected<std::string> SaveSession(const Session& session) {
     Append(out, std::ssize(s.tokens));
     out.append(reinterpret_cast<const char*>(s.tokens.data()), s.tokens.size() * sizeof(int32_t));
     Append(out, std::ssize(s.caches));
-    for (const LayerCache& cache : s.caches) {
-      MOEND_ASSIGN(const std::string blob, SerializeCache(cache));
+    const int64_t heads = s.plan.model.shape.n_kv_heads;
+    for (int64_t i = 0; i < std::ssize(s.caches); ++i) {
+      if (s.plan.model.holds_state(i / heads)) continue;
+      MOEND_ASSIGN(const std::string blob, SerializeCache(s.caches[static_cast<std::size_t>(i)]));
       Append(out, std::ssize(blob));
       out += blob;
     }
+    for (const Buffer<float>& state : s.states)
+      out.append(reinterpret_cast<const char*>(state.data()),
+                 static_cast<std::size_t>(state.size()) * sizeof(float));
     return out;
   });
 }
@@ -136,6 +142,7 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
     for (int64_t i = 0; i < n_caches; ++i) {
       LayerCache& cache = s.caches[static_cast<std::size_t>(i)];
       const int64_t heads = plan.model.shape.n_kv_heads;
+      if (plan.model.holds_state(i / heads)) continue;
       MOEND_ASSIGN(const auto rotations, s.machine().Rotations(i / heads));
       MOEND_ASSIGN(const int64_t size, TakeNumber(bytes));
       MOEND_ASSIGN(const std::string_view blob, Take(bytes, size));
@@ -163,6 +170,13 @@ Expected<Session> RestoreSession(std::shared_ptr<Engine> engine, const Plan& pla
         kept = allowed = 0;
       }
       cache = std::move(restored);
+    }
+    for (Buffer<float>& state : s.states) {
+      MOEND_ASSIGN(const std::string_view floats,
+                   Take(bytes, state.size() * static_cast<int64_t>(sizeof(float))));
+      std::memcpy(state.data(), floats.data(), floats.size());
+      if (!std::all_of(state.data(), state.data() + state.size(), [](float x) { return std::isfinite(x); }))
+        return Fail(ErrorCode::kCorrupt, "{} has a layer's state that is no number", kSource);
     }
     s.NoteHeads();
     if (!bytes.empty()) return Fail(ErrorCode::kCorrupt, "{} has {} bytes too many", kSource, bytes.size());

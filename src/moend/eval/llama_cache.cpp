@@ -89,8 +89,8 @@ LlamaCache::~LlamaCache() {
 int64_t LlamaCache::bytes(int64_t tokens) const {
   int64_t seen = 0;
   for (int64_t l = 0; l < shape_.n_layers; ++l)
-    seen += shape_.window(l) > 0 ? std::min(tokens, shape_.window(l)) : tokens;
-  return seen * bytes_a_layer_;
+    if (!shape_.holds_state(l)) seen += shape_.window(l) > 0 ? std::min(tokens, shape_.window(l)) : tokens;
+  return seen * bytes_a_layer_ + shape_.state_layers() * shape_.state_bytes;
 }
 
 void LlamaCache::Clear() {

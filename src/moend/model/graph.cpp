@@ -299,9 +299,8 @@ ggml_tensor* BuildLayer(ggml_context* ctx, ggml_cgraph* graph, const Model& mode
 
   ggml_tensor* normed = Norm(ctx, h, x, w.attn_norm);
   ggml_tensor* mixed =
-      p.delta_net.n_k_heads > 0
-          ? BuildDeltaNet(ctx, graph, h, p.delta_net, w, normed, slot)
-          : Linear(ctx, w.wo, w.bo, Attended(ctx, h, p, w, normed, positions, slot, attn_out));
+      p.holds_state() ? BuildDeltaNet(ctx, graph, h, p.delta_net, w, normed, slot)
+                      : Linear(ctx, w.wo, w.bo, Attended(ctx, h, p, w, normed, positions, slot, attn_out));
   x = AddToStream(ctx, h, p, x, mixed, w.attn_post_norm);
 
   normed = Norm(ctx, h, x, w.ffn_norm);

@@ -69,7 +69,7 @@ std::vector<float> KeyBalance(const GgufFile& file, const Model& model, int64_t 
   const std::string prefix = fmt::format("blk.{}.", layer);
   const int64_t d = hp.head_size, group = hp.n_heads / hp.n_kv_heads;
   const int64_t k_rows = hp.n_kv_heads * d;
-  if (params.delta_net.n_k_heads > 0) return std::vector<float>(static_cast<std::size_t>(k_rows), 1.0f);
+  if (params.holds_state()) return std::vector<float>(static_cast<std::size_t>(k_rows), 1.0f);
   const std::string fused = prefix + "attn_qkv.weight";
   const bool is_fused = file.FindTensor(fused) != nullptr;
   // A head's gate stands behind its query.

@@ -79,6 +79,9 @@ struct LayerParams {
       false;  // norms behind attention and feed-forward too, before they are added to the stream
   float residual_scale = 1.0f;  // of what is added to the stream
   FfnParams ffn;
+  bool holds_state() const { return delta_net.n_k_heads > 0; }
+  // Whether its K/V is a matter of plans.
+  bool compresses() const { return window == 0 && !holds_state(); }
 };
 
 // Queries far behind the trained context are made sharper: times 1 + scale * ln(1 + floor(position / every)).

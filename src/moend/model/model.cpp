@@ -18,8 +18,16 @@
 namespace moend {
 
 bool HyperParams::recurrent() const {
-  return std::ranges::any_of(layers, [](const LayerParams& l) { return l.delta_net.n_k_heads > 0; });
+  return std::ranges::any_of(layers, &LayerParams::holds_state);
 }
+
+int64_t HyperParams::state_floats() const {
+  int64_t most = 0;
+  for (const LayerParams& l : layers)
+    if (l.holds_state()) most = std::max(most, l.delta_net.state_floats());
+  return most;
+}
+
 namespace {
 
 class LoadedModel final : public Model {

@@ -44,7 +44,8 @@ struct HyperParams {
   OptionalTensors optional;
   const char* ffn_norm = "ffn_norm";  // the name in files of the norm in front of the feed-forward network
   std::vector<LayerParams> layers;    // [n_layers]
-  bool recurrent() const;             // some layers are delta nets
+  bool recurrent() const;             // some layers hold a state instead of K/V
+  int64_t state_floats() const;       // of the largest of those states
 };
 
 // Weights of a layer; absent ones are null. Names as in GGUF (blk.N.attn_q.weight ...).

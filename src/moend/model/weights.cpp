@@ -272,8 +272,8 @@ Expected<void> BindLayer(Binder& bind, const GgufFile& file, const HyperParams& 
   const LayerParams& p = h.layers[static_cast<std::size_t>(layer)];
   const std::string prefix = fmt::format("blk.{}.", layer);
   MOEND_ASSIGN(w.attn_norm, bind.Required(prefix + "attn_norm.weight", Role::kVector, h.n_embd));
-  MOEND_TRY(p.delta_net.n_k_heads > 0 ? BindDeltaNet(bind, h, p.delta_net, prefix, w)
-                                      : BindAttention(bind, file, h, p, prefix, w));
+  MOEND_TRY(p.holds_state() ? BindDeltaNet(bind, h, p.delta_net, prefix, w)
+                            : BindAttention(bind, file, h, p, prefix, w));
   MOEND_ASSIGN(w.ffn_norm, bind.Required(prefix + h.ffn_norm + ".weight", Role::kVector, h.n_embd));
   if (p.post_norms) {
     MOEND_ASSIGN(w.attn_post_norm,

@@ -16,12 +16,13 @@ namespace {
 constexpr double kMib = 1 << 20;
 
 std::string ModelLines(const Fingerprint& model) {
-  const auto sliding = std::ranges::count_if(model.windows, [](int64_t window) { return window > 0; });
-  return fmt::format("{}\n{}, {} layers{}, {} KV heads of {}\n",
+  const int64_t sliding = model.sliding_layers(), states = model.state_layers();
+  return fmt::format("{}\n{}, {} layers{}{}, {} KV heads of {}\n",
                      model.name.empty() ? "a nameless model" : Printable(model.name, 60),
                      Printable(model.architecture, 16), model.n_layers,
-                     sliding > 0 ? fmt::format(" of which {} slide", sliding) : "", model.shape.n_kv_heads,
-                     model.shape.head_size);
+                     sliding > 0 ? fmt::format(" of which {} slide", sliding) : "",
+                     states > 0 ? fmt::format(" of which {} hold a state", states) : "",
+                     model.shape.n_kv_heads, model.shape.head_size);
 }
 
 std::string GuardText(const Protected& guard) {
@@ -108,10 +109,13 @@ std::string Bar(double share, int width, bool color) {
   return color && length > 0 ? fmt::format("\x1b[48;5;161m{}\x1b[0m", blocks) : blocks;
 }
 
-// A sliding layer, which no plan compresses.
-std::string SlidingRow(const Plan& plan, int64_t layer) {
+// A layer that no plan compresses.
+std::string FixedRow(const Plan& plan, int64_t layer) {
   const int64_t window = plan.model.window(layer);
-  const auto bytes = WindowBytes(plan.model.shape, window, plan.context_length);
+  const auto bytes = FixedBytes(plan.model, window, plan.model.shape.n_kv_heads, plan.context_length);
+  if (plan.model.holds_state(layer))
+    return fmt::format("{:>5}  {:>8}  {:>9}  {:>6}  {:>6}  {:>10.3f}\n", layer, "state", "", "", "",
+                       static_cast<double>(plan.model.state_bytes) / kMib);
   return fmt::format("{:>5}  {:>8}  {:>9}  {:>6}  {:>6}  {:>10}\n", layer, "window",
                      std::min(window, plan.context_length), 16, 16,
                      bytes ? fmt::format("{:.3f}", static_cast<double>(*bytes) / kMib) : "?");
@@ -134,12 +138,14 @@ std::string Row(const Plan& plan, const std::string& name, const Expert& e, int6
 std::string Totals(const Plan& plan) {
   const int64_t full = FullBytes(plan.model, plan.context_length);
   double kept = 0;  // numbers, of K and V
-  for (int64_t l = 0; l < std::ssize(plan.layers); ++l)
+  for (int64_t l = 0; l < std::ssize(plan.layers); ++l) {
+    if (plan.model.holds_state(l)) continue;
     for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h)
       kept += static_cast<double>(plan.model.window(l) > 0
                                       ? std::min(plan.model.window(l), plan.context_length)
                                       : KeptTokens(plan.expert(l, h).keep, plan.guard, plan.context_length)) *
               2.0 * static_cast<double>(plan.model.shape.head_size);
+  }
   const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / kMib; };
   std::string out = fmt::format("{:.3f} MiB of {:.3f} MiB uncompressed", mib(plan.bytes), mib(full));
   if (plan.bytes > 0 && kept > 0) {
@@ -191,7 +197,7 @@ std::string DescribePlan(const Plan& plan, const TextStyle& style) {
   const int64_t heads = plan.heads.empty() ? 0 : plan.model.shape.n_kv_heads;
   for (int64_t l = 0; l < std::ssize(plan.layers); ++l) {
     if (plan.model.window(l) > 0) {
-      out += SlidingRow(plan, l);
+      out += FixedRow(plan, l);
       continue;
     }
     // A layer whose heads are routed one by one is its heads' rows.

@@ -70,8 +70,10 @@ std::string Panel(const Profile& profile, std::span<const Group> groups, int cel
   for (std::size_t l = 0; l < profile.cells.size(); ++l) {
     const auto& row = profile.cells[l];
     if (const int64_t window = profile.model.window(static_cast<int64_t>(l)); window > 0) {
-      out +=
-          fmt::format("{:<{}}sees the newest {} tokens only\n", fmt::format("layer {}", l), kLabel, window);
+      out += fmt::format("{:<{}}{}\n", fmt::format("layer {}", l), kLabel,
+                         window == Fingerprint::kHoldsState
+                             ? "holds a state"
+                             : fmt::format("sees the newest {} tokens only", window));
       continue;
     }
     out += Line(fmt::format("layer {}", l), groups, cell, [&](std::size_t e) {

@@ -1,9 +1,14 @@
 #include "moend/plan/json_fields.h"
 
+#include <algorithm>
+
 namespace moend {
 namespace {
 
 using nlohmann::ordered_json;
+
+constexpr int64_t kStateInFiles = -1;  // Fingerprint::kHoldsState
+constexpr int64_t kMaxStateBytes = int64_t{1} << 40;
 
 Expected<int> ReadBits(const JsonNode& parent, std::string_view key) {
   MOEND_ASSIGN(const JsonNode node, parent.At(key));
@@ -74,8 +79,16 @@ Expected<Fingerprint> ReadFingerprint(const JsonNode& node) {
   if (n != model.n_layers) return windows.Wrong("has {} layers; n_layers is {}", n, model.n_layers);
   for (int64_t l = 0; l < n; ++l) {
     MOEND_ASSIGN(const JsonNode element, windows.At(l));
-    MOEND_ASSIGN(model.windows.emplace_back(), element.Int(0, kMaxWindow));
+    MOEND_ASSIGN(int64_t window, element.Int(kStateInFiles, kMaxWindow));
+    if (window == kStateInFiles) window = Fingerprint::kHoldsState;
+    model.windows.push_back(window);
   }
+  if (model.state_layers() == 0) return model;
+  MOEND_ASSIGN(const JsonNode bytes, node.At("state_bytes"));
+  MOEND_ASSIGN(model.state_bytes, bytes.Int(1, kMaxStateBytes));
+  if (model.state_bytes % model.shape.n_kv_heads != 0)
+    return bytes.Wrong("is {}, which is no multiple of the {} KV heads", model.state_bytes,
+                       model.shape.n_kv_heads);
   return model;
 }
 
@@ -101,7 +114,12 @@ ordered_json Write(const Fingerprint& model) {
   ordered_json object = {{"architecture", model.architecture}, {"name", model.name},
                          {"n_layers", model.n_layers},         {"n_kv_heads", model.shape.n_kv_heads},
                          {"head_size", model.shape.head_size}, {"hash", model.hash}};
-  if (!model.windows.empty()) object["windows"] = model.windows;
+  if (!model.windows.empty()) {
+    std::vector<int64_t> windows = model.windows;
+    std::ranges::replace(windows, Fingerprint::kHoldsState, kStateInFiles);
+    object["windows"] = windows;
+  }
+  if (model.state_bytes > 0) object["state_bytes"] = model.state_bytes;
   return object;
 }
 

@@ -14,12 +14,13 @@ namespace {
 constexpr double kMaxLoss = 1e30;
 
 std::string Describe(const Fingerprint& model) {
-  const auto sliding = std::ranges::count_if(model.windows, [](int64_t window) { return window > 0; });
-  return fmt::format("{} ({}, {} layers{}, {} KV heads of {}, hash {})",
+  const int64_t sliding = model.sliding_layers(), states = model.state_layers();
+  return fmt::format("{} ({}, {} layers{}{}, {} KV heads of {}, hash {})",
                      model.name.empty() ? "a nameless model" : Printable(model.name),
                      Printable(model.architecture), model.n_layers,
-                     sliding > 0 ? fmt::format(", {} of them sliding", sliding) : "", model.shape.n_kv_heads,
-                     model.shape.head_size, Printable(model.hash, 16));
+                     sliding > 0 ? fmt::format(", {} of them sliding", sliding) : "",
+                     states > 0 ? fmt::format(", {} of them with a state", states) : "",
+                     model.shape.n_kv_heads, model.shape.head_size, Printable(model.hash, 16));
 }
 
 // An expert for each KV head of a layer, in all layers or in none.
@@ -97,7 +98,7 @@ Expected<Plan> ParsePlan(const std::string& json, const std::string& source) {
   MOEND_ASSIGN(plan.bytes, bytes.Int(0, INT64_MAX));
   MOEND_ASSIGN(const JsonNode layers, root.At("layers"));
   MOEND_TRY(ReadLayers(layers, plan));
-  MOEND_TRY(CheckSlidingLayers(plan, source));
+  MOEND_TRY(CheckFixedLayers(plan, source));
   for (const auto& [key, member] :
        {std::pair{"adaptive_heads", &Plan::adaptive_heads}, {"refit", &Plan::refit}}) {
     if (!root.Has(key)) continue;
@@ -153,17 +154,31 @@ Expected<void> CheckSameModel(const Fingerprint& made_for, const Fingerprint& ru
               source, Describe(made_for), Describe(running));
 }
 
+int64_t Fingerprint::sliding_layers() const {
+  return std::ranges::count_if(windows, [](int64_t window) { return window > 0 && window != kHoldsState; });
+}
+
+int64_t Fingerprint::state_layers() const {
+  return std::ranges::count(windows, kHoldsState);
+}
+
 bool Evicts(const Plan& plan) {
   const auto evicts = [](const Expert& e) { return e.keep < 1; };
   return std::any_of(plan.layers.begin(), plan.layers.end(), evicts) ||
          std::any_of(plan.heads.begin(), plan.heads.end(), evicts);
 }
 
-Expected<void> CheckSlidingLayers(const Plan& plan, const std::string& source) {
+Expected<void> CheckFixedLayers(const Plan& plan, const std::string& source) {
   for (int64_t l = 0; l < std::min(std::ssize(plan.layers), std::ssize(plan.model.windows)); ++l) {
     if (plan.model.window(l) == 0) continue;
     bool full = plan.layers[static_cast<std::size_t>(l)] == Expert{};
     for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h) full = full && plan.expert(l, h) == Expert{};
+    if (!full && plan.model.holds_state(l))
+      return Fail(ErrorCode::kMismatch,
+                  "{} compresses layer {}, which remembers a state instead of K/V: its expert must keep all "
+                  "tokens at "
+                  "16 bit",
+                  source, l);
     if (!full)
       return Fail(ErrorCode::kMismatch,
                   "{} compresses layer {}, which sees the newest {} tokens only and remembers those as they "
@@ -191,6 +206,11 @@ Plan FullPlan(const Fingerprint& model, int64_t context_length) {
   return plan;
 }
 
+Expected<int64_t> FixedBytes(const Fingerprint& model, int64_t window, int64_t n_heads, int64_t n_tokens) {
+  if (window == Fingerprint::kHoldsState) return model.state_bytes / model.shape.n_kv_heads * n_heads;
+  return WindowBytes({n_heads, model.shape.head_size}, window, n_tokens);
+}
+
 Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_bytes) {
   const bool by_head = !plan.heads.empty();
   const KvShape shape = by_head ? KvShape{1, plan.model.shape.head_size} : plan.model.shape;
@@ -198,7 +218,7 @@ Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_by
   int64_t total = 0;
   for (int64_t i = 0; i < std::ssize(rows); ++i) {
     const int64_t window = plan.model.window(by_head ? i / plan.model.shape.n_kv_heads : i);
-    MOEND_ASSIGN(const int64_t bytes, window > 0 ? WindowBytes(shape, window, n_tokens)
+    MOEND_ASSIGN(const int64_t bytes, window > 0 ? FixedBytes(plan.model, window, shape.n_kv_heads, n_tokens)
                                                  : LayerBytes(shape, rows[static_cast<std::size_t>(i)],
                                                               plan.guard, n_tokens, score_bytes));
     if (__builtin_add_overflow(total, bytes, &total))
@@ -215,7 +235,9 @@ int64_t FullBytes(const Fingerprint& model, int64_t n_tokens) {
   if (__builtin_mul_overflow(FullLayerBytes(model.shape, n_tokens), full, &total)) return INT64_MAX;
   for (const int64_t window : model.windows) {
     const int64_t seen = window > 0 ? std::min(window, n_tokens) : n_tokens;
-    if (__builtin_add_overflow(total, FullLayerBytes(model.shape, seen), &total)) return INT64_MAX;
+    const int64_t bytes =
+        window == Fingerprint::kHoldsState ? model.state_bytes : FullLayerBytes(model.shape, seen);
+    if (__builtin_add_overflow(total, bytes, &total)) return INT64_MAX;
   }
   return total;
 }

@@ -34,13 +34,18 @@ struct Fingerprint {
   KvShape shape;
   std::string
       hash;  // 16 hex digits over the hyper-parameters, tensor names, types, shapes and samples of their data
-  // Of each layer: the newest tokens that a sliding layer sees, 0 for a full one; empty where all are full.
-  // A sliding layer remembers its window at 16 bit: it is no matter of plans, whose expert for it is
-  // Expert{}.
+  // Of each layer: the newest tokens that a sliding layer sees, 0 for a full one, kHoldsState for one that
+  // remembers a state of fixed size instead of K/V; empty where all are full. A sliding layer remembers its
+  // window at 16 bit, a state is float32: neither is a matter of plans, whose expert for it is Expert{}.
+  static constexpr int64_t kHoldsState = INT64_MAX;
   std::vector<int64_t> windows = {};
+  int64_t state_bytes = 0;  // of a layer that holds a state; a multiple of the number of KV heads
   int64_t window(int64_t layer) const {
     return windows.empty() ? 0 : windows[static_cast<std::size_t>(layer)];
   }
+  bool holds_state(int64_t layer) const { return window(layer) == kHoldsState; }
+  int64_t sliding_layers() const;
+  int64_t state_layers() const;
   bool operator==(const Fingerprint&) const = default;
 };
 
@@ -160,8 +165,8 @@ Expected<void> CheckSameModel(const Fingerprint& made_for, const Fingerprint& ru
 // Whether any layer or KV head gives tokens up.
 bool Evicts(const Plan& plan);
 
-// kMismatch, naming the layer, for a plan that compresses a sliding one.
-Expected<void> CheckSlidingLayers(const Plan& plan, const std::string& source);
+// kMismatch, naming the layer, for a plan that compresses one that is no matter of plans.
+Expected<void> CheckFixedLayers(const Plan& plan, const std::string& source);
 
 // Gives every layer that can be compressed the expert.
 void CompressAlike(Plan& plan, const Expert& expert);
@@ -169,7 +174,12 @@ void CompressAlike(Plan& plan, const Expert& expert);
 // A plan that compresses nothing.
 Plan FullPlan(const Fingerprint& model, int64_t context_length);
 
-// Sum of LayerBytes over the layers / of FullLayerBytes; sliding layers by their windows in both.
+// Most bytes of a layer that is no matter of plans, or of `n_heads` of its KV heads: window > 0 as
+// Fingerprint::window() gives it.
+Expected<int64_t> FixedBytes(const Fingerprint& model, int64_t window, int64_t n_heads, int64_t n_tokens);
+
+// Sum of LayerBytes over the layers / of FullLayerBytes; sliding layers by their windows in both, and states
+// in both as they are.
 Expected<int64_t> PlanBytes(const Plan& plan, int64_t n_tokens, int64_t score_bytes);
 int64_t FullBytes(const Fingerprint& model, int64_t n_tokens);
 

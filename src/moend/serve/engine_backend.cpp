@@ -131,7 +131,7 @@ class EngineBackend : public Backend {
       bytes += HeadBytes(e, n_tokens) + kSlackPages * PageBytes(e);
       evicts |= e.keep < 1;
     });
-    bytes += SlidingBytes(n_tokens);
+    bytes += FixedLayersBytes(n_tokens);
     // Queries that are observed before an eviction.
     if (evicts)
       bytes += std::min<int64_t>(kDecodeObserved, needs_.observed_queries) * QueryBytes() *
@@ -147,7 +147,7 @@ class EngineBackend : public Backend {
     needs.repetition &= n_past == 0 && Evicts(plan_);
     needs.learned &= n_past == 0 && Evicts(plan_);
     if (plan_.refit) needs.reference_tokens = LayerScratch::ReferenceTokens(n_new);
-    int64_t bytes = LayerScratch::Bytes(shape, hp.n_heads, tokens, n_new, needs);
+    int64_t bytes = LayerScratch::Bytes(shape, hp.n_heads, tokens, n_new, needs, hp.state_floats());
     bytes += RoundUp(n_new * hp.n_embd * 4, kCacheLine);  // hidden states
     // Each thread's share of what a layer's tokens received.
     if (needs.accumulated) bytes += engine_->n_threads() * RoundUp(shape.n_kv_heads * n_new * 4, kCacheLine);
@@ -165,7 +165,7 @@ class EngineBackend : public Backend {
 
   int64_t CompressScratch(int64_t n_tokens) const override {
     // Pages that a fork shares stay where they are: in the worst case the smaller copy is all extra.
-    int64_t bytes = SlidingBytes(n_tokens);
+    int64_t bytes = FixedLayersBytes(n_tokens);
     ForEachHead([&](const Expert& e) { bytes += HeadBytes(e, n_tokens) + PageBytes(e); });
     return bytes;
   }
@@ -184,10 +184,12 @@ class EngineBackend : public Backend {
       for (int64_t h = 0; h < plan_.model.shape.n_kv_heads && plan_.model.window(l) == 0; ++h)
         f(plan_.expert(l, h));
   }
-  int64_t SlidingBytes(int64_t n_tokens) const {
+  // Of the other layers.
+  int64_t FixedLayersBytes(int64_t n_tokens) const {
     int64_t bytes = 0;
     for (const int64_t window : plan_.model.windows)
-      if (window > 0) bytes += WindowBytes(plan_.model.shape, window, n_tokens).value_or(0);
+      if (window > 0)
+        bytes += FixedBytes(plan_.model, window, plan_.model.shape.n_kv_heads, n_tokens).value_or(0);
     return bytes;
   }
   int64_t HeadBytes(const Expert& e, int64_t n_tokens) const {

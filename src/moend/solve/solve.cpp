@@ -220,7 +220,8 @@ class Job {
     for (std::size_t row = 0; row < losses_.size(); ++row) {
       int64_t of_row = least;
       if (const int64_t window = Window(row); window > 0) {
-        MOEND_ASSIGN(of_row, WindowBytes(RowShape(), window, request_.context_length));
+        MOEND_ASSIGN(of_row,
+                     FixedBytes(profile_.model, window, RowShape().n_kv_heads, request_.context_length));
       }
       if (__builtin_add_overflow(total, of_row, &total)) total = INT64_MAX;
     }
@@ -240,7 +241,8 @@ class Job {
     for (std::size_t row = 0; row < losses_.size(); ++row) {
       auto& choices = items.emplace_back();
       if (const int64_t window = Window(row); window > 0) {  // nothing to choose
-        MOEND_ASSIGN(const int64_t b, WindowBytes(RowShape(), window, request_.context_length));
+        MOEND_ASSIGN(const int64_t b,
+                     FixedBytes(profile_.model, window, RowShape().n_kv_heads, request_.context_length));
         choices.push_back({b, 0});
         continue;
       }
@@ -323,8 +325,9 @@ void CompressFullLayers(const Fingerprint& model, double compression, SolveReque
   int64_t windows = 0, full = 0;
   for (int64_t l = 0; l < model.n_layers; ++l) {
     const int64_t window = model.window(l);
-    (window > 0 ? windows : full) +=
-        window > 0 ? WindowBytes(model.shape, window, n).value_or(0) : FullLayerBytes(model.shape, n);
+    (window > 0 ? windows : full) += window > 0
+                                         ? FixedBytes(model, window, model.shape.n_kv_heads, n).value_or(0)
+                                         : FullLayerBytes(model.shape, n);
   }
   request.budget_bytes =
       std::max<int64_t>(1, windows + static_cast<int64_t>(static_cast<double>(full) / compression));

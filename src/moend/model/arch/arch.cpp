@@ -14,12 +14,9 @@ constexpr std::array kArchitectures = {
     Architecture{"qwen2moe", kNeox, false, DescribeQwen2Moe},
     Architecture{"qwen3", kNeox, false, DescribeQwen3},
     Architecture{"qwen3moe", kNeox, false, DescribeQwen3Moe},
-    Architecture{"qwen3next", kNeox, true, DescribeQwen3Next, /*passes_prediction=*/true,
-                 /*graph_only=*/true},
-    Architecture{"qwen35", kNeox, true, DescribeQwen35, /*passes_prediction=*/true,
-                 /*graph_only=*/true},
-    Architecture{"qwen35moe", kNeox, true, DescribeQwen35Moe, /*passes_prediction=*/true,
-                 /*graph_only=*/true},
+    Architecture{"qwen3next", kNeox, true, DescribeQwen3Next, /*passes_prediction=*/true},
+    Architecture{"qwen35", kNeox, true, DescribeQwen35, /*passes_prediction=*/true},
+    Architecture{"qwen35moe", kNeox, true, DescribeQwen35Moe, /*passes_prediction=*/true},
     Architecture{"olmoe", kNeox, false, DescribeOlmoe},
     Architecture{"gemma2", kNeox, false, DescribeGemma2},
     Architecture{"gemma3", kNeox, false, DescribeGemma3},
@@ -48,8 +45,7 @@ const Architecture* FindArchitecture(std::string_view name) {
 
 std::string ArchitectureNames() {
   std::vector<std::string_view> names;
-  for (const Architecture& a : kArchitectures)
-    if (!a.graph_only) names.push_back(a.name);
+  for (const Architecture& a : kArchitectures) names.push_back(a.name);
   std::string out;
   for (std::size_t i = 0; i < names.size(); ++i)
     out += fmt::format("{}{}", i == 0 ? "" : i + 1 == names.size() ? " and " : ", ", names[i]);

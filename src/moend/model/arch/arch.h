@@ -24,8 +24,6 @@ struct Architecture {
   // Layers for multi-token prediction, which only speed up, are passed over; else a file that has them is
   // refused.
   bool passes_prediction = false;
-  // Files are opened and their graph is there, but contexts do not keep what its layers remember.
-  bool graph_only = false;
 };
 
 std::span<const Architecture> Architectures();
