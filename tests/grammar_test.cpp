@@ -234,6 +234,8 @@ TEST_F(GrammarTest, WhatASchemaCannotHaveIsNamed) {
       {R"({"type": "string", "pattern": "^\"$"})", "pattern"},
       {R"({"type": "object", "properties": {"a": {}}, "required": ["b"]})", "required \"b\""},
       {R"({"$ref": "http://example.org/x"})", "example.org"},
+      {R"({"type": "array", "items": {"$ref": "#"}})", "#/items has \"$ref #\""},
+      {R"({"$ref": "#/$defs/a/b", "$defs": {"a": {"type": "string"}}})", "$ref #/$defs/a/b"},
       {R"({"$ref": "#/$defs/none"})", "none"},
       {R"({"$ref": "#/$defs/a", "minLength": 3, "$defs": {"a": {"type": "string"}}})",
        "minLength beside $ref"},

@@ -168,6 +168,20 @@ TEST(Tools, AGrammarIsObeyed) {
   }
 }
 
+// What of a function's parameters cannot be held to is told to the model, and no more.
+TEST(Tools, ParametersThatCannotBeHeldToAreNoError) {
+  Running s;
+  for (const char* parameters :
+       {R"({"type":"object","properties":{"a":{"$ref":"#"},"b":{"$ref":"#/none"},"c":{"not":{}}}})",
+        R"({"$ref":"http://example.org/x"})", R"({"type":"object","properties":{"a":{"pattern":"^\\b"}}})",
+        "{}"}) {
+    const std::string tools =
+        fmt::format(R"(,"tools":[{{"function":{{"name":"f","parameters":{}}}}}])", parameters);
+    const Reply r = Ask(s.port, Post(kChat, ChatOf("hello", tools)));
+    EXPECT_EQ(r.status, 200) << parameters << r.body;
+  }
+}
+
 TEST(Json, AnObjectOfManyFieldsIsRefused) {
   Running s;
   std::string body = R"({"prompt":"x","logit_bias":{)";

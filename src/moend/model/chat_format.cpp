@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <exception>
 #include <new>
-#include <regex>
 #include <stdexcept>
 
 #include "moend/model/big_stack.h"
@@ -65,17 +64,36 @@ std::string StrictJson(const std::string& grammar) {
 #ifdef MOEND_HAVE_LLAMA_CHAT
 namespace {
 
-// The rule of a grammar that must call lets text go before the call, without end: models that would rather
-// not call write on for ever.
-std::string CallAtOnce(const std::string& grammar) {
-  static const std::regex kTextBefore(R"((root ::= [^\n]*)until-[0-9]+\? (tool-calls?))");
-  return std::regex_replace(grammar, kTextBefore, "$1$2");
+// Where the rule `name` of a grammar is, its line end excluded; npos and 0 where there is none.
+std::pair<std::size_t, std::size_t> Rule(const std::string& grammar, std::string_view name) {
+  const std::string head = fmt::format("{} ::= ", name);
+  auto at = grammar.starts_with(head) ? 0 : grammar.find("\n" + head);
+  if (at == std::string::npos) return {at, 0};
+  at += at > 0;
+  return {at, std::min(grammar.find('\n', at), grammar.size()) - at};
 }
 
-// Where calls stand in marks of their own, one after the other are let through even where one is to be made.
-std::string CallOnce(const std::string& grammar) {
-  static const std::regex kMany(R"((tool-calls ::= )\((tool-call\?? space)\)\+)");
-  return std::regex_replace(grammar, kMany, "$1$2");
+// The rule of a grammar that must call lets text go before the call, without end ("until-12? tool-calls"):
+// models that would rather not call write on for ever.
+std::string CallAtOnce(std::string grammar) {
+  const auto [begin, size] = Rule(grammar, "root");
+  if (begin == std::string::npos) return grammar;
+  std::string rule = grammar.substr(begin, size);
+  const auto call = rule.find("? tool-call");
+  const auto text = call == std::string::npos ? call : rule.rfind("until-", call);
+  if (text == std::string::npos || rule.find(' ', text) != call + 1) return grammar;
+  return grammar.replace(begin, size, rule.erase(text, call + 2 - text));
+}
+
+// Where calls stand in marks of their own, one after the other are let through even where one is to be made:
+// the rule is "(tool-call space)+", or "(tool-call? space)+" where none need be.
+std::string CallOnce(std::string grammar) {
+  const auto [begin, size] = Rule(grammar, "tool-calls");
+  if (begin == std::string::npos) return grammar;
+  for (const std::string call : {"tool-call space", "tool-call? space"})
+    if (grammar.substr(begin, size) == "tool-calls ::= (" + call + ")+")
+      return grammar.replace(begin, size, "tool-calls ::= " + call);
+  return grammar;
 }
 
 std::vector<common_chat_msg> Messages(const Json& list) {

@@ -418,9 +418,12 @@ Expected<ChatPrompt> ChatTemplate::Prepare(std::span<const ChatMessage> messages
     if (simple && !simple->at("calls").get<bool>())
       return PrepareFallback(messages, options, tools, schema, simple->at("thinking").get<std::string>());
   }
-  if (!reply && reply.error().code == ErrorCode::kUnsupported)
-    return Fail(ErrorCode::kUnsupported, "the model's chat template failed on these messages: {}",
-                reply.error().message);
+  if (!reply && reply.error().code == ErrorCode::kUnsupported) {
+    const std::string& why = reply.error().message;
+    if (const auto at = why.find("JSON schema "); at != std::string::npos)
+      return Fail(ErrorCode::kInvalidArgument, "a schema cannot be used: {}", why.substr(at));
+    return Fail(ErrorCode::kUnsupported, "the model's chat template failed on these messages: {}", why);
+  }
   if (!reply) return Forward(reply);
   ChatPrompt out;
   if (options.add_generation_prompt) {

@@ -157,7 +157,7 @@ std::optional<std::string> StrictPattern(std::string_view pattern) {
 
 class Visitor {
  public:
-  explicit Visitor(bool relaxed) : relaxed_(relaxed) {}
+  Visitor(const Json& root, bool relaxed) : root_(root), relaxed_(relaxed) {}
 
   Expected<void> Visit(Json& node, const std::string& path, int depth) {
     if (depth > kDeepest)
@@ -186,6 +186,10 @@ class Visitor {
         }
       }
     }
+    if (const auto ref = node.find("$ref"); ref != node.end() && !Resolves(*ref)) {
+      MOEND_TRY(Refuse(path, ref->is_string() ? "$ref " + ref->get<std::string>() : "$ref"));
+      node.erase(ref);
+    }
     for (const char* alone : {"$ref", "anyOf", "oneOf"})
       if (node.contains(alone)) MOEND_TRY(Alone(node, path, alone));
     MOEND_TRY(Values(node, path));
@@ -211,6 +215,22 @@ class Visitor {
     if (relaxed_) return {};
     return Fail(ErrorCode::kInvalidArgument, "the schema's {} has \"{}\", which is not supported", path,
                 what);
+  }
+
+  // Into the schema itself, and not to all of it.
+  bool Resolves(const Json& ref) const {
+    if (!ref.is_string() || !ref.get_ref<const std::string&>().starts_with("#/")) return false;
+    std::string_view rest = std::string_view(ref.get_ref<const std::string&>()).substr(1);
+    const Json* at = &root_;
+    while (!rest.empty()) {
+      rest.remove_prefix(1);
+      const std::string name(rest.substr(0, rest.find('/')));
+      rest.remove_prefix(name.size());
+      const auto next = at->is_object() ? at->find(name) : at->end();
+      if (next == at->end()) return false;
+      at = &*next;
+    }
+    return true;
   }
 
   static bool IsOff(std::string_view name, const Json& value) {
@@ -301,13 +321,14 @@ class Visitor {
     return {};
   }
 
+  const Json root_;  // as it came
   bool relaxed_;
 };
 
 }  // namespace
 
 Expected<void> MakeEnforceable(Json& schema, bool relaxed) {
-  return Visitor(relaxed).Visit(schema, "#", 0);
+  return Visitor(schema, relaxed).Visit(schema, "#", 0);
 }
 
 }  // namespace moend
