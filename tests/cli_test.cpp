@@ -211,6 +211,33 @@ TEST(Run, TheSeedDecidesTheText) {
   EXPECT_NE(text("1"), text("2"));
 }
 
+TEST(Run, TextKeepsToItsForm) {
+  const TemporaryFolder folder;
+  const std::string schema =
+      R"({"type":"object","properties":{"b":{"enum":["x","y"]},"a":{"type":"boolean"}},"required":["b","a"],"additionalProperties":false})";
+  const auto fits = [](const ProcessResult& r) {
+    EXPECT_EQ(r.code, 0) << r.err;
+    const auto j = nlohmann::ordered_json::parse(r.out, nullptr, false);
+    ASSERT_TRUE(j.is_object()) << r.out;
+    EXPECT_EQ(j.begin().key(), "b");
+    EXPECT_TRUE((j["b"] == "x" || j["b"] == "y") && j["a"].is_boolean()) << r.out;
+  };
+  fits(Moend({"run", "-m", kModel, "-p", kDoor, "-j", schema}));
+  fits(Moend({"run", "-m", kModel, "-p", kDoor, "--json-schema-file", folder.Write("s.json", schema),
+              "--ignore-eos"}));
+  const auto twice = Moend({"run", "-m", kModel, "-p", kDoor, "--grammar", "root ::= (\"ab\" \"\\n\"){2}"});
+  EXPECT_EQ(twice.out, "ab\nab\n") << twice.err;
+  // Before anything is read.
+  ExpectError(Moend({"run", "-m", kModel, "-p", kDoor, "-j", R"({"not":{}})"}), 1, {"\"not\""});
+  ExpectError(Moend({"run", "-m", kModel, "-p", kDoor, "-j", "{"}), 1, {"JSON"});
+  ExpectError(Moend({"run", "-m", kModel, "-p", kDoor, "--grammar", "root ::= a"}), 1, {"'a'"});
+  ExpectError(Moend({"run", "-m", kModel, "-p", kDoor, "--grammar-file", folder.path("none")}), 1, {"none"});
+  for (const char* flag : {"--grammar-file", "--json-schema-file"})
+    EXPECT_EQ(Moend({"run", "-m", kModel, "-p", kDoor, flag, folder.Write("empty", "")}).code, 1) << flag;
+  ExpectError(Moend({"run", "-m", kModel, "-p", kDoor, "--grammar", "root ::= \"a\"", "-j", "{}"}), 2,
+              {"--json-schema"});
+}
+
 TEST(Run, CtrlCEndsTheTextAndStillReports) {
   ProcessOptions options;
   options.signal = SIGINT;

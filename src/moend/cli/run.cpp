@@ -24,6 +24,7 @@ Examples:
   moend run -m model.gguf -f book.txt --plan plan.json -n 200 --temp 0
   moend run -m model.gguf -f book.txt --profile profile.json --compression 14 --json
   moend run -m model.gguf --chat
+  moend run -m instruct.gguf --chat -p "Who wrote Emma?" -j '{"type": "object", "properties": {"name": {"type": "string"}}}'
 
 The line at the end (on stderr) says how many tokens were read and generated, what the K/V cache takes against
 what it would take at 16 bit, and the speed. Ctrl-C ends the text early; that line still comes, with exit
@@ -33,6 +34,7 @@ struct RunOptions {
   ModelFlags model;
   PlanFlags plan;
   std::string prompt, file, system, template_variables;
+  std::string grammar, grammar_file, json_schema, json_schema_file;
   bool has_prompt = false, has_file = false;
   int64_t n_predict = -1, n_ctx = 0, seed = -1;
   SamplerOptions sampler;
@@ -47,6 +49,24 @@ Expected<std::string> PromptText(const RunOptions& options) {
     if (text.ends_with('\n')) text.pop_back();
   }
   return options.escape ? Unescape(text) : text;
+}
+
+// What the flags hold the text to, looked at before anything is read.
+Expected<GrammarSource> Form(const RunOptions& options, const Tokenizer& tokenizer) {
+  std::string grammar = options.grammar, schema = options.json_schema;
+  if (!options.grammar_file.empty()) {
+    MOEND_ASSIGN(grammar, ReadInput(options.grammar_file));
+    if (grammar.empty()) return Fail(ErrorCode::kInvalidArgument, "{} is empty", options.grammar_file);
+  }
+  if (!options.json_schema_file.empty()) {
+    MOEND_ASSIGN(schema, ReadInput(options.json_schema_file));
+  }
+  GrammarSource source{.text = std::move(grammar)};
+  if (!schema.empty() || !options.json_schema_file.empty()) {
+    MOEND_ASSIGN(source, tokenizer.SchemaGrammar(schema));
+  }
+  if (!source.text.empty()) MOEND_TRY(tokenizer.MakeGrammar(source));
+  return source;
 }
 
 // More than the model was trained for is allowed, as in llama.cpp, but not in silence.
@@ -89,6 +109,7 @@ Expected<void> Run(RunOptions& options) {
   const Tokenizer& tokenizer = engine->model().tokenizer();
   const int64_t limit = ContextLimit(options, engine->model());
   GenerateOptions generate;
+  MOEND_ASSIGN(generate.grammar, Form(options, tokenizer));
   generate.max_tokens = options.n_predict;
   generate.sampler = options.sampler;
   generate.sampler.seed =
@@ -185,6 +206,18 @@ void AddRun(CLI::App& app, int& exit_code) {
       ->add_option("--chat-template-kwargs", o.template_variables,
                    "with --chat: variables for the template, {\"enable_thinking\": false}")
       ->type_name("JSON");
+  // One of them at most.
+  CLI::Option* forms[] = {
+      command->add_option("-j,--json-schema", o.json_schema, "the text is JSON of this schema; {} for any")
+          ->type_name("SCHEMA"),
+      command->add_option("--json-schema-file", o.json_schema_file, "the same from a file")
+          ->type_name("FILE"),
+      command->add_option("--grammar", o.grammar, "the text keeps to this grammar, in llama.cpp's GBNF")
+          ->type_name("GBNF"),
+      command->add_option("--grammar-file", o.grammar_file, "the same from a file")->type_name("FILE")};
+  for (CLI::Option* one : forms)
+    for (CLI::Option* other : forms)
+      if (one != other) one->excludes(other);
   command->add_flag("--json", o.json, "one JSON object on stdout instead of the text as it comes");
   command->add_flag("--ignore-eos", o.ignore_eos, "go on where the model would end");
   command->add_flag("--special", o.special, "show special tokens in the text");

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <limits>
+#include <optional>
 
 #include "moend/engine/engine_impl.h"
 #include "moend/engine/text_stream.h"
@@ -29,6 +30,10 @@ Expected<Generated> Generate(Session& session, const GenerateOptions& options,
   const std::vector<std::size_t> ends =
       options.ignore_end ? EndTokens(tokenizer, static_cast<int64_t>(session.logits().size()))
                          : std::vector<std::size_t>();
+  std::unique_ptr<Grammar> grammar;
+  if (!options.grammar.text.empty()) {
+    MOEND_ASSIGN(grammar, tokenizer.MakeGrammar(options.grammar));
+  }
   bool wanted = true;
   const auto show = [&](const std::string& text) {
     result.text += text;
@@ -50,11 +55,19 @@ Expected<Generated> Generate(Session& session, const GenerateOptions& options,
       for (const std::size_t t : ends) masked[t] = -std::numeric_limits<float>::infinity();
       logits = masked;
     }
-    const int32_t token = sampler.Sample(logits);
-    if (!options.ignore_end && tokenizer.IsEndOfGeneration(token)) {
+    std::optional<int32_t> picked;
+    if (grammar) {
+      MOEND_ASSIGN(picked, SampleAllowed(sampler, *grammar, logits));
+    } else {
+      picked = sampler.Sample(logits);
+    }
+    // With a grammar that is at its end nothing may follow, the end wanted or not.
+    if (!picked || (!options.ignore_end && tokenizer.IsEndOfGeneration(*picked))) {
       result.reason = StopReason::kEndOfText;
       break;
     }
+    const int32_t token = *picked;
+    if (grammar) grammar->Accept(token);
     result.tokens.push_back(token);
     show(stream.Push(tokenizer.Piece(token, options.special)));
     MOEND_TRY(session.Decode(token));

@@ -19,6 +19,7 @@ struct GenerateOptions {
   std::vector<std::string> stop;  // the text ends before the first of them
   bool special = false;           // show special tokens in the text
   bool ignore_end = false;        // go on where the model would end: end tokens are never chosen
+  GrammarSource grammar = {};     // what the text is held to; empty: nothing
 };
 
 enum class StopReason { kEndOfText, kStopString, kMaxTokens, kContextFull, kCancelled };

@@ -3,9 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <span>
 #include <vector>
+
+#include "moend/base/error.h"
+#include "moend/model/grammar.h"
 
 namespace moend {
 
@@ -33,5 +37,10 @@ class Sampler {
   void KeepTypical();
   std::vector<Candidate> candidates_;
 };
+
+// The next token of those that the grammar allows, which is not told of it; nothing where none of them has a
+// logit above -infinity. Errors are the grammar's.
+Expected<std::optional<int32_t>> SampleAllowed(Sampler& sampler, Grammar& grammar,
+                                               std::span<const float> logits);
 
 }  // namespace moend

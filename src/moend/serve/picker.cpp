@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <unordered_set>
 
 namespace moend::serve {
@@ -39,31 +40,6 @@ void Picker::Adjust(std::span<const float> logits) {
     for (const int32_t token : options_.stop_tokens) at(token) = kNever;
 }
 
-// To look at one token takes microseconds, at all of a large vocabulary a tenth of a second; and mostly the
-// model keeps to the grammar by itself.
-Expected<void> Picker::Obey(Grammar& grammar, std::span<const float> view, int32_t& token) {
-  MOEND_ASSIGN(const auto one, grammar.Allows({&token, 1}));
-  if (!one[0]) {
-    MOEND_ASSIGN(const auto all, grammar.AllowsOfAll());
-    constexpr float kNever = -std::numeric_limits<float>::infinity();
-    allowed_.assign(view.begin(), view.end());
-    for (std::size_t i = 0; i < allowed_.size(); ++i)
-      if (!all[i]) allowed_[i] = kNever;
-    if (std::ranges::any_of(allowed_, [](float x) { return x > kNever; })) {
-      token = sampler_.Sample(allowed_);
-    } else {
-      // Only the end is left, and it was held back (ignore_eos, min_tokens).
-      const auto end =
-          std::ranges::find_if(ends_, [&](int32_t e) { return all[static_cast<std::size_t>(e)]; });
-      if (end == ends_.end())
-        return Fail(ErrorCode::kInvalidArgument, "the grammar allows no token that this request allows");
-      token = *end;
-    }
-  }
-  if (!Ends(token)) grammar.Accept(token);
-  return {};
-}
-
 std::span<const float> Picker::View(std::span<const float> logits) {
   const bool penalties = options_.frequency_penalty != 0 || options_.presence_penalty != 0;
   if (!penalties && options_.logit_bias.empty() && options_.repeat_penalty == 1 && !options_.ignore_eos &&
@@ -80,9 +56,17 @@ Picked Picker::Pick(std::span<const float> logits) {
 
 Expected<Picked> Picker::Pick(std::span<const float> logits, Grammar& grammar) {
   const auto view = View(logits);
-  int32_t token = sampler_.Sample(view);
-  MOEND_TRY(Obey(grammar, view, token));
-  return Report(view, token);
+  MOEND_ASSIGN(std::optional<int32_t> token, SampleAllowed(sampler_, grammar, view));
+  if (!token) {
+    // Perhaps only the end is left, and was held back (ignore_eos, min_tokens).
+    MOEND_ASSIGN(const auto allowed, grammar.Allows(ends_));
+    const auto end = std::ranges::find(allowed, true);
+    if (end == allowed.end())
+      return Fail(ErrorCode::kInvalidArgument, "the grammar allows no token that this request allows");
+    token = ends_[static_cast<std::size_t>(end - allowed.begin())];
+  }
+  if (!Ends(*token)) grammar.Accept(*token);
+  return Report(view, *token);
 }
 
 Picked Picker::Report(std::span<const float> view, int32_t token) {

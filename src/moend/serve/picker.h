@@ -36,8 +36,6 @@ class Picker {
   // What is sampled from: the logits, or adjusted_.
   std::span<const float> View(std::span<const float> logits);
   Picked Report(std::span<const float> view, int32_t token);
-  // Makes `token` one that the grammar allows.
-  Expected<void> Obey(Grammar& grammar, std::span<const float> view, int32_t& token);
 
   PickOptions options_;
   std::span<const int32_t> ends_;
@@ -45,7 +43,7 @@ class Picker {
   int64_t picked_ = 0;
   std::vector<int32_t> history_;                 // of prompt and answer, when repetition is penalized
   std::unordered_map<int32_t, int64_t> counts_;  // generated tokens, when penalties are on
-  std::vector<float> adjusted_, allowed_;
+  std::vector<float> adjusted_;
 };
 
 }  // namespace moend::serve
