@@ -260,6 +260,10 @@ TEST_F(GrammarTest, WhatASchemaCannotHaveIsNamed) {
   const auto source = tokenizer().SchemaGrammar(deep);
   ASSERT_FALSE(source);
   EXPECT_EQ(source.error().code, ErrorCode::kTooLong);
+  const auto deeper =
+      tokenizer().SchemaGrammar(R"({"enum": )" + std::string(300000, '[') + std::string(300000, ']') + "}");
+  ASSERT_FALSE(deeper);
+  EXPECT_EQ(deeper.error().code, ErrorCode::kTooLong);
   // References in a circle.
   EXPECT_FALSE(OfSchema(
       R"({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}})"));

@@ -152,6 +152,15 @@ TEST(Tools, WhatIsWrongIsNamed) {
       Ask(s.port, Post(kChat, R"({"messages":[{"role":"assistant","content":null,"tool_calls":[
       {"id":"a","type":"function","function":{"name":"f","arguments":"{"}}]}]})"));
   EXPECT_EQ(broken.json()["error"]["param"], "messages[0].tool_calls[0].function.arguments");
+  // Deeper than a stack.
+  std::string deep(300000, '[');
+  deep = R"({\"a\":)" + deep + std::string(300000, ']') + "}";
+  const Reply call = Ask(s.port, Post(kChat, R"({"messages":[{"role":"assistant","content":null,"tool_calls":[
+      {"id":"a","function":{"name":"f","arguments":")" +
+                                                 deep + R"("}}]}]})"));
+  EXPECT_EQ(call.status, 400);
+  const Reply schema = Ask(s.port, Post(kComplete, R"({"prompt":"a","guided_json":")" + deep + R"("})"));
+  EXPECT_EQ(schema.json()["error"]["param"], "guided_json");
   const Reply none = Ask(s.port, Post(kComplete, R"({"prompt":"a","grammar":"no grammar"})"));
   EXPECT_EQ(none.status, 400) << none.body;
 }
@@ -257,6 +266,20 @@ TEST(AnswerReader, PartsMakeTheWhole) {
   c.Add(reader->Finish(false));
   EXPECT_TRUE(c.reasoning.starts_with("Well <then>")) << c.reasoning;
   EXPECT_EQ(c.content, "It is fine. 1 < 2");
+}
+
+TEST(AnswerReader, PartsOfACallBecomeOne) {
+  AnswerDelta d{.content = "a", .calls = {{.index = 0, .id = "i", .name = "f", .arguments = "{"}}};
+  d.Append(
+      {.reasoning = "r",
+       .content = "b",
+       .calls = {{.index = 0, .arguments = "}"}, {.index = 1, .id = "j", .name = "g", .arguments = "{}"}}});
+  EXPECT_EQ(d.content, "ab");
+  EXPECT_EQ(d.reasoning, "r");
+  ASSERT_EQ(d.calls.size(), 2u);
+  EXPECT_EQ(d.calls[0].name, "f");
+  EXPECT_EQ(d.calls[0].arguments, "{}");
+  EXPECT_EQ(d.calls[1].name, "g");
 }
 
 // Whatever was written, nothing of it is lost without a word.

@@ -72,9 +72,9 @@ struct Session::Impl {
   Plan plan;
   int64_t n_ctx = 0;
   std::vector<int32_t> tokens;
-  std::vector<LayerCache>
-      caches;  // [layer][KV head], each a LayerCache of one head; empty where a layer holds a
-  std::vector<Buffer<float>> states;  // state: [layer], or none at all
+  // [layer][KV head], each a LayerCache of one head; without tokens where the layer holds a state.
+  std::vector<LayerCache> caches;
+  std::vector<Buffer<float>> states;  // [layer], of those that hold one; none where no layer does
   std::vector<float> logits;
   int64_t prompt_tokens = 0;   // the first ones, which were read together and scored as a prompt
   QueryRing ring;              // memory only while an eviction is near

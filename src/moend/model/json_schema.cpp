@@ -325,9 +325,18 @@ class Visitor {
   bool relaxed_;
 };
 
+bool IsDeeper(const Json& value, int levels) {
+  if (!value.is_structured()) return false;
+  return levels == 0 ||
+         std::ranges::any_of(value, [&](const Json& inner) { return IsDeeper(inner, levels - 1); });
+}
+
 }  // namespace
 
 Expected<void> MakeEnforceable(Json& schema, bool relaxed) {
+  // Before anything else recurses. A level of a schema may be three of JSON.
+  if (IsDeeper(schema, 3 * kDeepest))
+    return Fail(ErrorCode::kTooLong, "the schema nests more than {} levels deep", kDeepest);
   return Visitor(schema, relaxed).Visit(schema, "#", 0);
 }
 

@@ -1,5 +1,7 @@
 #include "moend/serve/answer_reader.h"
 
+#include <algorithm>
+
 #include "moend/serve/response.h"
 
 namespace moend::serve {
@@ -15,6 +17,19 @@ std::string Grow(std::string& given, const std::string& now) {
 }
 
 }  // namespace
+
+void AnswerDelta::Append(AnswerDelta next) {
+  reasoning += next.reasoning;
+  content += next.content;
+  for (Call& part : next.calls) {
+    const auto same = std::ranges::find(calls, part.index, &Call::index);
+    if (same == calls.end()) {
+      calls.push_back(std::move(part));
+    } else {
+      same->arguments += part.arguments;
+    }
+  }
+}
 
 Expected<std::unique_ptr<AnswerReader>> AnswerReader::Make(const AnswerFormat& format) {
   if (format.parser.empty()) return std::unique_ptr<AnswerReader>();

@@ -20,6 +20,8 @@ struct AnswerDelta {
   };
   std::vector<Call> calls = {};
   bool empty() const { return reasoning.empty() && content.empty() && calls.empty(); }
+  // What came next; the parts of a call become one.
+  void Append(AnswerDelta next);
 };
 
 // Not thread safe.

@@ -17,10 +17,7 @@ AnswerDelta Read(Job& job, std::string text, const Outcome* outcome) {
   if (!job.reader) return {.content = std::move(text)};
   AnswerDelta delta = job.reader->Push(text);
   if (!outcome || outcome->error) return delta;
-  AnswerDelta rest = job.reader->Finish(outcome->finish_reason == "length");
-  delta.reasoning += rest.reasoning;
-  delta.content += rest.content;
-  std::ranges::move(rest.calls, std::back_inserter(delta.calls));
+  delta.Append(job.reader->Finish(outcome->finish_reason == "length"));
   return delta;
 }
 

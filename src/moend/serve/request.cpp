@@ -40,7 +40,7 @@ ApiResult<std::string> ParseContent(const Json& content, const std::string& path
   return text;
 }
 
-ApiResult<ToolCall> ParseToolCall(const Json& call, const std::string& path) {
+ApiResult<ToolCall> ParseToolCall(const Json& call, const std::string& path, const Limits& limits) {
   if (!call.is_object()) return Bad(path, path + " must be an object", "invalid_type");
   const Fields f(call, path + ".");
   MOEND_API_ASSIGN(const auto type, f.String("type"));
@@ -57,10 +57,12 @@ ApiResult<ToolCall> ParseToolCall(const Json& call, const std::string& path) {
   ToolCall out{.id = id.value_or(""), .name = *name, .arguments = "{}"};
   const Json* arguments = of.Find("arguments");
   if (!arguments || *arguments == "") return out;
-  // A text of JSON; some clients send the object itself.
-  const Json parsed = arguments->is_string() ? Json::parse(arguments->get_ref<const std::string&>(), nullptr,
-                                                           /*allow_exceptions=*/false)
-                                             : *arguments;
+  // A text of JSON, bounded as the body is; some clients send the object itself.
+  Json parsed = *arguments;
+  if (arguments->is_string()) {
+    auto inner = ParseBody(arguments->get_ref<const std::string&>(), limits);
+    parsed = inner ? std::move(*inner) : Json();
+  }
   if (!parsed.is_object())
     return Bad(of.Path("arguments"), of.Path("arguments") + " must be a JSON object, as a text",
                "invalid_value");
@@ -70,7 +72,7 @@ ApiResult<ToolCall> ParseToolCall(const Json& call, const std::string& path) {
 
 // `before`: the messages that this one may answer.
 ApiResult<ChatMessage> ParseMessage(const Json& m, const std::string& path,
-                                    std::span<const ChatMessage> before) {
+                                    std::span<const ChatMessage> before, const Limits& limits) {
   if (!m.is_object()) return Bad(path, path + " must be an object", "invalid_type");
   const Fields f(m, path + ".");
   MOEND_API_ASSIGN(const auto role, f.String("role"));
@@ -95,7 +97,8 @@ ApiResult<ChatMessage> ParseMessage(const Json& m, const std::string& path,
     if (!calls->is_array())
       return Bad(f.Path("tool_calls"), f.Path("tool_calls") + " must be a list", "invalid_type");
     for (std::size_t i = 0; i < calls->size(); ++i) {
-      MOEND_API_ASSIGN(auto call, ParseToolCall((*calls)[i], fmt::format("{}[{}]", f.Path("tool_calls"), i)));
+      MOEND_API_ASSIGN(auto call,
+                       ParseToolCall((*calls)[i], fmt::format("{}[{}]", f.Path("tool_calls"), i), limits));
       message.tool_calls.push_back(std::move(call));
     }
   }
@@ -144,8 +147,8 @@ ApiResult<void> ReadMessages(const char* name, const Reading& to) {
   if (static_cast<int64_t>(messages->size()) > to.limits.messages)
     return Bad(name, fmt::format("at most {} messages are allowed", to.limits.messages), "too_many");
   for (std::size_t i = 0; i < messages->size(); ++i) {
-    MOEND_API_ASSIGN(ChatMessage m,
-                     ParseMessage((*messages)[i], fmt::format("messages[{}]", i), to.request.messages));
+    MOEND_API_ASSIGN(ChatMessage m, ParseMessage((*messages)[i], fmt::format("messages[{}]", i),
+                                                 to.request.messages, to.limits));
     to.request.messages.push_back(std::move(m));
   }
   return {};

@@ -154,8 +154,8 @@ Done ReadJsonSchema(const char* name, const Reading& to) {
   const Json* schema = to.fields.Find(name);
   if (!schema || (schema->is_array() && schema->empty())) return {};
   if (!schema->is_string()) return SetSchema(name, to, *schema);
-  const Json parsed = Json::parse(schema->get_ref<const std::string&>(), nullptr, /*allow_exceptions=*/false);
-  return SetSchema(name, to, parsed);  // vLLM's may be a text
+  auto parsed = ParseBody(schema->get_ref<const std::string&>(), to.limits);  // vLLM's may be a text
+  return SetSchema(name, to, parsed ? std::move(*parsed) : Json());
 }
 
 Done ReadGrammar(const char* name, const Reading& to) {
