@@ -3,7 +3,7 @@ PRESET ?= release
 BUILD := $(if $(filter release,$(PRESET)),build,build-$(PRESET))
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: all setup configure build test check-format format demo bench check-cuda asan tsan install clean
+.PHONY: all setup configure build test check-format format demo bench check-cuda gpu asan tsan install clean
 
 all: build
 
@@ -12,7 +12,8 @@ setup:
 
 # Binary: build/moend; the tests are built by `make test`. Kernels for NVIDIA GPUs are compiled in where a compiler for
 # them is found; CUDA=0 leaves them out, CUDA=1 insists.
-build: configure
+# GPU=1 builds ggml's CUDA back end, too (scripts/setup-gpu): layers run on GPUs then.
+build: configure $(if $(filter-out 0,$(GPU)),gpu)
 	@cmake --build $(BUILD) -j $(JOBS) --target moend
 
 configure: setup
@@ -32,6 +33,10 @@ check-format:
 	@scripts/format --check
 format:
 	@scripts/format
+
+# ggml's back end for NVIDIA GPUs, into .deps/backends.
+gpu: setup
+	@scripts/setup-gpu
 
 # Micro-benchmarks (Google Benchmark).
 bench: setup

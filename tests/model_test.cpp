@@ -76,7 +76,7 @@ TEST_F(ModelTest, LoadsTheReferenceModel) {
   EXPECT_EQ(h.rope.freq_scale, 1.0f);
   EXPECT_EQ(h.rope.mode, GGML_ROPE_TYPE_NORMAL);
   EXPECT_EQ(model->file_bytes(), 24967776);
-  EXPECT_EQ(model->weights().output, model->weights().tok_embd);  // tied
+  EXPECT_EQ(model->weights().head.output, model->weights().tok_embd);  // tied
   EXPECT_EQ(model->weights().layers.size(), 12u);
   EXPECT_EQ(model->path(), kReference);
 }

@@ -123,7 +123,7 @@ std::vector<std::vector<float>> PlainLogits(const Model& model, std::span<const 
     ggml_tensor* x = BuildEmbedding(ctx, model, ids);
     for (int64_t l = 0; l < h.n_layers; ++l)
       x = BuildLayer(ctx, graph, model, l, x, positions, &slots[static_cast<std::size_t>(l)]);
-    ggml_tensor* logits = BuildHead(ctx, model, x);
+    ggml_tensor* logits = BuildHead(ctx, model.hparams(), model.weights().head, x);
     ggml_set_output(logits);
     ggml_build_forward_expand(graph, logits);
     if (!ggml_gallocr_alloc_graph(allocator.get(), graph)) return {};

@@ -13,13 +13,12 @@ struct Translation {
 };
 
 constexpr std::string_view kUsePlan = "the cache's bits are the plan's; see 'moend solve --help'";
-constexpr std::string_view kCpu = "moend runs on the CPU";
 
 constexpr std::array kTranslations = {
     Translation{"-np", "--parallel", ""},
     Translation{"-sys", "--system-prompt", ""},
-    Translation{"-ngl", "", kCpu},
-    Translation{"-dev", "", kCpu},
+    Translation{"-ngl", "--gpu-layers", ""},
+    Translation{"-dev", "--device", ""},
     Translation{"-ctk", "", kUsePlan},
     Translation{"-ctv", "", kUsePlan},
     Translation{"-fa", "", "attention is always fused"},

@@ -17,6 +17,7 @@ namespace moend::cli {
   X(AddPerplexity)        \
   X(AddReport)            \
   X(AddBench)             \
+  X(AddDevices)           \
   X(AddServe)
 
 #define MOEND_DECLARE_COMMAND(add) void add(CLI::App& app, int& exit_code);

@@ -18,6 +18,9 @@
 
 #include "moend/base/file.h"
 #include "moend/base/machine.h"
+#include "moend/base/number.h"
+#include "moend/model/device.h"
+#include "moend/model/device_weights.h"
 #include "moend/score/scorer.h"
 #include "moend/solve/solve.h"
 
@@ -92,6 +95,38 @@ void ModelFlags::AddTo(CLI::App& app) {
   app.add_flag("--no-mmap", no_mmap,
                "read the model into memory: it may then be overwritten while it is in use");
   app.add_flag("--no-repack", no_repack, "leave all weights as in the file: less memory, slower");
+  app.add_option("--device", device,
+                 "where layers run, by its name in 'moend devices', or none; default: the first GPU there is")
+      ->type_name("NAME");
+  app.add_option(
+         "--gpu-layers,--n-gpu-layers", gpu_layers,
+         "how many of the model's last layers run there, the output counting as one (-ngl): a number, "
+         "all, or auto for as many as fit")
+      ->capture_default_str()
+      ->type_name("N");
+}
+
+Expected<DeviceOptions> ModelFlags::Device() const {
+  DeviceOptions options{device, DeviceOptions::kAllThatFit};
+  if (gpu_layers == "auto") return options;
+  if (gpu_layers == "all") {
+    options.n_gpu_layers = INT32_MAX;
+  } else {
+    const auto n = ParseNumber<int64_t>(gpu_layers);
+    if (!n || *n < 0 || *n > INT32_MAX)
+      return Fail(ErrorCode::kInvalidArgument, "-ngl {}: a number of layers, all or auto is wanted",
+                  gpu_layers);
+    options.n_gpu_layers = *n;
+  }
+  // Asked for, a device that is not there is an error.
+  if (device.empty() && options.n_gpu_layers > 0) {
+    MOEND_ASSIGN(const auto* const found, FindDevice(""));
+    if (!found)
+      return Fail(ErrorCode::kNotFound,
+                  "-ngl {}: there is no GPU here that moend has a back end for; see 'moend devices'",
+                  gpu_layers);
+  }
+  return options;
 }
 
 Expected<std::shared_ptr<Engine>> ModelFlags::Load() const {
@@ -99,10 +134,16 @@ Expected<std::shared_ptr<Engine>> ModelFlags::Load() const {
   load.n_threads = threads;
   load.repack = !no_repack;
   load.map = !no_mmap;
+  MOEND_ASSIGN(load.device, Device());
   MOEND_ASSIGN(auto model, Model::Load(path, load));
   EngineOptions options;
   options.n_threads = threads;
   MOEND_ASSIGN(auto engine, Engine::Create(std::move(model), options));
+  if (const DeviceWeights* on_device = engine->model().device())
+    Note(fmt::format("{} of {} layers on {} ({}), {} MiB",
+                     engine->model().hparams().n_layers + 1 - on_device->first_layer,
+                     engine->model().hparams().n_layers + 1, ggml_backend_dev_name(on_device->device),
+                     ggml_backend_dev_description(on_device->device), MiBText(on_device->bytes)));
   const MachineLimits limits = ReadMachineLimits();
   const auto machine = static_cast<int>(std::thread::hardware_concurrency());
   if (engine->n_threads() < threads || (threads == 0 && engine->n_threads() < machine))

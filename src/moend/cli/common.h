@@ -38,14 +38,17 @@ void AddEnvironment(CLI::App& app);
 // The first of these variables that is set and empty; empty when none is.
 std::string EmptyVariable(const CLI::App& app);
 
-// -m, -t, --no-repack, --no-mmap
+// -m, -t, --no-repack, --no-mmap, --device, -ngl
 struct ModelFlags {
-  std::string path;
+  std::string path, device, gpu_layers = "auto";
   int threads = 0;
   bool no_repack = false, no_mmap = false;
 
   void AddTo(CLI::App& app);
   Expected<std::shared_ptr<Engine>> Load() const;
+
+ private:
+  Expected<DeviceOptions> Device() const;
 };
 
 // The names that ParseVariant(), ParseSolver() and ParseMetric() know.

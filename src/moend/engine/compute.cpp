@@ -117,8 +117,11 @@ Expected<std::unique_ptr<Compute>> Compute::Create(std::shared_ptr<const Model> 
   c->block_nodes_ = NodesPerLayer(c->model_->hparams()) + kFixedNodes;
   MOEND_ASSIGN(c->block_meta_, Buffer<uint8_t>::Create(c->ledger_, MetaBytes(c->block_nodes_)));
   MOEND_ASSIGN(c->block_context_, MetaContext(c->block_meta_));
-  for (Activations* a : {&c->embed_, &c->layer_, &c->observed_layer_, &c->head_}) {
+  for (Activations* a : {&c->embed_, &c->layer_, &c->observed_layer_, &c->attention_, &c->head_}) {
     MOEND_ASSIGN(a->allocator, MakeAllocator());
+  }
+  if (c->model_->device()) {
+    MOEND_ASSIGN(c->offload_, Offload::Create(c->model_, c->block_tokens_, c->n_threads_));
   }
   MOEND_TRY(c->Reserve());
   return c;
@@ -143,6 +146,7 @@ Expected<void> Compute::Reserve() {
   graph = HeadGraph(&nothing, 1, &nothing);
   MOEND_TRY(Allocate(head_, graph, 1));
   MOEND_TRY(ReserveWork(&plan, graph));
+  if (offload_) return {};
   steps_.reserve(kKeptSteps + 1);
   MOEND_ASSIGN(const Graph* const step, StepOf(1, true));
   return ReserveWork(&plan, step->graph);
@@ -163,13 +167,13 @@ ggml_cgraph* Compute::EmbedGraph(const int32_t* tokens, int64_t n, float* hidden
   return graph;
 }
 
-ggml_cgraph* Compute::LayerGraph(HookSlot* slot, float* hidden, int64_t n, int32_t* positions,
+ggml_cgraph* Compute::LayerGraph(HookSlot* slot, float* hidden, int64_t n, const int32_t* positions,
                                  float* attn_out) {
   ggml_cgraph* graph = NewBlockGraph();
   ggml_context* ctx = block_context_.get();
   ggml_tensor* x = Borrow(ctx, GGML_TYPE_F32, model_->hparams().n_embd, n, hidden);
   ggml_tensor* pos = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
-  pos->data = positions;
+  pos->data = const_cast<int32_t*>(positions);
   ggml_tensor* attention = nullptr;
   ggml_tensor* y =
       BuildLayer(ctx, graph, *model_, slot->layer, x, pos, slot, attn_out ? &attention : nullptr);
@@ -181,6 +185,23 @@ ggml_cgraph* Compute::LayerGraph(HookSlot* slot, float* hidden, int64_t n, int32
   return graph;
 }
 
+ggml_cgraph* Compute::AttentionGraph(HookSlot* slot, const float* q, const float* k, const float* v,
+                                     int64_t n, float* out) {
+  const HyperParams& hp = model_->hparams();
+  ggml_cgraph* graph = NewBlockGraph();
+  ggml_context* ctx = block_context_.get();
+  const auto rows = [&](const float* data, int64_t heads) {
+    ggml_tensor* t = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hp.head_size, heads, n);
+    t->data = const_cast<float*>(data);
+    return t;
+  };
+  ggml_tensor* attended =
+      BuildAttention(ctx, slot, rows(q, hp.n_heads), rows(k, hp.n_kv_heads), rows(v, hp.n_kv_heads));
+  attended->data = out;
+  ggml_build_forward_expand(graph, attended);
+  return graph;
+}
+
 ggml_cgraph* Compute::HeadGraph(const float* hidden, int64_t n, float* logits) {
   const HyperParams& hp = model_->hparams();
   ggml_cgraph* graph = NewBlockGraph();
@@ -188,7 +209,7 @@ ggml_cgraph* Compute::HeadGraph(const float* hidden, int64_t n, float* logits) {
   ggml_tensor* x = Borrow(ctx, GGML_TYPE_F32, hp.n_embd, n, hidden);
   // Written where the caller wants them: a copy of so many logits would take as long as a tenth of the
   // product.
-  ggml_tensor* out = BuildHead(ctx, *model_, x);
+  ggml_tensor* out = BuildHead(ctx, hp, model_->weights().head, x);
   out->data = logits;
   ggml_build_forward_expand(graph, out);
   return graph;
@@ -260,19 +281,62 @@ Expected<void> Compute::Embed(std::span<const int32_t> tokens, float* hidden) {
   return {};
 }
 
+// The host's part in a layer that lies on a device.
+class Compute::HookHost : public Offload::Host {
+ public:
+  HookHost(Compute& compute, AttentionHook& hook, bool one_token_each)
+      : compute_(compute), hook_(hook), one_token_each_(one_token_each) {}
+
+  std::optional<AttentionHook::OwnTokens> SeesOnlyOwn() override { return hook_.SeesOnlyOwn(); }
+
+  Expected<void> Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override {
+    return Caught("storing keys and values", [&]() -> Expected<void> {
+      hook_.Store(layer, q, k, v, n);
+      return hook_.TakeError();
+    });
+  }
+
+  Expected<void> Attend(int64_t layer, const float* q, const float* k, const float* v, float* out,
+                        int64_t n) override {
+    HookSlot slot{&hook_, layer, one_token_each_};
+    ggml_cgraph* graph = compute_.AttentionGraph(&slot, q, k, v, n, out);
+    MOEND_TRY(compute_.Allocate(compute_.attention_, graph, n));
+    return compute_.Run(graph, &hook_);
+  }
+
+ private:
+  Compute& compute_;
+  AttentionHook& hook_;
+  bool one_token_each_;
+};
+
 Expected<void> Compute::Layer(int64_t layer, float* hidden, int64_t n, int64_t first, AttentionHook& hook,
                               float* attn_out) {
   if (n <= 0) return {};
   std::vector<int32_t> positions(static_cast<std::size_t>(n));
   for (int64_t i = 0; i < n; ++i) positions[static_cast<std::size_t>(i)] = static_cast<int32_t>(first + i);
+  if (offload_ && offload_->holds(layer)) {
+    HookHost host(*this, hook, false);
+    return offload_->Run(layer, layer + 1, hidden, positions, host, nullptr, attn_out, false);
+  }
   HookSlot slot{&hook, layer};
+  return RunLayerHere(slot, hidden, positions, attn_out);
+}
+
+Expected<void> Compute::RunLayerHere(HookSlot& slot, float* hidden, std::span<const int32_t> positions,
+                                     float* attn_out) {
+  const auto n = std::ssize(positions);
   ggml_cgraph* graph = LayerGraph(&slot, hidden, n, positions.data(), attn_out);
   MOEND_TRY(Allocate(attn_out ? observed_layer_ : layer_, graph, n));
-  return Run(graph, &hook);
+  return Run(graph, slot.hook);
 }
 
 Expected<void> Compute::Head(const float* hidden, int64_t n, float* logits) {
   const HyperParams& hp = model_->hparams();
+  if (offload_) {
+    MOEND_TRY(offload_->Head(hidden, n, logits));
+    return CheckFinite({logits, static_cast<std::size_t>(n * hp.n_vocab)});
+  }
   for (int64_t done = 0; done < n;) {
     const int64_t m = std::min(n - done, block_tokens_);
     ggml_cgraph* graph = HeadGraph(hidden + done * hp.n_embd, m, logits + done * hp.n_vocab);
@@ -317,7 +381,7 @@ Expected<std::unique_ptr<Compute::Graph>> Compute::MakeStep(int64_t n, bool head
     slot.one_token_each = true;
     x = BuildLayer(ctx, g->graph, *model_, l, x, g->positions, &slot);
   }
-  g->out = head ? BuildHead(ctx, *model_, x) : x;
+  g->out = head ? BuildHead(ctx, hp, model_->weights().head, x) : x;
   ggml_set_output(g->out);
   ggml_build_forward_expand(g->graph, g->out);
   MOEND_TRY(Allocate(g->memory, g->graph, n));
@@ -353,12 +417,40 @@ Expected<const float*> Compute::RunStep(std::span<const int32_t> tokens, std::sp
     if (t < 0 || t >= model_->hparams().n_vocab)
       return Fail(ErrorCode::kInvalidArgument, "token {} is not in the vocabulary of {} tokens", t,
                   model_->hparams().n_vocab);
+  if (offload_) return RunStepAcross(tokens, positions, hook, head);
   MOEND_ASSIGN(Graph* const g, StepOf(std::ssize(tokens), head));
   for (HookSlot& slot : g->slots) slot.hook = &hook;
   std::memcpy(g->tokens->data, tokens.data(), tokens.size_bytes());
   std::memcpy(g->positions->data, positions.data(), positions.size_bytes());
   MOEND_TRY(Run(g->graph, &hook));
   return static_cast<const float*>(g->out->data);
+}
+
+Expected<const float*> Compute::RunStepAcross(std::span<const int32_t> tokens,
+                                              std::span<const int32_t> positions, AttentionHook& hook,
+                                              bool head) {
+  const HyperParams& hp = model_->hparams();
+  hidden_.resize(tokens.size() * static_cast<std::size_t>(hp.n_embd));
+  step_logits_.resize(tokens.size() * static_cast<std::size_t>(hp.n_vocab));
+  MOEND_TRY(Embed(tokens, hidden_.data()));
+  HookHost host(*this, hook, true);
+  bool done = false;  // with the logits
+  for (int64_t l = 0; l < hp.n_layers;) {
+    if (!offload_->holds(l)) {
+      HookSlot slot{&hook, l, true};
+      MOEND_TRY(RunLayerHere(slot, hidden_.data(), positions, nullptr));
+      ++l;
+      continue;
+    }
+    const int64_t begin = l;
+    while (l < hp.n_layers && offload_->holds(l)) ++l;
+    done = head && l == hp.n_layers;
+    MOEND_TRY(offload_->Run(begin, l, hidden_.data(), positions, host, done ? step_logits_.data() : nullptr,
+                            nullptr, true));
+  }
+  if (!head) return hidden_.data();
+  if (!done) MOEND_TRY(offload_->Head(hidden_.data(), std::ssize(tokens), step_logits_.data()));
+  return step_logits_.data();
 }
 
 Expected<void> Compute::ParallelFor(int64_t n, const std::function<void(int64_t, int)>& fn) {

@@ -2,6 +2,8 @@
 // runs. Hidden states live outside of ggml, f32 [n][n_embd], because a prefill passes all of a prompt's
 // through one layer before the next layer starts.
 //
+// Layers whose weights lie on a device run there (engine/offload.h); whoever calls sees no difference.
+//
 // Nothing is thrown through a graph that runs: what a hook or a job throws is kept and returned as an error
 // when the graph has ended. What a graph needs is reserved before it starts.
 #pragma once
@@ -18,6 +20,7 @@
 
 #include "moend/base/error.h"
 #include "moend/base/ledger.h"
+#include "moend/engine/offload.h"
 #include "moend/model/graph.h"
 #include "moend/model/model.h"
 
@@ -74,6 +77,7 @@ class Compute {
   Expected<void> CheckFinite(std::span<const float> logits) const;
 
  private:
+  class HookHost;
   struct Graph;  // a ggml context with a graph and its memory
   using Allocator = std::unique_ptr<ggml_gallocr, GallocrDeleter>;
   // Memory of the graphs of one shape, which are rebuilt for every block.
@@ -86,7 +90,11 @@ class Compute {
   Expected<void> Reserve();
   ggml_cgraph* NewBlockGraph();  // in block_context_; valid until the next one
   // A layer's graph over `hidden`; null memory only to reserve.
-  ggml_cgraph* LayerGraph(HookSlot* slot, float* hidden, int64_t n, int32_t* positions, float* attn_out);
+  ggml_cgraph* LayerGraph(HookSlot* slot, float* hidden, int64_t n, const int32_t* positions,
+                          float* attn_out);
+  // Attention alone, over host memory.
+  ggml_cgraph* AttentionGraph(HookSlot* slot, const float* q, const float* k, const float* v, int64_t n,
+                              float* out);
   ggml_cgraph* HeadGraph(const float* hidden, int64_t n, float* logits);
   ggml_cgraph* EmbedGraph(const int32_t* tokens, int64_t n, float* hidden);
   // Gives the graph's tensors their memory.
@@ -97,6 +105,11 @@ class Compute {
   Expected<Graph*> StepOf(int64_t n, bool head);
   Expected<const float*> RunStep(std::span<const int32_t> tokens, std::span<const int32_t> positions,
                                  AttentionHook& hook, bool head);
+  // The same where layers lie on a device, run by run.
+  Expected<const float*> RunStepAcross(std::span<const int32_t> tokens, std::span<const int32_t> positions,
+                                       AttentionHook& hook, bool head);
+  Expected<void> RunLayerHere(HookSlot& slot, float* hidden, std::span<const int32_t> positions,
+                              float* attn_out);
 
   std::shared_ptr<const Model> model_;
   int n_threads_ = 1;
@@ -107,10 +120,12 @@ class Compute {
   Buffer<uint8_t> work_, block_meta_;
   int64_t block_nodes_ = 0;  // most nodes of a graph in block_context_
   std::unique_ptr<ggml_context, GgmlContextDeleter> block_context_;
-  Activations embed_, layer_, observed_layer_, head_;
+  Activations embed_, layer_, observed_layer_, attention_, head_;
   // Decode graphs, one a batch size and kind, the one that was used last at the end. The activations of a
   // graph grow with its batch size, so only a few are kept.
   std::vector<std::unique_ptr<Graph>> steps_;
+  std::unique_ptr<Offload> offload_;         // null: all layers run here
+  std::vector<float> hidden_, step_logits_;  // of a step across
 };
 
 }  // namespace moend

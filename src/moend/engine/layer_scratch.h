@@ -43,6 +43,7 @@ class LayerScratch {
   void Append(const float* q, const float* k, const float* v, int64_t n, const AttentionStyle& style);
 
   int64_t n_tokens() const { return n_tokens_; }
+  int64_t capacity() const { return capacity_; }
   int64_t score_tokens() const { return score_tokens_; }
   const KvShape& shape() const { return shape_; }
   const std::shared_ptr<Ledger>& ledger() const { return ledger_; }

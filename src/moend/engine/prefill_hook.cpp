@@ -107,6 +107,11 @@ void PrefillHook::Store(int64_t layer, const float* q, const float* k, const flo
   next_.store(0, std::memory_order_relaxed);
 }
 
+std::optional<AttentionHook::OwnTokens> PrefillHook::SeesOnlyOwn() const {
+  if (!past_.empty() || context_ || workers_[0].accumulated.size() > 0) return std::nullopt;
+  return OwnTokens{scratch_->n_tokens(), scratch_->capacity()};
+}
+
 void PrefillHook::LoadStates(int64_t layer, float* states, int64_t) {
   const int64_t n = model_->hparams().layers[static_cast<std::size_t>(layer)].delta_net.state_floats();
   std::copy_n(scratch_->state().data(), n, states);

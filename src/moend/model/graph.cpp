@@ -98,9 +98,10 @@ void CombineOp(ggml_tensor* dst, int thread, int n_threads, void* user) {
   });
 }
 
-// q: [head_size, n_heads, n], k, v: [head_size, n_kv_heads, n], all contiguous. Returns
-// [head_size * n_heads, n], which is no view, so that a caller can mark it as an output.
-ggml_tensor* Attention(ggml_context* ctx, HookSlot* slot, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v) {
+}  // namespace
+
+ggml_tensor* BuildAttention(ggml_context* ctx, HookSlot* slot, ggml_tensor* q, ggml_tensor* k,
+                            ggml_tensor* v) {
   ggml_tensor* stored_from[] = {q, k, v};
   ggml_tensor* stored = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, stored_from, 3, StoreOp, 1, slot);
   ggml_tensor* attended_from[] = {q, stored};
@@ -111,25 +112,22 @@ ggml_tensor* Attention(ggml_context* ctx, HookSlot* slot, ggml_tensor* q, ggml_t
                         GGML_N_TASKS_MAX, slot);
 }
 
+namespace {
+
 // dst: f32 [1, 1, n] from positions i32 [n].
 void TemperatureOp(ggml_tensor* dst, int thread, int /*n_threads*/, void* user) {
   if (thread != 0) return;
   const auto& t = *static_cast<const QueryTemperature*>(user);
   const auto* positions = static_cast<const int32_t*>(dst->src[0]->data);
   auto* out = static_cast<float*>(dst->data);
-  for (int64_t i = 0; i < dst->ne[2]; ++i) {
-    const double turn = std::floor(static_cast<float>(positions[i]) / static_cast<float>(t.every));
-    out[i] = static_cast<float>(std::log(turn + 1.0) * static_cast<double>(t.scale) + 1.0);
-  }
+  for (int64_t i = 0; i < dst->ne[2]; ++i) out[i] = t.factor(positions[i]);
 }
 
-ggml_tensor* Sharpen(ggml_context* ctx, const HyperParams& h, ggml_tensor* q, ggml_tensor* positions) {
-  if (h.query_temperature.scale == 0) return q;
+ggml_tensor* Temperature(ggml_context* ctx, const HyperParams& h, ggml_tensor* positions) {
+  if (h.query_temperature.scale == 0) return nullptr;
   // The user data is only read.
-  ggml_tensor* factors =
-      ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, positions->ne[0], 1, &positions, 1, TemperatureOp, 1,
-                     const_cast<QueryTemperature*>(&h.query_temperature));
-  return ggml_mul(ctx, q, factors);
+  return ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, positions->ne[0], 1, &positions, 1, TemperatureOp, 1,
+                        const_cast<QueryTemperature*>(&h.query_temperature));
 }
 
 // x: [width of all heads, n]. Returns [head_size, heads, n], normed as `norm` says.
@@ -216,32 +214,6 @@ ggml_tensor* ExpertsFfn(ggml_context* ctx, ggml_cgraph* graph, const FfnParams& 
   return ggml_add(ctx, out, shared);
 }
 
-// What attention gives, weighed by its gate where the layer has one; before the output projection.
-ggml_tensor* Attended(ggml_context* ctx, const HyperParams& h, const LayerParams& p, const LayerWeights& w,
-                      ggml_tensor* x, ggml_tensor* positions, HookSlot* slot, ggml_tensor** attn_out) {
-  const int64_t size = h.head_size;
-  ggml_tensor *q = Linear(ctx, w.wq, w.bq, x), *gate = nullptr;
-  if (p.output_gate) {
-    q = ggml_reshape_3d(ctx, q, 2 * size, h.n_heads, x->ne[1]);
-    const auto half = [&](int64_t first) {
-      return ggml_cont_2d(ctx,
-                          ggml_view_3d(ctx, q, size, h.n_heads, x->ne[1], q->nb[1], q->nb[2],
-                                       ggml_row_size(GGML_TYPE_F32, first)),
-                          size * h.n_heads, x->ne[1]);
-    };
-    gate = half(size);
-    q = half(0);
-  }
-  q = Heads(ctx, h, q, h.n_heads, p.qk_norm, w.q_norm);
-  ggml_tensor* k = Heads(ctx, h, Linear(ctx, w.wk, w.bk, x), h.n_kv_heads, p.qk_norm, w.k_norm);
-  ggml_tensor* v = Heads(ctx, h, Linear(ctx, w.wv, w.bv, x), h.n_kv_heads, QkNorm::kNone, nullptr);
-  q = Sharpen(ctx, h, Rope(ctx, p.rope, q, positions, w.rope_freqs), positions);
-  k = Rope(ctx, p.rope, k, positions, w.rope_freqs);
-  ggml_tensor* attended = Attention(ctx, slot, q, k, v);
-  if (attn_out) *attn_out = attended;
-  return gate ? ggml_mul(ctx, attended, ggml_sigmoid(ctx, gate)) : attended;
-}
-
 // What a block adds to the stream: normed and scaled where the architecture has it so.
 ggml_tensor* AddToStream(ggml_context* ctx, const HyperParams& h, const LayerParams& p, ggml_tensor* stream,
                          ggml_tensor* x, ggml_tensor* post_norm) {
@@ -291,30 +263,75 @@ ggml_tensor* BuildEmbedding(ggml_context* ctx, const Model& model, ggml_tensor* 
   return scale == 1.0f ? x : ggml_scale(ctx, x, scale);
 }
 
+AttentionInputs BuildAttentionInputs(ggml_context* ctx, const HyperParams& h, const LayerParams& p,
+                                     const LayerWeights& w, ggml_tensor* x, ggml_tensor* positions,
+                                     ggml_tensor* temperature) {
+  const int64_t size = h.head_size;
+  AttentionInputs in;
+  x = Norm(ctx, h, x, w.attn_norm);
+  ggml_tensor* q = Linear(ctx, w.wq, w.bq, x);
+  if (p.output_gate) {
+    q = ggml_reshape_3d(ctx, q, 2 * size, h.n_heads, x->ne[1]);
+    const auto half = [&](int64_t first) {
+      return ggml_cont_2d(ctx,
+                          ggml_view_3d(ctx, q, size, h.n_heads, x->ne[1], q->nb[1], q->nb[2],
+                                       ggml_row_size(GGML_TYPE_F32, first)),
+                          size * h.n_heads, x->ne[1]);
+    };
+    in.gate = half(size);
+    q = half(0);
+  }
+  q = Heads(ctx, h, q, h.n_heads, p.qk_norm, w.q_norm);
+  ggml_tensor* k = Heads(ctx, h, Linear(ctx, w.wk, w.bk, x), h.n_kv_heads, p.qk_norm, w.k_norm);
+  in.v = Heads(ctx, h, Linear(ctx, w.wv, w.bv, x), h.n_kv_heads, QkNorm::kNone, nullptr);
+  in.q = Rope(ctx, p.rope, q, positions, w.rope_freqs);
+  if (temperature) in.q = ggml_mul(ctx, in.q, temperature);
+  in.k = Rope(ctx, p.rope, k, positions, w.rope_freqs);
+  return in;
+}
+
+namespace {
+
+// mixed: what attention, or what stands in its place, adds.
+ggml_tensor* AfterMixing(ggml_context* ctx, ggml_cgraph* graph, const HyperParams& h, const LayerParams& p,
+                         const LayerWeights& w, ggml_tensor* x, ggml_tensor* mixed) {
+  x = AddToStream(ctx, h, p, x, mixed, w.attn_post_norm);
+  ggml_tensor* normed = Norm(ctx, h, x, w.ffn_norm);
+  ggml_tensor* ffn =
+      p.ffn.n_experts > 0 ? ExpertsFfn(ctx, graph, p.ffn, w, normed) : DenseFfn(ctx, p.ffn, w, normed);
+  return AddToStream(ctx, h, p, x, ffn, w.ffn_post_norm);
+}
+
+}  // namespace
+
+ggml_tensor* BuildAfterAttention(ggml_context* ctx, ggml_cgraph* graph, const HyperParams& h,
+                                 const LayerParams& p, const LayerWeights& w, ggml_tensor* x,
+                                 ggml_tensor* attended, ggml_tensor* gate) {
+  if (gate) attended = ggml_mul(ctx, attended, ggml_sigmoid(ctx, gate));
+  return AfterMixing(ctx, graph, h, p, w, x, Linear(ctx, w.wo, w.bo, attended));
+}
+
 ggml_tensor* BuildLayer(ggml_context* ctx, ggml_cgraph* graph, const Model& model, int64_t layer,
                         ggml_tensor* x, ggml_tensor* positions, HookSlot* slot, ggml_tensor** attn_out) {
   const HyperParams& h = model.hparams();
   const LayerParams& p = h.layers[static_cast<std::size_t>(layer)];
   const LayerWeights& w = model.weights().layers[static_cast<std::size_t>(layer)];
-
-  ggml_tensor* normed = Norm(ctx, h, x, w.attn_norm);
-  ggml_tensor* mixed =
-      p.holds_state() ? BuildDeltaNet(ctx, graph, h, p.delta_net, w, normed, slot)
-                      : Linear(ctx, w.wo, w.bo, Attended(ctx, h, p, w, normed, positions, slot, attn_out));
-  x = AddToStream(ctx, h, p, x, mixed, w.attn_post_norm);
-
-  normed = Norm(ctx, h, x, w.ffn_norm);
-  ggml_tensor* ffn =
-      p.ffn.n_experts > 0 ? ExpertsFfn(ctx, graph, p.ffn, w, normed) : DenseFfn(ctx, p.ffn, w, normed);
-  x = AddToStream(ctx, h, p, x, ffn, w.ffn_post_norm);
+  if (p.holds_state()) {
+    ggml_tensor* normed = Norm(ctx, h, x, w.attn_norm);
+    x = AfterMixing(ctx, graph, h, p, w, x, BuildDeltaNet(ctx, graph, h, p.delta_net, w, normed, slot));
+  } else {
+    const AttentionInputs in =
+        BuildAttentionInputs(ctx, h, p, w, x, positions, Temperature(ctx, h, positions));
+    ggml_tensor* attended = BuildAttention(ctx, slot, in.q, in.k, in.v);
+    if (attn_out) *attn_out = attended;
+    x = BuildAfterAttention(ctx, graph, h, p, w, x, attended, in.gate);
+  }
   ggml_build_forward_expand(graph, x);
   return x;
 }
 
-ggml_tensor* BuildHead(ggml_context* ctx, const Model& model, ggml_tensor* x) {
-  const Weights& w = model.weights();
-  const HyperParams& h = model.hparams();
-  ggml_tensor* logits = Linear(ctx, w.output, w.output_b, Norm(ctx, h, x, w.output_norm));
+ggml_tensor* BuildHead(ggml_context* ctx, const HyperParams& h, const HeadWeights& w, ggml_tensor* x) {
+  ggml_tensor* logits = Linear(ctx, w.output, w.bias, Norm(ctx, h, x, w.norm));
   if (h.logit_scale != 1.0f) logits = ggml_scale(ctx, logits, h.logit_scale);
   if (h.logit_soft_cap == 0) return logits;
   logits = ggml_tanh(ctx, ggml_scale(ctx, logits, 1.0f / h.logit_soft_cap));

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
 
 #include "moend/base/error.h"
 #include "moend/model/model.h"
@@ -34,6 +35,13 @@ class AttentionHook {
   virtual void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) = 0;
   virtual void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) = 0;
   virtual void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) = 0;
+  // Whether a layer's queries see nothing but the tokens that were given to Store since the layer's first
+  // block, as is the case where a prompt is read: `before` of them before the block that comes, `most` in
+  // all. A device can then attend by itself: it calls Store and neither Attend nor Combine.
+  struct OwnTokens {
+    int64_t before = 0, most = 0;
+  };
+  virtual std::optional<OwnTokens> SeesOnlyOwn() const { return std::nullopt; }
   // Of layers that are delta nets, on one thread: what they remember of each of `contexts` contexts before
   // the graph's tokens, and after them; f32 [contexts][DeltaNetParams::state_floats()], zeros before the
   // first token. Those who do not keep states throw.
@@ -63,7 +71,28 @@ ggml_tensor* BuildLayer(ggml_context* ctx, ggml_cgraph* graph, const Model& mode
                         ggml_tensor** attn_out = nullptr);
 
 // Final norm and output projection: f32 [n_vocab, n].
-ggml_tensor* BuildHead(ggml_context* ctx, const Model& model, ggml_tensor* x);
+ggml_tensor* BuildHead(ggml_context* ctx, const HyperParams& h, const HeadWeights& w, ggml_tensor* x);
+
+// The same layer in three parts, for who attends elsewhere.
+//
+// What attention takes, contiguous: q f32 [head_size, n_heads, n], k, v f32 [head_size, n_kv_heads, n]; and
+// what weighs its result, f32 [head_size * n_heads, n], null unless the layer has an output gate.
+struct AttentionInputs {
+  ggml_tensor *q = nullptr, *k = nullptr, *v = nullptr, *gate = nullptr;
+};
+// temperature: f32 [1, 1, n], by what queries are multiplied (QueryTemperature::factor); null unless the
+// model has that.
+AttentionInputs BuildAttentionInputs(ggml_context* ctx, const HyperParams& h, const LayerParams& p,
+                                     const LayerWeights& w, ggml_tensor* x, ggml_tensor* positions,
+                                     ggml_tensor* temperature);
+// By the slot's hook. Returns f32 [head_size * n_heads, n], which is no view, so that a caller can mark it as
+// an output.
+ggml_tensor* BuildAttention(ggml_context* ctx, HookSlot* slot, ggml_tensor* q, ggml_tensor* k,
+                            ggml_tensor* v);
+// attended: f32 [head_size * n_heads, n]. Returns the layer's output, f32 [n_embd, n].
+ggml_tensor* BuildAfterAttention(ggml_context* ctx, ggml_cgraph* graph, const HyperParams& h,
+                                 const LayerParams& p, const LayerWeights& w, ggml_tensor* x,
+                                 ggml_tensor* attended, ggml_tensor* gate);
 
 // Upper bound of graph nodes that one layer adds, for sizing ggml contexts.
 int64_t NodesPerLayer(const HyperParams& h);

@@ -2,6 +2,7 @@
 // one graph over this description (graph.h); arch/ says how a file's keys become it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace moend {
@@ -88,6 +89,10 @@ struct LayerParams {
 struct QueryTemperature {
   float scale = 0;  // 0: none
   int64_t every = 0;
+  float factor(int32_t position) const {
+    const double turn = std::floor(static_cast<float>(position) / static_cast<float>(every));
+    return static_cast<float>(std::log(turn + 1.0) * static_cast<double>(scale) + 1.0);
+  }
 };
 
 }  // namespace moend

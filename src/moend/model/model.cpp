@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "moend/base/caught.h"
+#include "moend/model/device.h"
+#include "moend/model/device_weights.h"
 #include "moend/model/fingerprint.h"
 #include "moend/model/gguf.h"
 #include "moend/model/hparams.h"
@@ -32,11 +34,13 @@ namespace {
 
 class LoadedModel final : public Model {
  public:
-  LoadedModel(GgufFile file, HyperParams hparams, BoundWeights bound, std::unique_ptr<Tokenizer> tokenizer,
+  LoadedModel(GgufFile file, HyperParams hparams, BoundWeights bound,
+              std::unique_ptr<DeviceWeights> on_device, std::unique_ptr<Tokenizer> tokenizer,
               std::string hash)
       : file_(std::move(file)),
         hparams_(std::move(hparams)),
         bound_(std::move(bound)),
+        on_device_(std::move(on_device)),
         tokenizer_(std::move(tokenizer)),
         hash_(std::move(hash)) {}
 
@@ -54,11 +58,13 @@ class LoadedModel final : public Model {
   }
   int64_t file_bytes() const override { return file_.total_bytes(); }
   int64_t repacked_bytes() const override { return bound_.repacked.bytes; }
+  const DeviceWeights* device() const override { return on_device_.get(); }
 
  private:
   GgufFile file_;  // before what points into it
   HyperParams hparams_;
   BoundWeights bound_;
+  std::unique_ptr<DeviceWeights> on_device_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::string hash_;
 };
@@ -71,7 +77,13 @@ Expected<std::shared_ptr<const Model>> Model::Load(const std::string& path, cons
     ggml_cpu_init();  // tables of the half float conversions; safe to repeat
     MOEND_ASSIGN(GgufFile file, GgufFile::Open(path, options.map));
     MOEND_ASSIGN(HyperParams hparams, ReadHyperParams(file));
-    MOEND_ASSIGN(BoundWeights bound, BindWeights(file, hparams, options.repack));
+    MOEND_ASSIGN(const ggml_backend_dev_t device, FindDevice(options.device.name));
+    MOEND_ASSIGN(const int64_t first, FirstDeviceLayer(file, hparams, options.device, device));
+    MOEND_ASSIGN(BoundWeights bound, BindWeights(file, hparams, options.repack, first));
+    std::unique_ptr<DeviceWeights> on_device;
+    if (first <= hparams.n_layers) {
+      MOEND_ASSIGN(on_device, CopyToDevice(bound.weights, hparams, device, first));
+    }
     std::unique_ptr<Tokenizer> tokenizer;
     if (options.vocabulary) {
       MOEND_ASSIGN(tokenizer, LoadTokenizer(file, hparams.n_vocab));
@@ -80,7 +92,7 @@ Expected<std::shared_ptr<const Model>> Model::Load(const std::string& path, cons
     // libllama read the file by its name; and what was checked must be what stays.
     MOEND_TRY(file.CheckUnchanged());
     return std::make_shared<const LoadedModel>(std::move(file), std::move(hparams), std::move(bound),
-                                               std::move(tokenizer), std::move(hash));
+                                               std::move(on_device), std::move(tokenizer), std::move(hash));
   });
 }
 

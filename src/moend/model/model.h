@@ -74,63 +74,83 @@ struct LayerWeights {
   ggml_tensor *gate_shared = nullptr, *up_shared = nullptr, *down_shared = nullptr, *shared_gate = nullptr;
 };
 
-// Calls fn(const ggml_tensor*) for the weights that a layer has.
+// All of them but `rope_freqs`, which layers share.
+inline constexpr ggml_tensor* LayerWeights::*kLayerWeights[] = {&LayerWeights::attn_norm,
+                                                                &LayerWeights::wq,
+                                                                &LayerWeights::wk,
+                                                                &LayerWeights::wv,
+                                                                &LayerWeights::wo,
+                                                                &LayerWeights::bq,
+                                                                &LayerWeights::bk,
+                                                                &LayerWeights::bv,
+                                                                &LayerWeights::bo,
+                                                                &LayerWeights::q_norm,
+                                                                &LayerWeights::k_norm,
+                                                                &LayerWeights::sinks,
+                                                                &LayerWeights::attn_post_norm,
+                                                                &LayerWeights::ffn_post_norm,
+                                                                &LayerWeights::ffn_norm,
+                                                                &LayerWeights::ffn_gate,
+                                                                &LayerWeights::ffn_up,
+                                                                &LayerWeights::ffn_down,
+                                                                &LayerWeights::ffn_gate_b,
+                                                                &LayerWeights::ffn_up_b,
+                                                                &LayerWeights::ffn_down_b,
+                                                                &LayerWeights::router,
+                                                                &LayerWeights::gate_experts,
+                                                                &LayerWeights::up_experts,
+                                                                &LayerWeights::down_experts,
+                                                                &LayerWeights::router_b,
+                                                                &LayerWeights::selection_b,
+                                                                &LayerWeights::gate_experts_b,
+                                                                &LayerWeights::up_experts_b,
+                                                                &LayerWeights::down_experts_b,
+                                                                &LayerWeights::gate_shared,
+                                                                &LayerWeights::up_shared,
+                                                                &LayerWeights::down_shared,
+                                                                &LayerWeights::shared_gate,
+                                                                &LayerWeights::delta_qkv,
+                                                                &LayerWeights::delta_gate,
+                                                                &LayerWeights::delta_out,
+                                                                &LayerWeights::delta_conv,
+                                                                &LayerWeights::delta_norm,
+                                                                &LayerWeights::delta_decay,
+                                                                &LayerWeights::delta_step_b,
+                                                                &LayerWeights::delta_gates,
+                                                                &LayerWeights::delta_rate,
+                                                                &LayerWeights::delta_step};
+
+// Calls fn(const ggml_tensor*) for those that a layer has.
 template <class F>
 void ForEachWeight(const LayerWeights& w, F&& fn) {
-  for (const ggml_tensor* t : {w.attn_norm,
-                               w.wq,
-                               w.wk,
-                               w.wv,
-                               w.wo,
-                               w.bq,
-                               w.bk,
-                               w.bv,
-                               w.bo,
-                               w.q_norm,
-                               w.k_norm,
-                               w.sinks,
-                               w.attn_post_norm,
-                               w.ffn_post_norm,
-                               w.ffn_norm,
-                               w.ffn_gate,
-                               w.ffn_up,
-                               w.ffn_down,
-                               w.ffn_gate_b,
-                               w.ffn_up_b,
-                               w.ffn_down_b,
-                               w.router,
-                               w.gate_experts,
-                               w.up_experts,
-                               w.down_experts,
-                               w.router_b,
-                               w.selection_b,
-                               w.gate_experts_b,
-                               w.up_experts_b,
-                               w.down_experts_b,
-                               w.gate_shared,
-                               w.up_shared,
-                               w.down_shared,
-                               w.shared_gate,
-                               w.delta_qkv,
-                               w.delta_gate,
-                               w.delta_out,
-                               w.delta_conv,
-                               w.delta_norm,
-                               w.delta_decay,
-                               w.delta_step_b,
-                               w.delta_gates,
-                               w.delta_rate,
-                               w.delta_step})
-    if (t) fn(t);
+  for (ggml_tensor* LayerWeights::*member : kLayerWeights)
+    if (const ggml_tensor* t = w.*member) fn(t);
 }
 
+// What turns hidden states into logits.
+struct HeadWeights {
+  ggml_tensor *norm = nullptr, *output = nullptr;
+  ggml_tensor* bias = nullptr;  // qwen2, optional
+};
+
 struct Weights {
-  ggml_tensor *tok_embd = nullptr, *output_norm = nullptr, *output = nullptr;
-  // The file has no output matrix; `output` is tok_embd or a repacked copy of it.
+  ggml_tensor* tok_embd = nullptr;
+  HeadWeights head;
+  // The file has no output matrix; `head.output` is tok_embd or a repacked copy of it.
   bool tied = false;
-  ggml_tensor* output_b = nullptr;  // qwen2, optional
   ggml_tensor* rope_freqs = nullptr;
   std::vector<LayerWeights> layers;
+};
+
+// Where layers run that do not run on the CPU, as llama.cpp's --device and -ngl have it.
+struct DeviceOptions {
+  // A name as ListDevices() gives it (model/device.h), "none" for the CPU alone; empty: the first GPU, if
+  // there is one.
+  std::string name = {};
+  // Of the model's layers the last ones, the output matrix counting as one behind them; kAllThatFit: as many
+  // as the device has memory for.
+  static constexpr int64_t kAllThatFit = -1;
+  int64_t n_gpu_layers = kAllThatFit;
 };
 
 struct LoadOptions {
@@ -143,6 +163,7 @@ struct LoadOptions {
   // Map the file. It must not be written to or cut short while the model lives then (replacing it by a rename
   // is harmless); false reads it into memory of its own.
   bool map = true;
+  DeviceOptions device = {"none", DeviceOptions::kAllThatFit};
 };
 
 // Tokenizer, by libllama (vocabulary-only load of the same file), and chat template. Thread safe. No message
@@ -186,6 +207,8 @@ class Tokenizer {
   virtual std::string chat_template_note() const = 0;
 };
 
+struct DeviceWeights;
+
 class Model {
  public:
   static Expected<std::shared_ptr<const Model>> Load(const std::string& path,
@@ -215,6 +238,8 @@ class Model {
   }
   virtual int64_t file_bytes() const = 0;
   virtual int64_t repacked_bytes() const = 0;  // allocated for copies of weights
+  // The layers that lie on a device, too (model/device_weights.h); null: none.
+  virtual const DeviceWeights* device() const = 0;
 };
 
 }  // namespace moend

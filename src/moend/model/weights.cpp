@@ -42,7 +42,10 @@ class Binder {
   // repacker: null leaves all weights in the file.
   Binder(const GgufFile& file, ggml_context* context, std::span<const ggml_backend_buffer_ptr> buffers,
          Repacker* repacker)
-      : file_(file), context_(context), buffers_(buffers), repacker_(repacker) {}
+      : file_(file), context_(context), buffers_(buffers), given_(repacker), repacker_(repacker) {}
+
+  // Whether what is bound next may be repacked.
+  void Repack(bool may) { repacker_ = may ? given_ : nullptr; }
 
   // Optional() leaves null where the file has no such tensor.
   Expected<ggml_tensor*> Optional(const std::string& name, Role role, int64_t ne0, int64_t ne1 = 1,
@@ -132,7 +135,7 @@ class Binder {
   const GgufFile& file_;
   ggml_context* context_;
   std::span<const ggml_backend_buffer_ptr> buffers_;  // of the file's parts
-  Repacker* repacker_;
+  Repacker *given_, *repacker_;                       // null leaves all weights in the file
   std::unordered_set<std::string_view> used_;
 };
 
@@ -316,7 +319,7 @@ Expected<void> BindRopeFactors(Binder& bind, const GgufFile& file, const HyperPa
 
 }  // namespace
 
-Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool repack) {
+Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool repack, int64_t n_repacked) {
   const GgufTensor* embedding = file.FindTensor("token_embd.weight");
   if (!embedding) return Fail(ErrorCode::kCorrupt, "{} lacks the tensor token_embd.weight", file.path());
   h.n_vocab = embedding->ne[1];
@@ -342,18 +345,20 @@ Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool re
   Binder bind(file, out.context.get(), out.buffers, repack ? &repacker : nullptr);
   Weights& w = out.weights;
   MOEND_ASSIGN(w.tok_embd, bind.Required("token_embd.weight", Role::kRows, h.n_embd, h.n_vocab));
-  MOEND_ASSIGN(w.output_norm, bind.Required("output_norm.weight", Role::kVector, h.n_embd));
-  MOEND_ASSIGN(w.output, bind.Optional("output.weight", Role::kMatrix, h.n_embd, h.n_vocab));
-  w.tied = w.output == nullptr;
+  bind.Repack(h.n_layers < n_repacked);
+  MOEND_ASSIGN(w.head.norm, bind.Required("output_norm.weight", Role::kVector, h.n_embd));
+  MOEND_ASSIGN(w.head.output, bind.Optional("output.weight", Role::kMatrix, h.n_embd, h.n_vocab));
+  w.tied = w.head.output == nullptr;
   // Rows are taken of a tied embedding, so that it stays as it is; products may gain from a repacked copy.
-  if (w.tied) w.output = bind.Repacked("token_embd.weight");
-  if (!w.output) w.output = w.tok_embd;
+  if (w.tied) w.head.output = bind.Repacked("token_embd.weight");
+  if (!w.head.output) w.head.output = w.tok_embd;
   if (h.optional.logit_bias) {
-    MOEND_ASSIGN(w.output_b, bind.Optional("output.bias", Role::kVector, h.n_vocab));
+    MOEND_ASSIGN(w.head.bias, bind.Optional("output.bias", Role::kVector, h.n_vocab));
   }
   MOEND_TRY(BindRopeFactors(bind, file, h, w));
   for (int64_t layer = 0; layer < h.n_layers; ++layer) {
     LayerWeights weights;
+    bind.Repack(layer < n_repacked);
     MOEND_TRY(BindLayer(bind, file, h, layer, weights));
     weights.rope_freqs = w.rope_freqs;
     w.layers.push_back(weights);

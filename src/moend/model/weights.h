@@ -21,8 +21,9 @@ struct BoundWeights {
 
 // Finds every tensor that the architecture needs, checks its shape against the hyper-parameters and its type
 // against what ggml's CPU back end multiplies. Sets h.n_vocab, which only the embedding's shape tells.
-// `repack`: as LoadOptions. kCorrupt for missing or misshapen tensors, kUnsupported for types and tensors
-// that moend cannot honour.
-Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool repack = true);
+// `repack`: as LoadOptions, of layers below `n_repacked`, the output counting as one behind them. kCorrupt
+// for missing or misshapen tensors, kUnsupported for types and tensors that moend cannot honour.
+Expected<BoundWeights> BindWeights(const GgufFile& file, HyperParams& h, bool repack = true,
+                                   int64_t n_repacked = INT64_MAX);
 
 }  // namespace moend

@@ -37,8 +37,8 @@ int64_t CountParameters(const Weights& weights) {
     if (t) n += ggml_nelements(t);
   };
   add(weights.tok_embd);
-  add(weights.output_norm);
-  if (!weights.tied) add(weights.output);
+  add(weights.head.norm);
+  if (!weights.tied) add(weights.head.output);
   for (const LayerWeights& l : weights.layers) ForEachWeight(l, add);
   return n;
 }

@@ -1,0 +1,101 @@
+// Layers that run on a device of ggml's, a GPU: their weights lie there, the K/V cache stays with the host.
+// A layer is two graphs on the device, before and behind attention. Between them attention is asked for here,
+// on the host, or, where queries see nothing but what was read just before (AttentionHook::SeesOnlyOwn), done
+// on the device over 16 bit K/V of that one layer.
+#pragma once
+
+#include <ggml-cpp.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "moend/base/error.h"
+#include "moend/engine/own_attention.h"
+#include "moend/model/device_weights.h"
+#include "moend/model/graph.h"
+#include "moend/model/model.h"
+
+namespace moend {
+
+class Offload {
+ public:
+  // How the host takes part in a layer. Pointers are the host's, valid during the call, rows as AttentionHook
+  // has them.
+  struct Host {
+    virtual ~Host() = default;
+    virtual std::optional<AttentionHook::OwnTokens> SeesOnlyOwn() = 0;
+    virtual Expected<void> Store(int64_t layer, const float* q, const float* k, const float* v,
+                                 int64_t n) = 0;
+    // Store and then attention.
+    virtual Expected<void> Attend(int64_t layer, const float* q, const float* k, const float* v, float* out,
+                                  int64_t n) = 0;
+  };
+
+  // For model->device(), which is not null. kUnsupported names an operation that the device does not have.
+  static Expected<std::unique_ptr<Offload>> Create(std::shared_ptr<const Model> model, int64_t block_tokens,
+                                                   int n_threads);
+
+  bool holds(int64_t layer) const { return weights_.holds(layer); }
+  // Rows that the functions below take at once.
+  int64_t most_rows() const { return most_rows_; }
+
+  // The layers [begin, end), all held, over n rows at `positions`; then, if `logits` is not null, the logits
+  // f32 [n][n_vocab]. hidden: f32 [n][n_embd], updated in place unless there are logits. attn_out, if not
+  // null: the last layer's attention before its projection, f32 [n][n_heads * head_size].
+  // `keep`: these rows come again and again (decode steps); their graphs are kept.
+  Expected<void> Run(int64_t begin, int64_t end, float* hidden, std::span<const int32_t> positions,
+                     Host& host, float* logits, float* attn_out, bool keep);
+  Expected<void> Head(const float* hidden, int64_t n, float* logits);
+
+ private:
+  // A ggml context with a graph, whose inputs and results are rows_.
+  struct Segment {
+    ggml_context_ptr ctx;
+    ggml_cgraph* graph = nullptr;
+    ggml_tensor* logits = nullptr;
+  };
+  struct Steps {
+    int64_t n = 0, begin = 0, end = 0;
+    bool head = false;
+    ggml_gallocr_ptr memory;
+    std::vector<Segment> segments;
+  };
+  // What passes from graph to graph, in the device's memory, and the same for the host, where possible in
+  // memory that the device reaches by itself.
+  struct Rows {
+    ggml_tensor *x = nullptr, *qkv = nullptr, *gate = nullptr, *attended = nullptr, *positions = nullptr,
+                *temperature = nullptr;
+  };
+
+  Offload(std::shared_ptr<const Model> model, int64_t most_rows);
+  Expected<void> MakeRows();
+  Expected<void> CheckSupport();
+  // The graph behind attention of layer `l - 1` (unless l == begin), then that in front of attention of layer
+  // l, or the head, or nothing (l == end).
+  Expected<Segment> MakeSegment(int64_t l, int64_t begin, int64_t end, int64_t n, bool head,
+                                const OwnAttention::Block* own);
+  Expected<Steps*> StepsOf(int64_t begin, int64_t end, int64_t n, bool head);
+  Expected<void> Allocate(ggml_gallocr* memory, ggml_cgraph* graph);
+  Expected<void> Start(ggml_cgraph* graph);
+  void Send(ggml_tensor* to, const void* from, std::size_t bytes);
+  int64_t QkvFloats() const { return (h_.n_heads + 2 * h_.n_kv_heads) * h_.head_size; }
+
+  std::shared_ptr<const Model> model_;
+  const HyperParams& h_;
+  const DeviceWeights& weights_;
+  int64_t most_rows_;
+  ggml_backend_ptr backend_;
+  ggml_context_ptr rows_context_;
+  ggml_backend_buffer_ptr rows_buffer_, host_buffer_;
+  Rows rows_;
+  float *host_x_ = nullptr, *host_qkv_ = nullptr, *host_attended_ = nullptr;
+  std::vector<float> plain_host_;  // where the device has no host memory of its own
+  ggml_gallocr_ptr block_memory_[2], head_memory_;
+  std::vector<std::unique_ptr<Steps>> steps_;  // the one that was used last at the end
+  OwnAttention own_;
+};
+
+}  // namespace moend
