@@ -16,6 +16,8 @@ constexpr int64_t kFixedNodes = 64;  // inputs, embedding, head, copies
 // Batch sizes change by one when a context comes or goes; building a graph anew costs less than a step.
 constexpr std::size_t kKeptSteps = 8;
 
+constexpr uint32_t kPoll = 50;  // ggml's own default
+
 // More than ggml's allocator takes for its tables, some of them without a look at what it gets.
 constexpr int64_t kTableBytes = int64_t{64} << 10;
 
@@ -109,7 +111,8 @@ Expected<std::unique_ptr<Compute>> Compute::Create(std::shared_ptr<const Model> 
   MOEND_TRY(GuardGgml(GgmlStage::kBuild, [] { ggml_cpu_init(); }));
   ggml_threadpool_params params;
   ggml_threadpool_params_init(&params, c->n_threads_);
-  params.poll = 0;  // idle threads sleep instead of spinning
+  // Idle threads sleep instead of spinning; but between the layers of a device they are wanted again at once.
+  params.poll = c->model_->device() ? kPoll : 0;
   // The pool's tables are made without a look, too.
   if (HasMemoryFor(c->n_threads_ * int64_t{GGML_MAX_N_THREADS} * 2 + 4096))
     MOEND_TRY(GuardGgml(GgmlStage::kBuild, [&] { c->pool_.reset(ggml_threadpool_new(&params)); }));
@@ -291,7 +294,11 @@ class Compute::HookHost : public Offload::Host {
 
   Expected<void> Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override {
     return Caught("storing keys and values", [&]() -> Expected<void> {
-      hook_.Store(layer, q, k, v, n);
+      Expected<void> done;
+      hook_.StoreApart(layer, q, k, v, n, [&](int64_t count, const std::function<void(int64_t)>& f) {
+        done = compute_.ParallelFor(count, [&](int64_t i, int) { f(i); });
+      });
+      MOEND_TRY(done);
       return hook_.TakeError();
     });
   }
@@ -320,7 +327,24 @@ Expected<void> Compute::Layer(int64_t layer, float* hidden, int64_t n, int64_t f
     return offload_->Run(layer, layer + 1, hidden, positions, host, nullptr, attn_out, false);
   }
   HookSlot slot{&hook, layer};
-  return RunLayerHere(slot, hidden, positions, attn_out);
+  const std::span<const float> rows(hidden, static_cast<std::size_t>(n * model_->hparams().n_embd));
+  MOEND_TRY(Fetch(rows));
+  MOEND_TRY(RunLayerHere(slot, hidden, positions, attn_out));
+  if (offload_) offload_->Changed(rows);
+  return {};
+}
+
+Compute::OnDevice::OnDevice(Compute& compute, std::span<float> hidden)
+    : offload_(compute.offload_.get()), hidden_(hidden.data()) {
+  if (offload_) offload_->Keep(hidden);
+}
+
+Compute::OnDevice::~OnDevice() {
+  if (offload_) offload_->Forget(hidden_);
+}
+
+Expected<void> Compute::Fetch(std::span<const float> rows) {
+  return offload_ ? offload_->Fetch(rows) : Expected<void>();
 }
 
 Expected<void> Compute::RunLayerHere(HookSlot& slot, float* hidden, std::span<const int32_t> positions,

@@ -16,6 +16,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "moend/base/error.h"
@@ -50,6 +51,27 @@ class Compute {
 
   // hidden: f32 [tokens.size()][n_embd]. Token ids must be below n_vocab (checked).
   Expected<void> Embed(std::span<const int32_t> tokens, float* hidden);
+
+  // While it lives, hidden states that go through the layers block by block may stay on a device in between,
+  // so that who wants to see them must Fetch() them.
+  class OnDevice {
+   public:
+    OnDevice() = default;
+    OnDevice(Compute& compute, std::span<float> hidden);
+    OnDevice(OnDevice&& other) noexcept { *this = std::move(other); }
+    OnDevice& operator=(OnDevice&& other) noexcept {
+      std::swap(offload_, other.offload_);
+      std::swap(hidden_, other.hidden_);
+      return *this;
+    }
+    ~OnDevice();
+
+   private:
+    Offload* offload_ = nullptr;
+    const float* hidden_ = nullptr;
+  };
+  // Brings rows of hidden states up to date that Layer() changed.
+  Expected<void> Fetch(std::span<const float> rows);
 
   // One layer over one block of n <= block_tokens tokens at positions first .. first + n - 1; `hidden` is
   // updated in place. attn_out, if not null, receives the attention output before its projection, [n][n_heads

@@ -140,6 +140,8 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
   const std::unique_ptr<PrefillHook, void (*)(PrefillHook*)> sums(prefill.get(),
                                                                   [](PrefillHook* p) { p->DropSums(); });
   MOEND_TRY(compute->Embed(tokens, hidden.data()));
+  const std::span<float> states(hidden.data(), static_cast<std::size_t>(n * hp.n_embd));
+  const Compute::OnDevice on_device(*compute, states);
   std::optional<Repetition> repetition;
   int64_t blocks = 0;
   const auto go_on = [&]() -> bool {
@@ -159,9 +161,12 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
     for (int64_t done = 0; done < n; done += block) {
       const int64_t m = std::min(block, n - done);
       const float* entering = hidden.data() + done * hp.n_embd;
+      const bool expects =
+          hooks.learned && scratch->expected(0) && hp.layers[static_cast<std::size_t>(l)].compresses();
+      if (hooks.watch || expects)
+        MOEND_TRY(compute->Fetch({entering, static_cast<std::size_t>(m * hp.n_embd)}));
       if (hooks.watch) hooks.watch(l, done, m, entering);
-      if (hooks.learned && scratch->expected(0) && hp.layers[static_cast<std::size_t>(l)].compresses())
-        MOEND_TRY(Expect(*compute, *hooks.learned, l, done, m, entering, *scratch));
+      if (expects) MOEND_TRY(Expect(*compute, *hooks.learned, l, done, m, entering, *scratch));
       MOEND_TRY(compute->Layer(l, hidden.data() + done * hp.n_embd, m, first + done,
                                hooks.listener ? *hooks.listener : *prefill));
       if (!go_on()) return Fail(ErrorCode::kCancelled, "reading the prompt was stopped");
@@ -177,6 +182,7 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
   if (repetition && hooks.copy_loss) {
     MOEND_ASSIGN(*hooks.copy_loss, repetition->CopyLoss());
   }
+  MOEND_TRY(compute->Fetch(hidden_out ? states : states.last(static_cast<std::size_t>(hp.n_embd))));
   if (hidden_out) MOEND_TRY(AppendFloats(*hidden_out, hidden.data(), n * hp.n_embd));
   logits.resize(static_cast<std::size_t>(hp.n_vocab));
   return compute->Head(hidden.data() + (n - 1) * hp.n_embd, 1, logits.data());

@@ -104,35 +104,46 @@ void LayerScratch::Truncate(int64_t n) {
 }
 
 void LayerScratch::Append(const float* q, const float* k, const float* v, int64_t n,
-                          const AttentionStyle& style) {
+                          const AttentionStyle& style, const EachHead& each_head) {
   style_ = style;
+  n = std::min(n, capacity_ - n_tokens_);
+  const auto append = [&](int64_t head) { AppendHead(head, q, k, v, n); };
+  if (each_head)
+    each_head(shape_.n_kv_heads, append);
+  else
+    for (int64_t h = 0; h < shape_.n_kv_heads; ++h) append(h);
+  n_tokens_ += n;
+}
+
+void LayerScratch::AppendHead(int64_t head, const float* q, const float* k, const float* v, int64_t n) {
   const int64_t d = shape_.head_size, heads = shape_.n_kv_heads, group = n_heads_ / heads;
   const int64_t stride = Pages(capacity_) * kPageTokens * d;
-  n = std::min(n, capacity_ - n_tokens_);
-  uint16_t half[256];
-  for (int64_t i = 0; i < n; ++i) {
+  constexpr int64_t kRun = 16;  // tokens turned together, since channels lie far apart
+  uint16_t half[kRun][256];
+  for (int64_t i = 0; i < n;) {
     const int64_t t = n_tokens_ + i, page = t / kPageTokens, slot = t % kPageTokens;
-    for (int64_t h = 0; h < heads; ++h) {
-      uint16_t* kp = k_.data() + h * stride + page * d * kPageTokens;
-      // A new page starts finite everywhere: the kernels read whole pages and mask afterwards.
-      if (slot == 0) std::memset(kp, 0, static_cast<std::size_t>(d * kPageTokens) * sizeof(uint16_t));
-      ggml_fp32_to_fp16_row(k + (i * heads + h) * d, half, d);
-      for (int64_t c = 0; c < d; ++c) kp[c * kPageTokens + slot] = half[c];
-      ggml_fp32_to_fp16_row(v + (i * heads + h) * d, v_.data() + h * stride + t * d, d);
+    const int64_t run = std::min({kRun, n - i, kPageTokens - slot});
+    uint16_t* kp = k_.data() + head * stride + page * d * kPageTokens;
+    // A new page starts finite everywhere: the kernels read whole pages and mask afterwards.
+    if (slot == 0) std::memset(kp, 0, static_cast<std::size_t>(d * kPageTokens) * sizeof(uint16_t));
+    for (int64_t r = 0; r < run; ++r) {
+      ggml_fp32_to_fp16_row(k + ((i + r) * heads + head) * d, half[r], d);
+      ggml_fp32_to_fp16_row(v + ((i + r) * heads + head) * d, v_.data() + head * stride + (t + r) * d, d);
     }
-    if (t >= score_tokens_ - kMomentTokens && t < score_tokens_)
-      for (int64_t h = 0; h < n_heads_; ++h)
-        AddMoment(q + (i * n_heads_ + h) * d, d, moment_.data() + h / group * d * d);
-    const int64_t seen_from = score_tokens_ - n_observed_;
-    if (t < seen_from || t >= score_tokens_) continue;
-    for (int64_t h = 0; h < n_heads_; ++h) {
-      const float* from = q + (i * n_heads_ + h) * d;
-      float* to =
-          observed_.data() + ((h / group) * n_observed_ * group + (t - seen_from) * group + h % group) * d;
-      for (int64_t c = 0; c < d; ++c) to[c] = from[c] * style.scale;
-    }
+    for (int64_t c = 0; c < d; ++c)
+      for (int64_t r = 0; r < run; ++r) kp[c * kPageTokens + slot + r] = half[r][c];
+    i += run;
   }
-  n_tokens_ += n;
+  const int64_t seen_from = score_tokens_ - n_observed_;
+  for (int64_t i = std::max<int64_t>(0, score_tokens_ - kMomentTokens - n_tokens_);
+       i < n && n_tokens_ + i < score_tokens_; ++i)
+    for (int64_t g = 0; g < group; ++g)
+      AddMoment(q + ((i * heads + head) * group + g) * d, d, moment_.data() + head * d * d);
+  for (int64_t i = std::max<int64_t>(0, seen_from - n_tokens_); i < n && n_tokens_ + i < score_tokens_; ++i) {
+    const float* from = q + (i * heads + head) * group * d;
+    float* to = observed_.data() + (head * n_observed_ + n_tokens_ + i - seen_from) * group * d;
+    for (int64_t c = 0; c < group * d; ++c) to[c] = from[c] * style_.scale;
+  }
 }
 
 DenseView LayerScratch::view(int64_t head, int64_t n) const {

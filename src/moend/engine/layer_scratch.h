@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -39,8 +40,12 @@ class LayerScratch {
   Expected<void> KeepState();
 
   // k, v: f32 [n][n_kv_heads][head_size]; q: f32 [n][n_heads][head_size], unscaled, kept only as far as the
-  // scorer needs it. `style`: the layer's; what it points to outlives the scratch.
-  void Append(const float* q, const float* k, const float* v, int64_t n, const AttentionStyle& style);
+  // scorer needs it. `style`: the layer's; what it points to outlives the scratch. `each_head` calls a
+  // function for each KV head, in any order, on several threads if it likes; without it they come one after
+  // the other.
+  using EachHead = std::function<void(int64_t n, const std::function<void(int64_t)>&)>;
+  void Append(const float* q, const float* k, const float* v, int64_t n, const AttentionStyle& style,
+              const EachHead& each_head = {});
 
   int64_t n_tokens() const { return n_tokens_; }
   int64_t capacity() const { return capacity_; }
@@ -95,6 +100,7 @@ class LayerScratch {
     Buffer<float> q;  // [n_kv_heads][most * group][head_size]
     int64_t most = 0, n = 0;
   };
+  void AppendHead(int64_t head, const float* q, const float* k, const float* v, int64_t n);
   void Add(const float* q, const AttentionStyle& style, Reference& to);
   QueryRows Rows(const Reference& from, int64_t head) const;
 

@@ -26,13 +26,16 @@ ggml_tensor* First(ggml_context* ctx, ggml_tensor* t, int64_t n) {
   return ggml_view_2d(ctx, t, t->ne[0], n, t->nb[1], 0);
 }
 
-// Nothing is under way any more when it ends, however it ends.
-class Quiet {
+// Waits for the device unless all went well.
+class QuietOnError {
  public:
-  explicit Quiet(ggml_backend_t backend) : backend_(backend) {}
-  ~Quiet() { ggml_backend_synchronize(backend_); }
-  Quiet(const Quiet&) = delete;
-  Quiet& operator=(const Quiet&) = delete;
+  explicit QuietOnError(ggml_backend_t backend) : backend_(backend) {}
+  ~QuietOnError() {
+    if (!well) ggml_backend_synchronize(backend_);
+  }
+  QuietOnError(const QuietOnError&) = delete;
+  QuietOnError& operator=(const QuietOnError&) = delete;
+  bool well = false;
 
  private:
   ggml_backend_t backend_;
@@ -110,11 +113,11 @@ Expected<void> Offload::CheckSupport() {
     for (const int64_t n : {int64_t{1}, most_rows_}) {
       std::vector<Segment> segments;
       if (l == h_.n_layers) {
-        MOEND_ASSIGN(Segment head, MakeSegment(l, l, l, n, true, nullptr));
+        MOEND_ASSIGN(Segment head, MakeSegment(l, l, l, n, true, nullptr, rows_.x, 0));
         segments.push_back(std::move(head));
       }
       for (int64_t part = 0; l < h_.n_layers && part < 2; ++part) {
-        MOEND_ASSIGN(Segment made, MakeSegment(l + part, l, l + 1, n, false, nullptr));
+        MOEND_ASSIGN(Segment made, MakeSegment(l + part, l, l + 1, n, false, nullptr, rows_.x, 0));
         segments.push_back(std::move(made));
       }
       for (const Segment& s : segments)
@@ -134,7 +137,8 @@ Expected<void> Offload::CheckSupport() {
 }
 
 Expected<Offload::Segment> Offload::MakeSegment(int64_t l, int64_t begin, int64_t end, int64_t n, bool head,
-                                                const OwnAttention::Block* own) {
+                                                const OwnAttention::Block* own, ggml_tensor* hidden,
+                                                int64_t first_row) {
   const int64_t nodes = 2 * NodesPerLayer(h_) + kFixedNodes;
   Segment s;
   s.ctx.reset(ggml_init({ggml_tensor_overhead() * static_cast<std::size_t>(nodes) +
@@ -152,7 +156,8 @@ Expected<Offload::Segment> Offload::MakeSegment(int64_t l, int64_t begin, int64_
   ggml_tensor* const q = part(0, h_.n_heads);
   ggml_tensor* const k = part(n * q_width, h_.n_kv_heads);
   ggml_tensor* const v = part(n * (q_width + kv_width), h_.n_kv_heads);
-  ggml_tensor* const in = First(ctx, rows_.x, n);
+  ggml_tensor* const in = ggml_view_2d(ctx, hidden, h_.n_embd, n, hidden->nb[1],
+                                       static_cast<std::size_t>(first_row) * hidden->nb[1]);
   ggml_tensor* x = in;
   if (l > begin) {
     const LayerParams& p = h_.layers[static_cast<std::size_t>(l - 1)];
@@ -198,7 +203,7 @@ Expected<Offload::Steps*> Offload::StepsOf(int64_t begin, int64_t end, int64_t n
   made->n = n, made->begin = begin, made->end = end, made->head = head;
   made->memory.reset(ggml_gallocr_new(ggml_backend_dev_buffer_type(weights_.device)));
   for (int64_t l = begin; l <= end; ++l) {
-    MOEND_ASSIGN(Segment s, MakeSegment(l, begin, end, n, head, nullptr));
+    MOEND_ASSIGN(Segment s, MakeSegment(l, begin, end, n, head, nullptr, rows_.x, 0));
     made->segments.push_back(std::move(s));
   }
   // They run one after the other in the same memory: the largest makes it, so that none moves it later.
@@ -238,8 +243,14 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
     return Fail(ErrorCode::kInvalidArgument, "{} tokens in one step; {} are possible", n, most_rows_);
   const int64_t q_floats = n * h_.n_heads * h_.head_size, kv_floats = n * h_.n_kv_heads * h_.head_size;
   const std::size_t x_bytes = FloatBytes(n * h_.n_embd);
-  std::memcpy(host_x_, hidden, x_bytes);
-  Send(rows_.x, host_x_, x_bytes);
+  int64_t first_row = 0;
+  Kept* const kept = keep ? nullptr : KeptOf(hidden, &first_row);
+  ggml_tensor* const x = kept ? kept->x : rows_.x;
+  const auto row = [&](int64_t i) { return static_cast<std::size_t>(first_row + i); };
+  if (!kept || !kept->there[row(0)]) {
+    std::memcpy(host_x_, hidden, x_bytes);
+    ggml_backend_tensor_set_async(backend_.get(), x, host_x_, row(0) * x->nb[1], x_bytes);
+  }
   Send(rows_.positions, positions.data(), positions.size_bytes());
   std::vector<float> temperature;
   if (h_.query_temperature.scale != 0) {
@@ -251,7 +262,7 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
     MOEND_ASSIGN(steps, StepsOf(begin, end, n, logits != nullptr));
   }
   Segment made;
-  const Quiet quiet(backend_.get());
+  QuietOnError quiet(backend_.get());
   std::optional<OwnAttention::Block> own;  // of the layer before
   ggml_tensor* result = nullptr;
   for (int64_t l = begin; l <= end; ++l) {
@@ -259,8 +270,8 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
     if (steps) {
       segment = &steps->segments[static_cast<std::size_t>(l - begin)];
     } else {
-      ggml_backend_synchronize(backend_.get());  // what made's memory holds is through
-      MOEND_ASSIGN(made, MakeSegment(l, begin, end, n, logits != nullptr, own ? &*own : nullptr));
+      MOEND_ASSIGN(made,
+                   MakeSegment(l, begin, end, n, logits != nullptr, own ? &*own : nullptr, x, first_row));
       MOEND_TRY(Allocate(block_memory_[l == begin ? 0 : 1].get(), made.graph));
       segment = &made;
     }
@@ -286,19 +297,79 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
   }
   if (logits)
     ggml_backend_tensor_get_async(backend_.get(), result, logits, 0, FloatBytes(n * h_.n_vocab));
-  else
+  else if (!kept)
     ggml_backend_tensor_get_async(backend_.get(), rows_.x, host_x_, 0, x_bytes);
   if (attn_out)
     ggml_backend_tensor_get_async(backend_.get(), rows_.attended, attn_out, 0, FloatBytes(q_floats));
+  quiet.well = true;
+  for (int64_t i = 0; kept && i < n; ++i) kept->here[row(i)] = false, kept->there[row(i)] = true;
+  if (kept && !attn_out) return {};  // what comes next is ordered behind it
   ggml_backend_synchronize(backend_.get());
-  if (!logits) std::memcpy(hidden, host_x_, x_bytes);
+  if (!logits && !kept) std::memcpy(hidden, host_x_, x_bytes);
+  return {};
+}
+
+void Offload::Keep(std::span<float> hidden) {
+  auto kept = std::make_unique<Kept>();
+  kept->host = hidden.data();
+  kept->rows = std::ssize(hidden) / h_.n_embd;
+  kept->ctx = Describe(1);
+  if (!kept->ctx || kept->rows == 0) return;
+  kept->x = ggml_new_tensor_2d(kept->ctx.get(), GGML_TYPE_F32, h_.n_embd, kept->rows);
+  kept->buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(kept->ctx.get(),
+                                                              ggml_backend_dev_buffer_type(weights_.device)));
+  if (!kept->buffer) return;
+  kept->here.assign(static_cast<std::size_t>(kept->rows), true);
+  kept->there.assign(static_cast<std::size_t>(kept->rows), false);
+  kept_.push_back(std::move(kept));
+}
+
+void Offload::Forget(const float* hidden) {
+  ggml_backend_synchronize(backend_.get());
+  std::erase_if(kept_, [&](const auto& k) { return k->host == hidden; });
+}
+
+void Offload::Changed(std::span<const float> rows) {
+  int64_t first = 0;
+  Kept* const kept = KeptOf(rows.data(), &first);
+  for (int64_t i = 0; kept && i < std::ssize(rows) / h_.n_embd; ++i)
+    kept->there[static_cast<std::size_t>(first + i)] = false;
+}
+
+Offload::Kept* Offload::KeptOf(const float* rows, int64_t* first) {
+  for (const auto& k : kept_) {
+    if (rows < k->host || rows >= k->host + k->rows * h_.n_embd) continue;
+    *first = (rows - k->host) / h_.n_embd;
+    return k.get();
+  }
+  return nullptr;
+}
+
+Expected<void> Offload::Fetch(std::span<const float> rows) {
+  int64_t first = 0;
+  Kept* const kept = KeptOf(rows.data(), &first);
+  if (!kept) return {};
+  const int64_t end = first + std::ssize(rows) / h_.n_embd;
+  for (int64_t i = first; i < end;) {
+    int64_t n = 0;  // stale ones in a row
+    while (i + n < end && n < most_rows_ && !kept->here[static_cast<std::size_t>(i + n)]) ++n;
+    if (n == 0) {
+      ++i;
+      continue;
+    }
+    const std::size_t bytes = FloatBytes(n * h_.n_embd);
+    ggml_backend_tensor_get_async(backend_.get(), kept->x, host_x_, FloatBytes(i * h_.n_embd), bytes);
+    ggml_backend_synchronize(backend_.get());
+    std::memcpy(kept->host + i * h_.n_embd, host_x_, bytes);
+    for (const int64_t stop = i + n; i < stop; ++i) kept->here[static_cast<std::size_t>(i)] = true;
+  }
   return {};
 }
 
 Expected<void> Offload::Head(const float* hidden, int64_t n, float* logits) {
   for (int64_t done = 0; done < n; done += most_rows_) {
     const int64_t m = std::min(most_rows_, n - done);
-    MOEND_ASSIGN(Segment s, MakeSegment(h_.n_layers, h_.n_layers, h_.n_layers, m, true, nullptr));
+    MOEND_ASSIGN(Segment s, MakeSegment(h_.n_layers, h_.n_layers, h_.n_layers, m, true, nullptr, rows_.x, 0));
     MOEND_TRY(Allocate(head_memory_.get(), s.graph));
     Send(rows_.x, hidden + done * h_.n_embd, FloatBytes(m * h_.n_embd));
     MOEND_TRY(Start(s.graph));

@@ -38,6 +38,14 @@ class Offload {
   static Expected<std::unique_ptr<Offload>> Create(std::shared_ptr<const Model> model, int64_t block_tokens,
                                                    int n_threads);
 
+  // Hidden states that go through many layers block by block stay on the device meanwhile: rows of `hidden`
+  // that Run() changes are stale on the host until Fetch(). Ends with Forget(). Does nothing where the device
+  // has no memory for them.
+  void Keep(std::span<float> hidden);
+  void Forget(const float* hidden);
+  Expected<void> Fetch(std::span<const float> rows);
+  void Changed(std::span<const float> rows);  // by the host, after Fetch()
+
   bool holds(int64_t layer) const { return weights_.holds(layer); }
   // Rows that the functions below take at once.
   int64_t most_rows() const { return most_rows_; }
@@ -70,13 +78,26 @@ class Offload {
                 *temperature = nullptr;
   };
 
+  // Hidden states of a whole prompt, on the device and here.
+  struct Kept {
+    float* host = nullptr;
+    int64_t rows = 0;
+    ggml_context_ptr ctx;
+    ggml_backend_buffer_ptr buffer;
+    ggml_tensor* x = nullptr;       // f32 [n_embd, rows]
+    std::vector<bool> here, there;  // which rows are up to date where
+  };
+
   Offload(std::shared_ptr<const Model> model, int64_t most_rows);
+  // Whose rows [first, ...) these are; null: nobody's.
+  Kept* KeptOf(const float* rows, int64_t* first);
   Expected<void> MakeRows();
   Expected<void> CheckSupport();
   // The graph behind attention of layer `l - 1` (unless l == begin), then that in front of attention of layer
   // l, or the head, or nothing (l == end).
+  // x: f32 [n_embd, at least n], where hidden states come from and go to.
   Expected<Segment> MakeSegment(int64_t l, int64_t begin, int64_t end, int64_t n, bool head,
-                                const OwnAttention::Block* own);
+                                const OwnAttention::Block* own, ggml_tensor* x, int64_t first_row);
   Expected<Steps*> StepsOf(int64_t begin, int64_t end, int64_t n, bool head);
   Expected<void> Allocate(ggml_gallocr* memory, ggml_cgraph* graph);
   Expected<void> Start(ggml_cgraph* graph);
@@ -95,6 +116,7 @@ class Offload {
   std::vector<float> plain_host_;  // where the device has no host memory of its own
   ggml_gallocr_ptr block_memory_[2], head_memory_;
   std::vector<std::unique_ptr<Steps>> steps_;  // the one that was used last at the end
+  std::vector<std::unique_ptr<Kept>> kept_;
   OwnAttention own_;
 };
 

@@ -97,9 +97,14 @@ void PrefillHook::EndAccumulation() {
 }
 
 void PrefillHook::Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) {
+  StoreApart(layer, q, k, v, n, {});
+}
+
+void PrefillHook::StoreApart(int64_t layer, const float* q, const float* k, const float* v, int64_t n,
+                             const Each& each) {
   style_ = model_->Style(layer);
   first_ = scratch_->n_tokens();
-  scratch_->Append(q, k, v, n, style_);
+  scratch_->Append(q, k, v, n, style_, each);
   if (context_ && style_.window == 0)
     context_->Refer(q, weights_.data() + index_ + first_, index_ + first_, n, std::ssize(weights_));
   else if (!context_ && style_.window == 0)

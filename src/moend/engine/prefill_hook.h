@@ -39,6 +39,8 @@ class PrefillHook : public AttentionHook {
   void DropSums();
 
   void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override;
+  void StoreApart(int64_t layer, const float* q, const float* k, const float* v, int64_t n,
+                  const Each& each) override;
   void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
   void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) override;
   // Where a prompt is read for the first time, by a scorer that does not add up what tokens receive.

@@ -104,12 +104,14 @@ Expected<Repetition> Repetition::Create(Compute& compute, std::shared_ptr<Ledger
   MOEND_ASSIGN(r.scratch_, LayerScratch::Create(ledger, {hp.n_kv_heads, hp.head_size}, hp.n_heads, longest, 0,
                                                 ScorerNeeds(), hp.state_floats()));
   MOEND_TRY(compute.Embed(tokens, r.hidden_.data()));
+  r.on_device_ = Compute::OnDevice(compute, r.states());
   return r;
 }
 
 Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, std::span<const float> grams,
                                  PrefillHook& hook, const std::function<bool()>& go_on) {
   const int64_t n_embd = compute_->model().hparams().n_embd;
+  MOEND_TRY(compute_->Fetch(states()));
   InverseSquares(hidden_.data(), tokens_, n_embd, weights_);
   const float before = Median(weights_);
   for (const Part& part : parts_) {
@@ -126,6 +128,7 @@ Expected<void> Repetition::Layer(int64_t layer, LayerScratch& context, std::span
   // Tokens are weighed by what enters the layer, since their attention comes first; layers by what leaves
   // them: what enters the first one is small, and what it makes of it large.
   if (grams.empty()) return {};
+  MOEND_TRY(compute_->Fetch(states()));
   InverseSquares(hidden_.data(), tokens_, n_embd, weights_);
   const float scale = Median(weights_) / before;
   context.ScaleReference(scale);
@@ -140,6 +143,7 @@ Expected<double> Repetition::CopyLoss() {
   constexpr int64_t kRows = 32;  // of a part
   const HyperParams& hp = compute_->model().hparams();
   std::vector<float> rows, logits(static_cast<std::size_t>(kRows * hp.n_vocab));
+  MOEND_TRY(compute_->Fetch(states()));
   double sum = 0;
   int64_t n = 0;
   for (const Part& part : parts_) {

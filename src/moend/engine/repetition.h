@@ -55,11 +55,13 @@ class Repetition {
     int64_t begin = 0, tokens = 0;  // rows of hidden_
   };
   Repetition() = default;
+  std::span<float> states() { return {hidden_.data(), static_cast<std::size_t>(hidden_.size())}; }
   Compute* compute_ = nullptr;
   int64_t n_context_ = 0, tokens_ = 0;
   std::vector<Part> parts_;
-  std::vector<int32_t> ids_;    // [tokens_]
-  Buffer<float> hidden_;        // f32 [tokens_][n_embd]
+  std::vector<int32_t> ids_;  // [tokens_]
+  Buffer<float> hidden_;      // f32 [tokens_][n_embd]
+  Compute::OnDevice on_device_;
   LayerScratch scratch_;        // a part's own K/V
   std::vector<float> weights_;  // 1 / |x|^2 of each token
 };

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <optional>
 
 #include "moend/base/error.h"
@@ -33,6 +34,13 @@ class AttentionHook {
   void NoteError(Error error) noexcept;
   void NoteException() noexcept;  // the one that is being handled
   virtual void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) = 0;
+  // Store outside of a graph, where `each` calls a function for 0 <= i < n on all threads.
+  using Each = std::function<void(int64_t n, const std::function<void(int64_t)>&)>;
+  virtual void StoreApart(int64_t layer, const float* q, const float* k, const float* v, int64_t n,
+                          const Each& each) {
+    static_cast<void>(each);
+    Store(layer, q, k, v, n);
+  }
   virtual void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) = 0;
   virtual void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) = 0;
   // Whether a layer's queries see nothing but the tokens that were given to Store since the layer's first
