@@ -25,6 +25,10 @@ if(moend_own_ggml EQUAL 0 OR moend_own_jinja EQUAL 0)
   install(DIRECTORY .deps/install/ DESTINATION ${CMAKE_INSTALL_LIBDIR}/moend)
 endif()
 
+# Back ends for GPUs, which the program looks for beside itself (model/device.h).
+install(DIRECTORY .deps/backends/ DESTINATION ${CMAKE_INSTALL_LIBDIR}/moend/backends OPTIONAL
+        FILES_MATCHING PATTERN "libggml-*.so*")
+
 configure_package_config_file(cmake/moendConfig.cmake.in ${CMAKE_BINARY_DIR}/moendConfig.cmake
                               INSTALL_DESTINATION ${moend_package})
 write_basic_package_version_file(${CMAKE_BINARY_DIR}/moendConfigVersion.cmake COMPATIBILITY SameMinorVersion)

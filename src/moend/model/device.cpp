@@ -23,7 +23,7 @@ std::vector<fs::path> Folders() {
   const fs::path program = fs::read_symlink("/proc/self/exe", error);
   if (!error) {
     folders.push_back(program.parent_path());
-    folders.push_back(program.parent_path().parent_path() / "lib" / "moend" / "backends");
+    folders.push_back(program.parent_path().parent_path() / MOEND_INSTALLED_BACKENDS);
   }
 #ifdef MOEND_BACKEND_DIR
   folders.emplace_back(MOEND_BACKEND_DIR);
