@@ -14,7 +14,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kBenchFooter = R"(
 Examples:
   moend bench -m model.gguf
   moend bench -m model.gguf -p 0 -n 64 -d 0,4096,16384 --plan full,plan.json
@@ -194,7 +194,7 @@ void AddBench(CLI::App& app, int& exit_code) {
       ->check(CLI::IsMember({"md", "csv", "json"}))
       ->type_name("NAME");
   command->add_flag("--no-warmup", f.no_warm_up, "no run before those that count");
-  command->footer(kFooter);
+  command->footer(kBenchFooter);
   command->callback([flags, &exit_code] {
     if (Runs(*flags).empty()) throw CLI::ValidationError("there is nothing to measure: -p and -n are 0");
     exit_code = ExitCode(Run(*flags));
