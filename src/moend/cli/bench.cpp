@@ -36,7 +36,7 @@ struct BenchFlags {
   bool no_warm_up = false;
 };
 
-struct Row {
+struct BenchRow {
   std::string plan;
   SpeedResult result;
 };
@@ -45,7 +45,7 @@ std::string TestName(const SpeedRun& run) {
   return fmt::format("{}{}{}", ShortName(run.test), run.n, run.depth ? fmt::format(" @ d{}", run.depth) : "");
 }
 
-nlohmann::ordered_json Json(const Row& row, const Engine& engine) {
+nlohmann::ordered_json Json(const BenchRow& row, const Engine& engine) {
   const SpeedResult& r = row.result;
   return {{"test", ShortName(r.run.test)},
           {"n", r.run.n},
@@ -92,7 +92,7 @@ class Printer {
     std::fflush(stdout);
   }
 
-  void Add(const Row& row) {
+  void Add(const BenchRow& row) {
     const SpeedResult& r = row.result;
     const HyperParams& hp = engine_.model().hparams();
     const std::string& name = hp.name.empty() ? engine_.model().path() : hp.name;
