@@ -17,10 +17,12 @@
 namespace moend {
 namespace {
 
-struct World {
+using test::Contains;
+
+struct BenchWorld {
   test::TempDir dir;
   std::string model = dir / "model.gguf", plan = dir / "plan.json";
-  World() {
+  BenchWorld() {
     EXPECT_TRUE(test::WriteTestModel({}, model));
     auto loaded = Model::Load(model, {1, false});
     EXPECT_TRUE(loaded);
@@ -32,11 +34,9 @@ struct World {
   }
 };
 
-test::ProcessResult Moend(std::vector<std::string> arguments) {
+test::ProcessResult Bench(std::vector<std::string> arguments) {
   arguments.insert(arguments.begin(), "bench");
-  test::ProcessOptions options;
-  options.environment.emplace_back("MOEND_ARG_THREADS", "1");
-  return test::RunProcess(MOEND_BINARY, arguments, options);
+  return test::Moend(arguments);
 }
 
 std::vector<std::string> Lines(const std::string& text) {
@@ -46,13 +46,9 @@ std::vector<std::string> Lines(const std::string& text) {
   return lines;
 }
 
-bool Contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
-
 TEST(BenchCommand, JsonHasARowForEveryTestDepthAndPlan) {
-  const World world;
-  const auto r = Moend({"-m", world.model, "-p", "64,300", "-n", "3", "-d", "0,200", "--plan",
+  const BenchWorld world;
+  const auto r = Bench({"-m", world.model, "-p", "64,300", "-n", "3", "-d", "0,200", "--plan",
                         "full," + world.plan, "-r", "2", "-o", "json"});
   ASSERT_EQ(r.code, 0) << r.err;
   EXPECT_EQ(r.err, "");
@@ -86,8 +82,8 @@ TEST(BenchCommand, JsonHasARowForEveryTestDepthAndPlan) {
 }
 
 TEST(BenchCommand, MarkdownAndCsv) {
-  const World world;
-  const auto md = Moend({"-m", world.model, "-p", "8", "-n", "2", "-d", "16", "-r", "1"});
+  const BenchWorld world;
+  const auto md = Bench({"-m", world.model, "-p", "8", "-n", "2", "-d", "16", "-r", "1"});
   ASSERT_EQ(md.code, 0) << md.err;
   const auto table = Lines(md.out);
   ASSERT_EQ(table.size(), 4u) << md.out;
@@ -96,7 +92,7 @@ TEST(BenchCommand, MarkdownAndCsv) {
   EXPECT_TRUE(Contains(table[3], "| tg2 @ d16 |")) << table[3];
   EXPECT_TRUE(Contains(table[3], " ± 0.00 |")) << table[3];
 
-  const auto csv = Moend({"-m", world.model, "-p", "0", "-n", "2", "-r", "1", "-o", "csv"});
+  const auto csv = Bench({"-m", world.model, "-p", "0", "-n", "2", "-r", "1", "-o", "csv"});
   ASSERT_EQ(csv.code, 0) << csv.err;
   const auto lines = Lines(csv.out);
   ASSERT_EQ(lines.size(), 2u) << csv.out;
@@ -105,9 +101,9 @@ TEST(BenchCommand, MarkdownAndCsv) {
 }
 
 TEST(BenchCommand, WrongUsageIsTwoAndFailureIsOne) {
-  const World world;
-  EXPECT_EQ(Moend({"--help"}).code, 0);
-  EXPECT_TRUE(Contains(Moend({"--help"}).out, "--n-depth"));
+  const BenchWorld world;
+  EXPECT_EQ(Bench({"--help"}).code, 0);
+  EXPECT_TRUE(Contains(Bench({"--help"}).out, "--n-depth"));
   for (const std::vector<std::string>& wrong : {std::vector<std::string>{},
                                                 {"-m", world.model, "-p", "-1"},
                                                 {"-m", world.model, "-p", "x"},
@@ -115,15 +111,15 @@ TEST(BenchCommand, WrongUsageIsTwoAndFailureIsOne) {
                                                 {"-m", world.model, "-o", "xml"},
                                                 {"-m", world.model, "-p", "0", "-n", "0"},
                                                 {"-m", world.model, "-ngl", "9"}}) {
-    const auto r = Moend(wrong);
+    const auto r = Bench(wrong);
     EXPECT_EQ(r.code, 2) << r.err;
     EXPECT_EQ(r.out, "");
     EXPECT_TRUE(Contains(r.err, "moend: error: ")) << r.err;
   }
-  const auto no_model = Moend({"-m", world.dir / "none.gguf"});
+  const auto no_model = Bench({"-m", world.dir / "none.gguf"});
   EXPECT_EQ(no_model.code, 1);
   EXPECT_TRUE(Contains(no_model.err, "none.gguf")) << no_model.err;
-  const auto no_plan = Moend({"-m", world.model, "--plan", world.dir / "none.json"});
+  const auto no_plan = Bench({"-m", world.model, "--plan", world.dir / "none.json"});
   EXPECT_EQ(no_plan.code, 1);
   EXPECT_EQ(no_plan.out, "") << "no table before a plan that is missing";
   EXPECT_TRUE(Contains(no_plan.err, "none.json")) << no_plan.err;

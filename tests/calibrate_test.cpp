@@ -7,10 +7,14 @@
 #include <cmath>
 
 #include "moend/engine/capture.h"
+#include "tests/support/calibration.h"
 #include "tests/support/test_model.h"
 
 namespace moend {
 namespace {
+
+using test::Chunks;
+using test::Kl;
 
 struct TinyEngine {
   test::TempDir dir;
@@ -37,13 +41,6 @@ CalibrateOptions Options() {
   options.experts = {{0.2, 4, 4}, {0.6, 4, 4}, {1.0, 2, 2},  {1.0, 4, 2},
                      {1.0, 4, 4}, {1.0, 8, 8}, {1.0, 16, 16}};
   return options;
-}
-
-std::vector<std::vector<int32_t>> Chunks(int64_t count) {
-  std::vector<std::vector<int32_t>> chunks;
-  for (int64_t i = 0; i < count; ++i)
-    chunks.push_back(test::RandomTokens(600, static_cast<uint64_t>(100 + i)));
-  return chunks;
 }
 
 Profile MustCalibrate(const std::shared_ptr<Engine>& engine, std::span<const std::vector<int32_t>> chunks,
@@ -78,15 +75,6 @@ TEST(Calibrate, LossesFallWithBitsAndTokens) {
     EXPECT_LT(at(row, {0.6, 4, 4}).l2, at(row, {0.2, 4, 4}).l2);
     EXPECT_GT(at(row, {1.0, 8, 8}).l2, 0);
   }
-}
-
-double Kl(std::span<const float> p, std::span<const float> q) {
-  double pm = -INFINITY, qm = -INFINITY, ps = 0, qs = 0, kl = 0;
-  for (std::size_t i = 0; i < p.size(); ++i) pm = std::max(pm, double{p[i]}), qm = std::max(qm, double{q[i]});
-  for (std::size_t i = 0; i < p.size(); ++i) ps += std::exp(p[i] - pm), qs += std::exp(q[i] - qm);
-  for (std::size_t i = 0; i < p.size(); ++i)
-    kl += std::exp(p[i] - pm) / ps * ((p[i] - pm - std::log(ps)) - (q[i] - qm - std::log(qs)));
-  return kl;
 }
 
 // The definition, by the slow way that a user takes: a session whose plan compresses one layer only, against

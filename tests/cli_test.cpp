@@ -18,6 +18,8 @@
 namespace moend {
 namespace {
 
+using test::Contains;
+using test::Moend;
 using test::ProcessOptions;
 using test::ProcessResult;
 using test::ReadAll;
@@ -26,16 +28,6 @@ using test::TemporaryFolder;
 const std::string kModel = MOEND_SOURCE_DIR "/models/moend-reference-23m-q8_0.gguf";
 const std::string kDoor =
     "The access code of the red door is 12345.\nQuestion: What is the access code of the red door?\nAnswer:";
-
-// One thread: tests run beside each other, and threads that wait for each other crawl on a busy machine.
-ProcessResult Moend(const std::vector<std::string>& arguments, ProcessOptions options = {}) {
-  options.environment.emplace_back("MOEND_ARG_THREADS", "1");
-  return test::RunProcess(MOEND_BINARY, arguments, options);
-}
-
-bool Contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
 
 // Ends with `code`, nothing on stdout, "moend: error: " and all of `words` on stderr.
 void ExpectError(const ProcessResult& result, int code, const std::vector<std::string>& words) {

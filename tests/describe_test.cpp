@@ -57,7 +57,7 @@ Profile MakeProfile(int64_t layers, const std::vector<double>& keeps) {
   return p;
 }
 
-Plan MakePlan() {
+Plan MakeDescribed() {
   Plan p;
   p.model = {"llama", "tiny", 2, {2, 64}, "0123456789abcdef"};
   p.scorer = "snapkv";
@@ -95,7 +95,7 @@ TEST(DescribeTest, ScorersOfLayersAreRanges) {
   Profile profile = MakeProfile(3, {0.5, 1.0});
   profile.scorer = "keydiff,expected,expected,keydiff,expected";
   EXPECT_NE(DescribeProfile(profile).find("scorer expected 1-2 4, keydiff 0 3;"), std::string::npos);
-  Plan plan = MakePlan();
+  Plan plan = MakeDescribed();
   plan.scorer = "h2o,h2o";
   EXPECT_NE(DescribePlan(plan).find("scorer h2o 0-1"), std::string::npos);
 }
@@ -115,7 +115,7 @@ TEST(DescribeTest, LinesFitTheWidth) {
   profile.model.name = "a model with quite a long name that somebody gave it in a file";
   profile.model.architecture = std::string(64, 'x');
   profile.scorer = std::string(64, 'y');
-  Plan plan = MakePlan();
+  Plan plan = MakeDescribed();
   plan.model = profile.model;
   plan.variant = plan.solver = plan.metric = profile.scorer;
   plan.layers.assign(80, {0.0125, 16, 16});
@@ -145,7 +145,7 @@ TEST(DescribeTest, LinesFitTheWidth) {
 TEST(DescribeTest, NamesCannotSteerTheTerminal) {
   Profile profile = MakeProfile(1, {1.0});
   profile.model.name = "evil\x1b]0;title\x07\n\r";
-  Plan plan = MakePlan();
+  Plan plan = MakeDescribed();
   plan.model.name = plan.scorer = plan.variant = profile.model.name;
   for (const std::string& text : {DescribeProfile(profile), DescribePlan(plan)}) {
     EXPECT_NE(text.find("evil?]0;title???"), std::string::npos) << text;
@@ -168,7 +168,7 @@ TEST(DescribeTest, UnfinishedOrPerfectProfiles) {
 }
 
 TEST(DescribeTest, PlanRowsAndTotals) {
-  const Plan plan = MakePlan();
+  const Plan plan = MakeDescribed();
   const std::string text = DescribePlan(plan);
   const std::string row = LineWith(text, "    0 ");
   std::istringstream in(row);
@@ -189,7 +189,7 @@ TEST(DescribeTest, PlanRowsAndTotals) {
 }
 
 TEST(DescribeTest, PlanWithScorerStateAndWithoutPrediction) {
-  Plan plan = MakePlan();
+  Plan plan = MakeDescribed();
   plan.predicted.clear();
   plan.bytes = *PlanBytes(plan, 4096, 4);
   const std::string text = DescribePlan(plan);

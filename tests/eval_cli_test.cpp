@@ -13,10 +13,13 @@
 namespace moend {
 namespace {
 
-struct World {
+using test::Contains;
+using test::Moend;
+
+struct SuiteWorld {
   test::TempDir dir;
   std::string model = dir / "model.gguf", suite = dir / "suite.jsonl", text = dir / "text.txt";
-  World() {
+  SuiteWorld() {
     EXPECT_TRUE(test::WriteTestModel({}, model));
     std::string words;
     for (int i = 0; i < 200; ++i) words += fmt::format("word{} ", i * 31 % 97);
@@ -31,18 +34,8 @@ struct World {
   }
 };
 
-test::ProcessResult Moend(const std::vector<std::string>& arguments) {
-  test::ProcessOptions options;
-  options.environment.emplace_back("MOEND_ARG_THREADS", "1");
-  return test::RunProcess(MOEND_BINARY, arguments, options);
-}
-
-bool Contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
-
 TEST(EvalCommand, ScoresSavesContinuesAndReports) {
-  const World world;
+  const SuiteWorld world;
   const std::string out = world.dir / "out.json", page = world.dir / "report.html";
   const std::vector<std::string> command = {"eval",      "-m",      world.model, "--suite", world.suite,
                                             "--variant", "full,q4", "-o",        out};
@@ -76,7 +69,7 @@ TEST(EvalCommand, ScoresSavesContinuesAndReports) {
 }
 
 TEST(EvalCommand, WrongUseIsToldBeforeTheWork) {
-  const World world;
+  const SuiteWorld world;
   const auto fails = [&](std::vector<std::string> arguments, int code, const std::string& words) {
     const auto result = Moend(arguments);
     EXPECT_EQ(result.code, code) << result.err;
@@ -98,7 +91,7 @@ TEST(EvalCommand, WrongUseIsToldBeforeTheWork) {
 }
 
 TEST(PerplexityCommand, Prints) {
-  const World world;
+  const SuiteWorld world;
   const auto result = Moend({"perplexity", "-m", world.model, "-f", world.text, "-c", "64", "--chunks", "2"});
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_TRUE(Contains(result.out, "Mean PPL")) << result.out;
@@ -117,7 +110,7 @@ TEST(PerplexityCommand, Prints) {
 
 // As llama-perplexity: "<|eos|>" in a text is seven letters unless it is said to be a token.
 TEST(PerplexityCommand, SpecialTokensAreTextUnlessAskedFor) {
-  const World world;
+  const SuiteWorld world;
   std::string text;
   for (int i = 0; i < 60; ++i) text += fmt::format("word{}<|eos|>", i);
   ASSERT_TRUE(WriteFileAtomically(world.text, text));

@@ -86,7 +86,7 @@ std::vector<Case> Cases() {
   return cases;
 }
 
-class Random : public testing::TestWithParam<Case> {};
+class RandomModel : public testing::TestWithParam<Case> {};
 
 // Where rounding is the only difference left.
 void ExpectSame(const LogitDistance& d, int64_t positions) {
@@ -96,7 +96,7 @@ void ExpectSame(const LogitDistance& d, int64_t positions) {
   EXPECT_GE(d.top_share(), 0.995);
 }
 
-TEST_P(Random, LogitsAreLibllamas) {
+TEST_P(RandomModel, LogitsAreLibllamas) {
   const TempDir dir;
   const std::string path = dir / "model.gguf";
   ASSERT_TRUE(WriteTestModel(GetParam().options, path));
@@ -130,7 +130,7 @@ TEST(Threads, DoNotChangeLogits) {
   EXPECT_EQ(one, PlainLogits(**model, tokens, 10, 2));
 }
 
-INSTANTIATE_TEST_SUITE_P(Models, Random, testing::ValuesIn(Cases()),
+INSTANTIATE_TEST_SUITE_P(Models, RandomModel, testing::ValuesIn(Cases()),
                          [](const auto& info) { return info.param.name; });
 
 std::vector<int32_t> HeldOutTokens(const Model& model, std::size_t count) {

@@ -37,12 +37,12 @@ bool WriteModelWithNorm(const std::string& path, float value, const char* norm) 
   return WriteFileAtomically(path, bytes).has_value();
 }
 
-struct World {
+struct NanWorld {
   test::TempDir dir;
   std::string model = dir / "nan.gguf", text = dir / "text.txt", suite = dir / "suite.jsonl",
               out = dir / "out.json";
-  explicit World(float value = std::numeric_limits<float>::quiet_NaN(),
-                 const char* norm = "output_norm.weight") {
+  explicit NanWorld(float value = std::numeric_limits<float>::quiet_NaN(),
+                    const char* norm = "output_norm.weight") {
     EXPECT_TRUE(WriteModelWithNorm(model, value, norm));
     std::string words;
     for (int i = 0; i < 400; ++i) words += fmt::format("word{} ", i * 31 % 97);
@@ -68,46 +68,46 @@ void ExpectRefused(std::vector<std::string> arguments) {
 }
 
 TEST(NotFinite, Run) {
-  const World world, infinite(std::numeric_limits<float>::infinity());
+  const NanWorld world, infinite(std::numeric_limits<float>::infinity());
   ExpectRefused({"run", "-m", world.model, "-p", "Hello", "-n", "4"});
   ExpectRefused({"run", "-m", infinite.model, "-p", "Hello", "-n", "4", "--json"});
 }
 
 TEST(NotFinite, Chat) {
-  const World world;
+  const NanWorld world;
   ExpectRefused({"run", "-m", world.model, "--chat", "-p", "Hello", "-n", "4"});
 }
 
 TEST(NotFinite, Ask) {
-  const World world;
+  const NanWorld world;
   ExpectRefused({"ask", "-m", world.model, "-f", world.text, "-q", "What?"});
 }
 
 TEST(NotFinite, Bench) {
-  const World world;
+  const NanWorld world;
   ExpectRefused({"bench", "-m", world.model, "-p", "16", "-n", "0", "-r", "1"});
   ExpectRefused({"bench", "-m", world.model, "-p", "0", "-n", "2", "-r", "1"});
 }
 
 TEST(NotFinite, Perplexity) {
-  const World world;
+  const NanWorld world;
   ExpectRefused({"perplexity", "-m", world.model, "-f", world.text, "-c", "64", "--chunks", "1"});
 }
 
 TEST(NotFinite, Eval) {
-  const World world;
+  const NanWorld world;
   ExpectRefused({"eval", "-m", world.model, "--suite", world.suite, "--variant", "full", "-o", world.out});
 }
 
 TEST(NotFinite, Calibrate) {
-  const World world;
+  const NanWorld world;
   ExpectRefused({"calibrate", "-m", world.model, "-f", world.text, "-o", world.out, "-c", "600", "--chunks",
                  "1", "--keep", "0.5", "--bits", "4"});
   EXPECT_EQ(test::ReadAll(world.out), "") << "nothing was measured, so nothing is saved";
 }
 
 TEST(NotFinite, SolveThatMeasures) {
-  const World world;
+  const NanWorld world;
   LoadOptions options;
   options.vocabulary = false;
   const auto model = Model::Load(world.model, options);
@@ -130,7 +130,7 @@ TEST(NotFinite, SolveThatMeasures) {
 }
 
 TEST(NotFinite, ServeAnswers500) {
-  const World world;
+  const NanWorld world;
   auto model = Model::Load(world.model);
   ASSERT_TRUE(model);
   auto engine = Engine::Create(*model, {.n_threads = 1, .block_tokens = 128});
@@ -157,7 +157,7 @@ TEST(NotFinite, ServeAnswers500) {
 
 // The session that met it cannot be used further; one of another plan or model can.
 TEST(NotFinite, TheSessionSaysSo) {
-  const World world;
+  const NanWorld world;
   auto model = Model::Load(world.model, {1, false});
   ASSERT_TRUE(model);
   auto engine = Engine::Create(*model, {1});
@@ -171,7 +171,7 @@ TEST(NotFinite, TheSessionSaysSo) {
 // Nor does anything on the way to the logits choose, pack or refit what is no number without an end.
 TEST(NotFinite, APromptThatIsReadTwice) {
   for (const char* norm : {"output_norm.weight", "blk.0.attn_norm.weight"}) {
-    const World world(std::numeric_limits<float>::quiet_NaN(), norm);
+    const NanWorld world(std::numeric_limits<float>::quiet_NaN(), norm);
     auto model = Model::Load(world.model, {1, false});
     ASSERT_TRUE(model);
     auto engine = Engine::Create(*model, {1});
@@ -191,7 +191,7 @@ TEST(NotFinite, APromptThatIsReadTwice) {
 
 TEST(NotFinite, CalibrateByRepetition) {
   for (const char* norm : {"output_norm.weight", "blk.0.attn_norm.weight"}) {
-    const World world(std::numeric_limits<float>::quiet_NaN(), norm);
+    const NanWorld world(std::numeric_limits<float>::quiet_NaN(), norm);
     test::ProcessOptions options;
     options.environment.emplace_back("MOEND_ARG_THREADS", "1");
     const auto r = test::RunProcess(MOEND_BINARY,

@@ -17,12 +17,12 @@
 namespace moend::eval {
 namespace {
 
-struct World {
+struct PerplexityWorld {
   test::TempDir dir;
   std::string path = dir / "model.gguf";
   std::shared_ptr<const Model> model;
   std::shared_ptr<Engine> engine;
-  World() {
+  PerplexityWorld() {
     EXPECT_TRUE(test::WriteTestModel({}, path));
     auto loaded = Model::Load(path);
     EXPECT_TRUE(loaded) << loaded.error().message;
@@ -33,13 +33,13 @@ struct World {
     if (made) engine = *made;
   }
 };
-World& TheWorld() {
-  static World world;
+PerplexityWorld& TheModel() {
+  static PerplexityWorld world;
   return world;
 }
 
 Method Bits(int k, int v, int64_t n_ctx) {
-  Plan plan = FullPlan(TheWorld().engine->fingerprint(), n_ctx);
+  Plan plan = FullPlan(TheModel().engine->fingerprint(), n_ctx);
   std::ranges::fill(plan.layers, Expert{1.0, k, v});
   plan.variant = "bits";
   return MethodOf(plan, "");
@@ -68,19 +68,19 @@ TEST(Perplexity, Statistics) {
 
 TEST(Perplexity, FullCacheIsLibllamas) {
   std::vector<int32_t> tokens = test::RandomTokens(96, 5);
-  const auto results = Perplexity(TheWorld().engine, tokens, {}, {48, 0});
+  const auto results = Perplexity(TheModel().engine, tokens, {}, {48, 0});
   ASSERT_TRUE(results) << results.error().message;
   ASSERT_EQ(results->size(), 1u);
   const PerplexityResult* result = &results->front();
   EXPECT_EQ(result->chunks, 2);
   EXPECT_EQ(result->tokens, 2 * 23);
   EXPECT_EQ(result->ppl_base.mean, 0);  // nothing to compare
-  const Tokenizer& tokenizer = TheWorld().model->tokenizer();
+  const Tokenizer& tokenizer = TheModel().model->tokenizer();
   double sum = 0;
   for (int c = 0; c < 2; ++c) {
     std::vector<int32_t> chunk(tokens.begin() + 48 * c, tokens.begin() + 48 * (c + 1));
     if (tokenizer.adds_bos()) chunk[0] = tokenizer.bos();
-    const auto logits = test::LibllamaLogits(TheWorld().path, chunk);
+    const auto logits = test::LibllamaLogits(TheModel().path, chunk);
     ASSERT_EQ(logits.size(), 48u);
     for (std::size_t i = 24; i < 47; ++i) sum += LossOf(logits[i], chunk[i + 1]).nll;
   }
@@ -91,7 +91,7 @@ TEST(Perplexity, FullCacheIsLibllamas) {
 TEST(Perplexity, FewerBitsDivergeMore) {
   const std::vector<int32_t> tokens = test::RandomTokens(800, 6);
   const std::vector<Method> methods = {Bits(16, 16, 400), Bits(8, 8, 400), Bits(2, 2, 400)};
-  const auto results = Perplexity(TheWorld().engine, tokens, methods, {400, 0});
+  const auto results = Perplexity(TheModel().engine, tokens, methods, {400, 0});
   ASSERT_TRUE(results) << results.error().message;
   ASSERT_EQ(results->size(), 3u);  // the full one, and those that compress
   EXPECT_EQ((*results)[0].label, "full");
@@ -110,7 +110,7 @@ TEST(Perplexity, FewerBitsDivergeMore) {
     EXPECT_NE(FormatPerplexity(r).find("99.0%   KLD"), std::string::npos);
   }
   const auto json =
-      nlohmann::json::parse(PerplexitiesToJson(*results, TheWorld().engine->fingerprint(), 400, "text.txt"));
+      nlohmann::json::parse(PerplexitiesToJson(*results, TheModel().engine->fingerprint(), 400, "text.txt"));
   EXPECT_EQ(json["results"].size(), 3u);
   EXPECT_EQ(json["results"][2]["kld"]["mean"], (*results)[2].kld.mean);
   EXPECT_FALSE(json["results"][0].contains("kld"));
@@ -120,8 +120,8 @@ TEST(Perplexity, FewerBitsDivergeMore) {
 TEST(Perplexity, ComparedOrAloneTheFullCacheIsTheSame) {
   const std::vector<int32_t> tokens = test::RandomTokens(300, 8);
   const std::vector<Method> methods = {Bits(4, 4, 150)};
-  const auto alone = Perplexity(TheWorld().engine, tokens, {}, {150, 0});
-  const auto compared = Perplexity(TheWorld().engine, tokens, methods, {150, 0});
+  const auto alone = Perplexity(TheModel().engine, tokens, {}, {150, 0});
+  const auto compared = Perplexity(TheModel().engine, tokens, methods, {150, 0});
   ASSERT_TRUE(alone && compared);
   EXPECT_EQ((*alone)[0].tokens, (*compared)[0].tokens);
   EXPECT_NEAR((*alone)[0].nll.mean, (*compared)[0].nll.mean, 1e-3);
@@ -130,12 +130,12 @@ TEST(Perplexity, ComparedOrAloneTheFullCacheIsTheSame) {
 
 TEST(Perplexity, ANearlyFullCacheIsNearlyTheFullOne) {
   // One head of one layer at 8 bit: a plan by KV head whose layers say 16.
-  Plan plan = FullPlan(TheWorld().engine->fingerprint(), 200);
+  Plan plan = FullPlan(TheModel().engine->fingerprint(), 200);
   plan.heads.assign(plan.layers.size() * 2, Expert{});
   plan.heads[0] = {1.0, 8, 8};
   ASSERT_TRUE(Compresses(plan));
   const auto results =
-      Perplexity(TheWorld().engine, test::RandomTokens(200, 9), std::vector{MethodOf(plan, "")}, {200, 0});
+      Perplexity(TheModel().engine, test::RandomTokens(200, 9), std::vector{MethodOf(plan, "")}, {200, 0});
   ASSERT_TRUE(results) << results.error().message;
   ASSERT_EQ(results->size(), 2u);
   EXPECT_LT((*results)[1].kld.mean, 1e-3);
@@ -149,7 +149,7 @@ TEST(Perplexity, ANearlyFullCacheIsNearlyTheFullOne) {
 TEST(Perplexity, LibllamasCachesAreComparedWithItsOwn) {
   const std::vector<int32_t> tokens = test::RandomTokens(256, 10);
   PerplexityOptions options{128, 0, {"f16", "q8_0", "q4_0"}};
-  const auto results = Perplexity(TheWorld().engine, tokens, {}, options);
+  const auto results = Perplexity(TheModel().engine, tokens, {}, options);
   ASSERT_TRUE(results) << results.error().message;
   ASSERT_EQ(results->size(), 4u);
   const PerplexityResult &full = (*results)[0], &f16 = (*results)[1], &q8 = (*results)[2],
@@ -161,21 +161,21 @@ TEST(Perplexity, LibllamasCachesAreComparedWithItsOwn) {
   EXPECT_EQ(f16.tokens, full.tokens);
   EXPECT_NEAR(f16.nll.mean, full.nll.mean, 2e-3);
   // 34 and 18 bytes for 32 numbers, instead of 64.
-  EXPECT_EQ(f16.kv_bytes, FullBytes(TheWorld().engine->fingerprint(), 65));
+  EXPECT_EQ(f16.kv_bytes, FullBytes(TheModel().engine->fingerprint(), 65));
   EXPECT_EQ(q8.kv_bytes * 64, f16.kv_bytes * 34);
   EXPECT_EQ(q4.kv_bytes * 64, f16.kv_bytes * 18);
   options.llama_caches = {"q9_9"};
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, {}, options).error().code, ErrorCode::kNotFound);
+  EXPECT_EQ(Perplexity(TheModel().engine, tokens, {}, options).error().code, ErrorCode::kNotFound);
 }
 
 TEST(Perplexity, BadRequests) {
   const std::vector<int32_t> tokens = test::RandomTokens(100, 7);
   const std::vector<Method> methods = {Bits(4, 4, 50)};
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, {}, {101, 0}).error().code, ErrorCode::kInvalidArgument);
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, {}, {4, 0}).error().code, ErrorCode::kInvalidArgument);
+  EXPECT_EQ(Perplexity(TheModel().engine, tokens, {}, {101, 0}).error().code, ErrorCode::kInvalidArgument);
+  EXPECT_EQ(Perplexity(TheModel().engine, tokens, {}, {4, 0}).error().code, ErrorCode::kInvalidArgument);
   const auto stop = [](const PerplexityProgress&) { return false; };
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, {}, {50, 0}, stop).error().code, ErrorCode::kCancelled);
-  EXPECT_EQ(Perplexity(TheWorld().engine, tokens, methods, {50, 0}, stop).error().code,
+  EXPECT_EQ(Perplexity(TheModel().engine, tokens, {}, {50, 0}, stop).error().code, ErrorCode::kCancelled);
+  EXPECT_EQ(Perplexity(TheModel().engine, tokens, methods, {50, 0}, stop).error().code,
             ErrorCode::kCancelled);
 }
 
@@ -183,7 +183,7 @@ TEST(Distance, NotANumberIsNoPerfectPrediction) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const std::vector<float> base = {0, 1}, broken = {0, nan};
   EXPECT_TRUE(std::isnan(KlDivergence(base, broken)));
-  Engine& engine = *TheWorld().engine;
+  Engine& engine = *TheModel().engine;
   const auto n = static_cast<std::size_t>(engine.model().hparams().n_vocab);
   std::vector<float> logits(n, 0.0f), wrong(n, 0.0f);
   wrong[5] = nan;
@@ -194,12 +194,12 @@ TEST(Distance, NotANumberIsNoPerfectPrediction) {
 
 // Hidden states of a prompt, and of steps without logits, give the logits that single steps give.
 TEST(Distance, RowsOfHiddenStatesAreTheSamePredictions) {
-  Engine& engine = *TheWorld().engine;
+  Engine& engine = *TheModel().engine;
   const std::vector<int32_t> tokens = test::RandomTokens(40, 11);
   const Plan full = FullPlan(engine.fingerprint(), 64);
-  auto one = Session::Create(TheWorld().engine, full, {64, ""});
-  auto rows = Session::Create(TheWorld().engine, full, {64, ""});
-  auto steps = Session::Create(TheWorld().engine, full, {64, ""});
+  auto one = Session::Create(TheModel().engine, full, {64, ""});
+  auto rows = Session::Create(TheModel().engine, full, {64, ""});
+  auto steps = Session::Create(TheModel().engine, full, {64, ""});
   ASSERT_TRUE(one && rows && steps);
   std::vector<float> of_rows, of_steps;
   const std::span<const int32_t> all(tokens);

@@ -225,7 +225,7 @@ TEST(RefitValues, APlanThatAsksForItChangesValuesAndNoBytes) {
   EXPECT_TRUE(read->refit);
 }
 
-CalibrateOptions Options() {
+CalibrateOptions ByReconstruction() {
   CalibrateOptions options;
   options.method = ProfileMethod::kReconstruction;
   options.scorer = kAutoScorer;
@@ -241,7 +241,7 @@ TEST(CalibrateByRepetition, MeasuresEveryHeadWithTwoReadings) {
   const std::vector<std::vector<int32_t>> chunks = {test::RandomTokens(1200, 1), test::RandomTokens(1200, 2)};
   int64_t saves = 0;
   const auto profile =
-      Calibrate(tiny.engine, chunks, Options(), {}, {}, [&](const Profile&) -> Expected<void> {
+      Calibrate(tiny.engine, chunks, ByReconstruction(), {}, {}, [&](const Profile&) -> Expected<void> {
         ++saves;
         return {};
       });
@@ -318,7 +318,7 @@ TEST(Sensitivities, WeightLossesOfHeadsAndWhatAddsThemUp) {
 TEST(CalibrateByRepetition, AModelThatDoesNotRepeatIsNotMeasuredByIt) {
   const Tiny tiny;
   const std::vector<std::vector<int32_t>> chunks = {test::RandomTokens(600, 1)};
-  CalibrateOptions options = Options();
+  CalibrateOptions options = ByReconstruction();
   options.most_copy_loss = CalibrateOptions().most_copy_loss;
   const auto refused = Calibrate(tiny.engine, chunks, options, {}, {}, {});
   ASSERT_FALSE(refused);
@@ -329,13 +329,13 @@ TEST(CalibrateByRepetition, AModelThatDoesNotRepeatIsNotMeasuredByIt) {
 TEST(CalibrateByRepetition, GoesOnWhereItWasInterrupted) {
   const Tiny tiny;
   const std::vector<std::vector<int32_t>> chunks = {test::RandomTokens(900, 1), test::RandomTokens(900, 2)};
-  const auto whole = Calibrate(tiny.engine, chunks, Options(), {}, {}, {});
-  const auto half = Calibrate(tiny.engine, std::span(chunks).first(1), Options(), {}, {}, {});
+  const auto whole = Calibrate(tiny.engine, chunks, ByReconstruction(), {}, {}, {});
+  const auto half = Calibrate(tiny.engine, std::span(chunks).first(1), ByReconstruction(), {}, {}, {});
   ASSERT_TRUE(whole && half);
-  const auto resumed = Calibrate(tiny.engine, chunks, Options(), *half, {}, {});
+  const auto resumed = Calibrate(tiny.engine, chunks, ByReconstruction(), *half, {}, {});
   ASSERT_TRUE(resumed) << resumed.error().message;
   EXPECT_EQ(ToJson(*resumed), ToJson(*whole));
-  CalibrateOptions other = Options();
+  CalibrateOptions other = ByReconstruction();
   other.method = ProfileMethod::kLogits;
   const auto refused = Calibrate(tiny.engine, chunks, other, *half, {}, {});
   ASSERT_FALSE(refused);

@@ -15,6 +15,7 @@
 namespace moend {
 namespace {
 
+using test::Contains;
 using test::ProcessOptions;
 using test::ProcessResult;
 using test::TemporaryFolder;
@@ -41,11 +42,7 @@ ProcessResult StartAndStop(const std::vector<std::string>& arguments) {
   return Serve(arguments, options);
 }
 
-bool Contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
-
-void ExpectError(const ProcessResult& result, int code, const std::vector<std::string>& words) {
+void ExpectServeError(const ProcessResult& result, int code, const std::vector<std::string>& words) {
   EXPECT_EQ(result.code, code) << result.err;
   EXPECT_EQ(result.out, "");
   for (const std::string& w : words) EXPECT_TRUE(Contains(result.err, w)) << w << "\nnot in: " << result.err;
@@ -74,7 +71,7 @@ TEST(ServeCommand, EveryLimitHasAFlag) {
   std::vector<std::string> all = {"-m", model.path};
   for (const std::string& f : flags) {
     all.insert(all.end(), {f, "1024"});
-    ExpectError(Serve({"-m", model.path, f, "-1"}), 2, {f});
+    ExpectServeError(Serve({"-m", model.path, f, "-1"}), 2, {f});
   }
   const auto r = StartAndStop(all);
   EXPECT_EQ(r.code, 0) << r.err;
@@ -83,25 +80,25 @@ TEST(ServeCommand, EveryLimitHasAFlag) {
 TEST(ServeCommand, SaysWhatIsWrong) {
   const SmallModel model;
   const TemporaryFolder folder;
-  ExpectError(Serve({"-m", folder.path("none.gguf")}), 1, {"none.gguf"});
-  ExpectError(Serve({"-m", folder.Write("text.gguf", "no model")}), 1, {"text.gguf"});
-  ExpectError(Serve({}), 2, {"--model"});
-  ExpectError(Serve({"-m", model.path, "-np", "0"}), 2, {"--parallel"});
-  ExpectError(Serve({"-m", model.path, "--port", "70000"}), 2, {"--port"});
+  ExpectServeError(Serve({"-m", folder.path("none.gguf")}), 1, {"none.gguf"});
+  ExpectServeError(Serve({"-m", folder.Write("text.gguf", "no model")}), 1, {"text.gguf"});
+  ExpectServeError(Serve({}), 2, {"--model"});
+  ExpectServeError(Serve({"-m", model.path, "-np", "0"}), 2, {"--parallel"});
+  ExpectServeError(Serve({"-m", model.path, "--port", "70000"}), 2, {"--port"});
   for (const char* f :
        {"--kv-budget-mib", "--drain-timeout", "--queue-timeout", "--temp", "--top-p", "--min-p"})
     for (const char* value : {"nan", "-1", "inf", "1x"})
-      ExpectError(Serve({"-m", model.path, f, value}), 2, {f});
-  ExpectError(Serve({"-m", model.path, "--host", "no.such.host.invalid"}), 1, {"no.such.host.invalid"});
-  ExpectError(Serve({"-m", model.path, "--api-key-file", folder.Write("empty", "# none\n")}), 1,
-              {"empty", "no API key"});
-  ExpectError(Serve({"-m", model.path, "--api-key", "two words"}), 1, {"API key 1"});
-  ExpectError(Serve({"-m", model.path, "--kv-dir", folder.Write("file", "x")}), 1, {"file"});
-  ExpectError(Serve({"-m", model.path, "--kv-store", "http://host"}), 1, {"K/V store", "redis://"});
-  ExpectError(Serve({"-m", model.path, "--profile", folder.Write("p.json", "{")}), 2,
-              {"--profile alone is no plan"});
-  ExpectError(Serve({"-m", model.path, "--profile", folder.path("p.json"), "--compression", "8"}), 1,
-              {"p.json"});
+      ExpectServeError(Serve({"-m", model.path, f, value}), 2, {f});
+  ExpectServeError(Serve({"-m", model.path, "--host", "no.such.host.invalid"}), 1, {"no.such.host.invalid"});
+  ExpectServeError(Serve({"-m", model.path, "--api-key-file", folder.Write("empty", "# none\n")}), 1,
+                   {"empty", "no API key"});
+  ExpectServeError(Serve({"-m", model.path, "--api-key", "two words"}), 1, {"API key 1"});
+  ExpectServeError(Serve({"-m", model.path, "--kv-dir", folder.Write("file", "x")}), 1, {"file"});
+  ExpectServeError(Serve({"-m", model.path, "--kv-store", "http://host"}), 1, {"K/V store", "redis://"});
+  ExpectServeError(Serve({"-m", model.path, "--profile", folder.Write("p.json", "{")}), 2,
+                   {"--profile alone is no plan"});
+  ExpectServeError(Serve({"-m", model.path, "--profile", folder.path("p.json"), "--compression", "8"}), 1,
+                   {"p.json"});
 }
 
 // A secret that was not set must not leave the server open, nor a plan that was not set the cache whole.
@@ -111,18 +108,18 @@ TEST(ServeCommand, RefusesEmptyValues) {
       "--api-key", "--api-key-file", "--plan",   "--profile", "--kv-dir",   "--kv-store", "--host",
       "--alias",   "--cors-origin",  "--scorer", "--port",    "--ctx-size", "--temp"};
   for (const std::string& f : flags) {
-    ExpectError(Serve({"-m", model.path, f, ""}), 2, {f});
-    ExpectError(Serve({"-m", model.path, f + "="}), 2, {f, "empty"});  // and not the next word
+    ExpectServeError(Serve({"-m", model.path, f, ""}), 2, {f});
+    ExpectServeError(Serve({"-m", model.path, f + "="}), 2, {f, "empty"});  // and not the next word
     std::string name = "MOEND_ARG_" + f.substr(2);
     for (char& c : name) c = c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
     ProcessOptions options;
     options.environment.emplace_back(name, "");
-    ExpectError(Serve({"-m", model.path}, options), 2, {name, "empty"});
+    ExpectServeError(Serve({"-m", model.path}, options), 2, {name, "empty"});
   }
   ProcessOptions options;
   options.environment.emplace_back("MOEND_ARG_METRICS", "");  // a switch, too
-  ExpectError(Serve({"-m", model.path}, options), 2, {"MOEND_ARG_METRICS", "empty"});
-  ExpectError(Serve({"-m", ""}), 2, {"--model"});
+  ExpectServeError(Serve({"-m", model.path}, options), 2, {"MOEND_ARG_METRICS", "empty"});
+  ExpectServeError(Serve({"-m", ""}), 2, {"--model"});
 }
 
 // Loading may take long, or wait for a file for ever.
@@ -144,7 +141,7 @@ TEST(ServeCommand, SignalsEndItBeforeItIsReady) {
 
 TEST(ServeCommand, NamesOriginsAndWarnsOfAll) {
   const SmallModel model;
-  ExpectError(Serve({"-m", model.path, "--cors-origin", "example.org"}), 1, {"example.org", "origin"});
+  ExpectServeError(Serve({"-m", model.path, "--cors-origin", "example.org"}), 1, {"example.org", "origin"});
   const auto all = StartAndStop({"-m", model.path, "--cors-origin", "https://a.example,*"});
   EXPECT_EQ(all.code, 0) << all.err;
   EXPECT_TRUE(Contains(all.err, "warning: every web page")) << all.err;
@@ -156,13 +153,13 @@ TEST(ServeCommand, APortThatIsTaken) {
   options.port = 0;
   serve::Server taken(std::move(options), serve::Log());
   const std::string port = std::to_string(taken.Start().value());
-  ExpectError(Serve({"-m", model.path, "--port", port}), 1, {"port " + port, "in use"});
+  ExpectServeError(Serve({"-m", model.path, "--port", port}), 1, {"port " + port, "in use"});
 }
 
 TEST(ServeCommand, ABudgetThatIsTooSmall) {
   const SmallModel model;
-  ExpectError(Serve({"-m", model.path, "--kv-budget-mib", "0.001"}), 1,
-              {"--kv-budget-mib 0.001", "shortest request"});
+  ExpectServeError(Serve({"-m", model.path, "--kv-budget-mib", "0.001"}), 1,
+                   {"--kv-budget-mib 0.001", "shortest request"});
   const auto r = StartAndStop({"-m", model.path, "--kv-budget-mib", "0.5"});
   EXPECT_EQ(r.code, 0) << r.err;
   EXPECT_TRUE(Contains(r.err, "warning: --kv-budget-mib 0.5 holds no context of")) << r.err;

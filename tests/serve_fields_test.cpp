@@ -32,7 +32,7 @@ struct Works {
   const char* with = "{}";  // what else the body has
 };
 
-constexpr const char* kTools =
+constexpr const char* kTwoTools =
     R"([{"type":"function","function":{"name":"f","parameters":{"type":"object"}}},{"type":"function","function":{"name":"g"}}])";
 constexpr const char* kWithTools =
     R"({"tools":[{"type":"function","function":{"name":"f"}},{"function":{"name":"g"}}]})";
@@ -91,7 +91,7 @@ const std::map<std::string, Works> kChatOnly = {
     {"chat_template_kwargs",
      {R"({"a":1})", "[1]",
       [](const Request& r) { return r.template_variables == Json::parse(R"({"a":1})"); }}},
-    {"tools", {kTools, "{}", [](const Request& r) { return r.tools.size() == 2; }}},
+    {"tools", {kTwoTools, "{}", [](const Request& r) { return r.tools.size() == 2; }}},
     {"tool_choice",
      {R"({"type":"function","function":{"name":"g"}})", R"({"type":"function","function":{"name":"h"}})",
       [](const Request& r) { return r.tool_choice == ToolChoice::kRequired && r.tools.size() == 1; },

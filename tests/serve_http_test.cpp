@@ -17,7 +17,7 @@
 namespace moend::serve {
 namespace {
 
-using std::string_literals::operator""s;
+using namespace std::string_literals;
 using test::Client;
 using test::Eventually;
 using test::ParseReply;

@@ -14,14 +14,13 @@ using test::Events;
 using test::Eventually;
 using test::FakeOptions;
 using test::Get;
+using test::kChat;
+using test::kComplete;
 using test::ParseReply;
 using test::Post;
 using test::Reply;
 using test::Running;
 using namespace std::chrono_literals;
-
-constexpr const char* kChat = "/v1/chat/completions";
-constexpr const char* kComplete = "/v1/completions";
 
 // A text that cannot fit is refused by its bytes, before anybody works on it.
 TEST(Api, ATextThatCannotFitIsNotTokenized) {

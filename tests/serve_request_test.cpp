@@ -6,21 +6,21 @@
 namespace moend::serve {
 namespace {
 
-const Limits kLimits;
-const RequestDefaults kDefaults{.sampler = {}, .n_vocab = 1000};
+const Limits kUsualLimits;
+const RequestDefaults kUsualDefaults{.sampler = {}, .n_vocab = 1000};
 
 Json Object(const std::string& text) {
-  return ParseBody(text, kLimits).value();
+  return ParseBody(text, kUsualLimits).value();
 }
 
 ApiError CompletionError(const std::string& text) {
-  auto r = ParseCompletionRequest(Object(text), kLimits, kDefaults);
+  auto r = ParseCompletionRequest(Object(text), kUsualLimits, kUsualDefaults);
   EXPECT_FALSE(r) << text;
   return r ? ApiError{} : r.error();
 }
 
 ApiError ChatError(const std::string& text) {
-  auto r = ParseChatRequest(Object(text), kLimits, kDefaults);
+  auto r = ParseChatRequest(Object(text), kUsualLimits, kUsualDefaults);
   EXPECT_FALSE(r) << text;
   return r ? ApiError{} : r.error();
 }
@@ -29,32 +29,33 @@ TEST(Requests, TemplateVariablesAndSpecialTokens) {
   const auto chat = ParseChatRequest(
       Object(
           R"({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"enable_thinking": false}})"),
-      kLimits, kDefaults);
+      kUsualLimits, kUsualDefaults);
   ASSERT_TRUE(chat);
   EXPECT_EQ(chat->template_variables, Json::parse(R"({"enable_thinking":false})"));
   EXPECT_EQ(
       ChatError(R"({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": [1]})").param,
       "chat_template_kwargs");
-  EXPECT_TRUE(ParseCompletionRequest(Object(R"({"prompt": "a"})"), kLimits, kDefaults)->parse_special);
-  EXPECT_FALSE(
-      ParseCompletionRequest(Object(R"({"prompt": "a", "parse_special": false})"), kLimits, kDefaults)
-          ->parse_special);
+  EXPECT_TRUE(
+      ParseCompletionRequest(Object(R"({"prompt": "a"})"), kUsualLimits, kUsualDefaults)->parse_special);
+  EXPECT_FALSE(ParseCompletionRequest(Object(R"({"prompt": "a", "parse_special": false})"), kUsualLimits,
+                                      kUsualDefaults)
+                   ->parse_special);
   EXPECT_EQ(CompletionError(R"({"prompt": "a", "parse_special": 1})").param, "parse_special");
 }
 
 TEST(ParseBody, TakesObjectsOnly) {
-  EXPECT_TRUE(ParseBody(R"({"a": [1, {"b": "]}"}]})", kLimits));
+  EXPECT_TRUE(ParseBody(R"({"a": [1, {"b": "]}"}]})", kUsualLimits));
   for (const char* bad : {"", "null", "[]", "1", "{", "{\"a\":}", "{} {}", "{\"a\":1,}", "{'a':1}", "\"{}\"",
                           "{\"a\":\"\xff\"}", "{\"a\":\"\xed\xa0\x80\"}", "{\"a\":\"\xc0\x80\"}",
                           "{\"a\":1e999}", "{\"a\":NaN}", "{\"a\":\"\\ud800\"}"}) {
-    const auto r = ParseBody(bad, kLimits);
+    const auto r = ParseBody(bad, kUsualLimits);
     ASSERT_FALSE(r) << bad;
     EXPECT_EQ(r.error().status, 400) << bad;
   }
 }
 
 TEST(ParseBody, SaysWhereItStopsBeingJson) {
-  const auto message = [](const char* body) { return ParseBody(body, kLimits).error().message; };
+  const auto message = [](const char* body) { return ParseBody(body, kUsualLimits).error().message; };
   EXPECT_NE(message("").find("empty"), std::string::npos);
   EXPECT_NE(message("{\"a\":1,}").find("see line 1, column 8"), std::string::npos) << message("{\"a\":1,}");
   EXPECT_NE(message("{\n \"a\":\"\xff\"}").find("see line 2, column 7"), std::string::npos);
@@ -69,15 +70,15 @@ TEST(ParseBody, BoundsDepthBeforeParsing) {
     return "{\"a\":" + std::string(static_cast<std::size_t>(depth - 1), '[') +
            std::string(static_cast<std::size_t>(depth - 1), ']') + "}";
   };
-  EXPECT_TRUE(ParseBody(nested(kLimits.json_depth), kLimits));
+  EXPECT_TRUE(ParseBody(nested(kUsualLimits.json_depth), kUsualLimits));
   for (const int64_t depth :
-       {kLimits.json_depth + 1, int64_t{64}, int64_t{65}, int64_t{1000}, int64_t{1000000}}) {
-    const auto r = ParseBody(nested(depth), kLimits);
+       {kUsualLimits.json_depth + 1, int64_t{64}, int64_t{65}, int64_t{1000}, int64_t{1000000}}) {
+    const auto r = ParseBody(nested(depth), kUsualLimits);
     ASSERT_FALSE(r) << depth;
     EXPECT_EQ(r.error().code, "json_too_deep");
   }
   // Brackets in strings, also behind escapes, are text.
-  EXPECT_TRUE(ParseBody("{\"a\":\"\\\"" + std::string(1000, '[') + "\"}", kLimits));
+  EXPECT_TRUE(ParseBody("{\"a\":\"\\\"" + std::string(1000, '[') + "\"}", kUsualLimits));
 }
 
 TEST(ParseBody, BoundsSizeAndNumberOfValues) {
@@ -98,7 +99,7 @@ TEST(Completion, ReadsEveryField) {
                  "seed":-2,"stop":["a","bc"],"stream":true,"stream_options":{"include_usage":true},"logprobs":2,
                  "frequency_penalty":0.5,"presence_penalty":-1,"logit_bias":{"12":-100,"999":5.5},"n":1,"user":"me",
                  "cache_prompt":false,"echo":false,"suffix":null,"best_of":1})"),
-      kLimits, kDefaults);
+      kUsualLimits, kUsualDefaults);
   ASSERT_TRUE(r) << r.error().message;
   EXPECT_FALSE(r->chat);
   EXPECT_EQ(r->prompt, "hello");
@@ -119,16 +120,17 @@ TEST(Completion, ReadsEveryField) {
 }
 
 TEST(Completion, DefaultsAndForms) {
-  auto r = ParseCompletionRequest(Object(R"({"prompt":["x"]})"), kLimits, kDefaults);
+  auto r = ParseCompletionRequest(Object(R"({"prompt":["x"]})"), kUsualLimits, kUsualDefaults);
   ASSERT_TRUE(r);
   EXPECT_EQ(r->prompt, "x");
   EXPECT_EQ(r->max_tokens, -1);
   EXPECT_EQ(r->pick.top_logprobs, -1);
   EXPECT_TRUE(r->stop.empty() && !r->stream && r->cache_prompt);
-  r = ParseCompletionRequest(Object(R"({"prompt":[1,2,999]})"), kLimits, kDefaults);
+  r = ParseCompletionRequest(Object(R"({"prompt":[1,2,999]})"), kUsualLimits, kUsualDefaults);
   ASSERT_TRUE(r);
   EXPECT_EQ(r->prompt_tokens, (std::vector<int32_t>{1, 2, 999}));
-  r = ParseCompletionRequest(Object(R"({"prompt":[[5]],"stop":"x","max_tokens":16.0})"), kLimits, kDefaults);
+  r = ParseCompletionRequest(Object(R"({"prompt":[[5]],"stop":"x","max_tokens":16.0})"), kUsualLimits,
+                             kUsualDefaults);
   ASSERT_TRUE(r);
   EXPECT_EQ(r->prompt_tokens, (std::vector<int32_t>{5}));
   EXPECT_EQ(r->stop, (std::vector<std::string>{"x"}));
@@ -137,12 +139,13 @@ TEST(Completion, DefaultsAndForms) {
 
 TEST(Completion, TwoRequestsWithoutSeedDiffer) {
   const auto seed = [] {
-    return ParseCompletionRequest(Object(R"({"prompt":"x"})"), kLimits, kDefaults)->pick.sampler.seed;
+    return ParseCompletionRequest(Object(R"({"prompt":"x"})"), kUsualLimits, kUsualDefaults)
+        ->pick.sampler.seed;
   };
   EXPECT_NE(seed(), seed());
   // -1 is llama.cpp's word for a random one.
   const auto minus_one = [] {
-    return ParseCompletionRequest(Object(R"({"prompt":"x","seed":-1})"), kLimits, kDefaults)
+    return ParseCompletionRequest(Object(R"({"prompt":"x","seed":-1})"), kUsualLimits, kUsualDefaults)
         ->pick.sampler.seed;
   };
   EXPECT_NE(minus_one(), minus_one());
@@ -157,7 +160,7 @@ TEST(Completion, RefusesHostileValues) {
   const auto refused = [](const std::string& field, const std::string& value) {
     const std::string body = field == "prompt" ? "{\"prompt\":" + value + "}"
                                                : "{\"prompt\":\"p\",\"" + field + "\":" + value + "}";
-    const auto r = ParseCompletionRequest(Object(body), kLimits, kDefaults);
+    const auto r = ParseCompletionRequest(Object(body), kUsualLimits, kUsualDefaults);
     if (r) return false;
     EXPECT_EQ(r.error().status, 400) << body;
     EXPECT_TRUE(r.error().param.starts_with(field)) << body << " -> " << r.error().param;
@@ -196,7 +199,7 @@ TEST(Completion, BoundsStopsAndTokens) {
   limits.stop_bytes = 4;
   limits.logit_bias = 1;
   const auto parse = [&](const char* body) {
-    return ParseCompletionRequest(Object(body), limits, kDefaults);
+    return ParseCompletionRequest(Object(body), limits, kUsualDefaults);
   };
   EXPECT_TRUE(parse(R"({"prompt":"p","max_tokens":100,"stop":["abcd","b"],"logit_bias":{"1":1}})"));
   EXPECT_EQ(parse(R"({"prompt":"p","max_tokens":101})").error().param, "max_tokens");
@@ -213,7 +216,7 @@ TEST(Chat, ReadsMessages) {
           R"({"messages":[{"role":"developer","content":"be brief"},{"role":"user","content":[{"type":"text","text":"a"},
                  {"type":"text","text":"b"}]},{"role":"assistant","content":"c","tool_calls":[]},{"role":"user","content":""}],
                  "logprobs":true,"top_logprobs":5,"max_completion_tokens":9,"response_format":{"type":"text"},"tools":[]})"),
-      kLimits, kDefaults);
+      kUsualLimits, kUsualDefaults);
   ASSERT_TRUE(r) << r.error().message;
   ASSERT_EQ(r->messages.size(), 4u);
   EXPECT_EQ(r->messages[0].role, "system");

@@ -17,12 +17,12 @@ namespace {
 using nlohmann::json;
 using test::Ask;
 using test::Events;
+using test::kChat;
+using test::kComplete;
 using test::Post;
 using test::Reply;
 using test::Running;
 
-constexpr const char* kChat = "/v1/chat/completions";
-constexpr const char* kComplete = "/v1/completions";
 constexpr const char* kTools =
     R"([{"type":"function","function":{"name":"weather","description":"Weather of a place.","parameters":{"type":"object",
       "properties":{"place":{"type":"string","maxLength":12},"days":{"type":"integer","minimum":1,"maximum":9}},

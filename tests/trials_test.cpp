@@ -9,23 +9,20 @@
 #include <random>
 
 #include "moend/engine/head_budgets.h"
+#include "tests/support/calibration.h"
 #include "tests/support/tiny_engine.h"
 
 namespace moend {
 namespace {
 
-struct Tiny : test::TinyEngine {
-  Tiny() : TinyEngine({}, 128) {}
+using test::Chunks;
+using test::Kl;
+
+struct TrialEngine : test::TinyEngine {
+  TrialEngine() : TinyEngine({}, 128) {}
 };
 
-std::vector<std::vector<int32_t>> Chunks(int64_t count) {
-  std::vector<std::vector<int32_t>> chunks;
-  for (int64_t i = 0; i < count; ++i)
-    chunks.push_back(test::RandomTokens(600, static_cast<uint64_t>(100 + i)));
-  return chunks;
-}
-
-Profile Measured(const Tiny& tiny, bool heads) {
+Profile Measured(const TrialEngine& tiny, bool heads) {
   CalibrateOptions options;
   options.length = 600;
   options.evaluated = 40;
@@ -41,19 +38,10 @@ double Mean(const std::vector<double>& x) {
   return std::accumulate(x.begin(), x.end(), 0.0) / static_cast<double>(x.size());
 }
 
-double Kl(std::span<const float> p, std::span<const float> q) {
-  double pm = -INFINITY, qm = -INFINITY, ps = 0, qs = 0, kl = 0;
-  for (std::size_t i = 0; i < p.size(); ++i) pm = std::max(pm, double{p[i]}), qm = std::max(qm, double{q[i]});
-  for (std::size_t i = 0; i < p.size(); ++i) ps += std::exp(p[i] - pm), qs += std::exp(q[i] - qm);
-  for (std::size_t i = 0; i < p.size(); ++i)
-    kl += std::exp(p[i] - pm) / ps * ((p[i] - pm - std::log(ps)) - (q[i] - qm - std::log(qs)));
-  return kl;
-}
-
 // By the slow way: sessions with the plan and with the full cache. In any order, so that what is kept from
 // one plan to the next cannot leak into it.
 TEST(Trials, KlIsThatOfSessions) {
-  const Tiny tiny;
+  const TrialEngine tiny;
   const auto chunks = Chunks(1);
   Profile profile = Measured(tiny, false);
   auto trials = Trials::Create(tiny.engine, chunks, profile, 1, {});
@@ -111,7 +99,7 @@ TEST(Spearman, OfKnownRankings) {
 }
 
 TEST(Validate, RandomPlansMeetTheirBudgets) {
-  const Tiny tiny;
+  const TrialEngine tiny;
   const Profile profile = Measured(tiny, false);
   auto trials = Trials::Create(tiny.engine, Chunks(1), profile, 40, {});
   ASSERT_TRUE(trials);
@@ -138,7 +126,7 @@ TEST(Validate, RandomPlansMeetTheirBudgets) {
 }
 
 TEST(Refine, StaysInTheBudgetAndNeverGetsWorse) {
-  const Tiny tiny;
+  const TrialEngine tiny;
   Profile profile = Measured(tiny, true);
   auto trials = Trials::Create(tiny.engine, Chunks(2), profile, 40, {});
   ASSERT_TRUE(trials);
@@ -168,7 +156,7 @@ TEST(Refine, StaysInTheBudgetAndNeverGetsWorse) {
 }
 
 TEST(Refine, StopsInTime) {
-  const Tiny tiny;
+  const TrialEngine tiny;
   const Profile profile = Measured(tiny, false);
   auto trials = Trials::Create(tiny.engine, Chunks(1), profile, 40, {});
   ASSERT_TRUE(trials);
@@ -237,7 +225,7 @@ TEST(HeadBudgets, NeverTakeMoreBytes) {
 }
 
 TEST(AdaptiveHeads, SessionsDealTokensOutAndKeepTheirBytes) {
-  const Tiny tiny;
+  const TrialEngine tiny;
   Plan even = FullPlan(tiny.engine->fingerprint(), 2000);
   std::fill(even.layers.begin(), even.layers.end(), Expert{0.3, 16, 16});
   Plan plan = even;

@@ -44,6 +44,17 @@ class TemporaryFolder {
   std::filesystem::path path_;
 };
 
+// `moend` with one thread: tests run beside each other, and threads that wait for each other crawl on a busy
+// machine.
+inline ProcessResult Moend(const std::vector<std::string>& arguments, ProcessOptions options = {}) {
+  options.environment.emplace_back("MOEND_ARG_THREADS", "1");
+  return RunProcess(MOEND_BINARY, arguments, options);
+}
+
+inline bool Contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
 std::string ReadAll(const std::string& path);  // empty when there is no such file
 
 }  // namespace moend::test

@@ -23,6 +23,9 @@
 
 namespace moend::serve::test {
 
+inline constexpr const char* kChat = "/v1/chat/completions";
+inline constexpr const char* kComplete = "/v1/completions";
+
 inline bool Eventually(const std::function<bool()>& condition, double seconds = 5) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   while (!condition()) {

@@ -14,7 +14,7 @@ namespace {
 constexpr double kPrior = 0.1;
 constexpr double kCompression = 14;
 constexpr int kLossBits = 40;
-constexpr double kReadShare = 0.3;  // of the time, for the progress bar only
+constexpr double kReadingShare = 0.3;  // of the time, for the progress bar only
 
 // Tokens that are measured: enough to say something, and for models of many heads no more than take about
 // as long as reading the text.
@@ -101,7 +101,7 @@ Expected<void> ProbeHeads(Engine& engine, std::span<const int32_t> chunk, Profil
   MOEND_ASSIGN(const auto scorer, MakeScorer(profile.scorer));
   Probe probe(machine, *scorer, profile.guard);
   MOEND_TRY(probe.Read(tokens, half + std::ssize(part),
-                       [&](double done) { return !tick || tick(kReadShare * done); }));
+                       [&](double done) { return !tick || tick(kReadingShare * done); }));
   std::vector<Sensitivity> measured(static_cast<std::size_t>(rows));
   Profile plain = profile;
   UnweightLosses(plain);
@@ -113,7 +113,7 @@ Expected<void> ProbeHeads(Engine& engine, std::span<const int32_t> chunk, Profil
     const auto e = std::ranges::find(profile.experts, expert) - profile.experts.begin();
     if (expert != Expert{}) measured[at] = {plain.head_cells[at][static_cast<std::size_t>(e)].kl, cell.kl};
     if (tick &&
-        !tick(kReadShare + (1 - kReadShare) * static_cast<double>(row + 1) / static_cast<double>(rows)))
+        !tick(kReadingShare + (1 - kReadingShare) * static_cast<double>(row + 1) / static_cast<double>(rows)))
       return Fail(ErrorCode::kCancelled, "the calibration was stopped");
   }
   plain.sensitivity.resize(measured.size());

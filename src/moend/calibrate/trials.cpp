@@ -72,7 +72,7 @@ namespace {
 constexpr int64_t kBudgets = 5;
 constexpr int kBootstraps = 2000;
 
-double Mean(std::span<const double> x) {
+double Average(std::span<const double> x) {
   return x.empty() ? 0 : std::accumulate(x.begin(), x.end(), 0.0) / static_cast<double>(x.size());
 }
 
@@ -142,7 +142,7 @@ std::vector<std::size_t> RandomPlan(const std::vector<int64_t>& bytes, const std
 
 double Spearman(std::span<const double> x, std::span<const double> y) {
   const std::vector<double> a = Ranks(x), b = Ranks(y);
-  const double ma = Mean(a), mb = Mean(b);
+  const double ma = Average(a), mb = Average(b);
   double ab = 0, aa = 0, bb = 0;
   for (std::size_t i = 0; i < a.size(); ++i) {
     ab += (a[i] - ma) * (b[i] - mb);
@@ -209,7 +209,7 @@ Expected<Validation> Validate(Trials& trials, const Profile& profile, const Vali
       plan.predicted += losses[full_rows[i]][order[chosen[i]]];
     }
     MOEND_ASSIGN(const auto kl, trials.Kl(plan.experts));
-    plan.measured = Mean(kl);
+    plan.measured = Average(kl);
     result.plans.push_back(std::move(plan));
   }
   std::vector<double> x, y, parts;
@@ -226,7 +226,7 @@ Expected<Validation> Validate(Trials& trials, const Profile& profile, const Vali
     }
     if (px.size() > 2) parts.push_back(Spearman(px, py));
   }
-  result.within = Mean(parts);
+  result.within = Average(parts);
   return result;
 }
 

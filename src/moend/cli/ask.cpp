@@ -17,7 +17,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kAskFooter = R"(
 Examples:
   moend ask -m model.gguf -f book.txt -q "Who was born in Cork?"
   moend ask -m model.gguf -f book.txt --questions questions.jsonl --plan full --plan plan.json
@@ -242,7 +242,7 @@ void AddAsk(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->check(CLI::Range(1, 1 << 20))
       ->type_name("N");
-  command->footer(kFooter);
+  command->footer(kAskFooter);
   command->callback([flags, one, many, &exit_code] {
     if (one->count() + many->count() == 0) throw CLI::RequiredError("-q TEXT or --questions FILE");
     if (flags->plans.empty()) flags->plans = {"full"};

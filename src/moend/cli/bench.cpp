@@ -14,7 +14,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kBenchFooter = R"(
 Examples:
   moend bench -m model.gguf
   moend bench -m model.gguf -p 0 -n 64 -d 0,4096,16384 --plan full,plan.json
@@ -36,7 +36,7 @@ struct BenchFlags {
   bool no_warm_up = false;
 };
 
-struct Row {
+struct BenchRow {
   std::string plan;
   SpeedResult result;
 };
@@ -45,7 +45,7 @@ std::string TestName(const SpeedRun& run) {
   return fmt::format("{}{}{}", ShortName(run.test), run.n, run.depth ? fmt::format(" @ d{}", run.depth) : "");
 }
 
-nlohmann::ordered_json Json(const Row& row, const Engine& engine) {
+nlohmann::ordered_json Json(const BenchRow& row, const Engine& engine) {
   const SpeedResult& r = row.result;
   return {{"test", ShortName(r.run.test)},
           {"n", r.run.n},
@@ -92,7 +92,7 @@ class Printer {
     std::fflush(stdout);
   }
 
-  void Add(const Row& row) {
+  void Add(const BenchRow& row) {
     const SpeedResult& r = row.result;
     const HyperParams& hp = engine_.model().hparams();
     const std::string& name = hp.name.empty() ? engine_.model().path() : hp.name;
@@ -194,7 +194,7 @@ void AddBench(CLI::App& app, int& exit_code) {
       ->check(CLI::IsMember({"md", "csv", "json"}))
       ->type_name("NAME");
   command->add_flag("--no-warmup", f.no_warm_up, "no run before those that count");
-  command->footer(kFooter);
+  command->footer(kBenchFooter);
   command->callback([flags, &exit_code] {
     if (Runs(*flags).empty()) throw CLI::ValidationError("there is nothing to measure: -p and -n are 0");
     exit_code = ExitCode(Run(*flags));

@@ -23,7 +23,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kCalibrateFooter = R"(
 Examples:
   moend calibrate -m model.gguf -o profile.json
   moend calibrate -m model.gguf -f text.txt -o profile.json -c 8192 --chunks 4
@@ -277,7 +277,7 @@ void AddCalibrate(CLI::App& app, int& exit_code) {
                  "the MoE-nD paper's calibration, to compare with: 27 tokens, random eviction, L2 only")
       ->excludes("--chunks", "--evaluated", "--ctx-size", "--keep", "--bits", "--heads");
   command->add_flag("--restart", f.restart, "start anew even if the output has finished chunks");
-  command->footer(kFooter);
+  command->footer(kCalibrateFooter);
   command->callback([flags, &exit_code] { exit_code = ExitCode(Run(*flags)); });
 }
 

@@ -14,7 +14,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kEvalFooter = R"(
 Examples:
   moend eval -m model.gguf --suite suite.jsonl --profile profile.json --compression 4,14,40 \
     --variant full,1d,2d_uniform,2d,2d_hetero -o out.json
@@ -173,7 +173,7 @@ void AddEval(CLI::App& app, int& exit_code) {
       ->check(CLI::ExistingDirectory)
       ->type_name("FOLDER");
   command->add_flag("--restart", f.restart, "start anew even if the output holds answers");
-  command->footer(kFooter);
+  command->footer(kEvalFooter);
   command->callback([flags, &exit_code] { exit_code = ExitCode(Run(*flags)); });
 }
 

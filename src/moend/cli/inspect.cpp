@@ -15,7 +15,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kInspectFooter = R"(
 Examples:
   moend inspect model.gguf
   moend inspect profile.json
@@ -36,7 +36,7 @@ std::string Head(const std::string& path, std::size_t n) {
   return head;
 }
 
-constexpr int64_t kMostTokens = INT32_MAX;
+constexpr int64_t kLongestContext = INT32_MAX;
 
 void Row(const char* name, const std::string& value) {
   fmt::print("{:<22}{}\n", name, value);
@@ -96,7 +96,7 @@ Expected<void> ExplainModel(const std::string& path) {
   };
   fmt::print("\nK/V cache at 16 bit: {} bytes a token", full * FullLayerBytes(shape, 1));
   if (!sliding.empty())
-    fmt::print(" and {} of windows", bytes(kMostTokens) - full * FullLayerBytes(shape, kMostTokens));
+    fmt::print(" and {} of windows", bytes(kLongestContext) - full * FullLayerBytes(shape, kLongestContext));
   if (states > 0) fmt::print(" and {} of states", states);
   fmt::print("\n\n{:>10}", "tokens");
   constexpr double kRatios[] = {1, 4, 8, 14, 20, 40};
@@ -146,7 +146,7 @@ void AddInspect(CLI::App& app, int& exit_code) {
   auto* command = app.add_subcommand("inspect", "Explain a model, a profile or a plan");
   auto path = std::make_shared<std::string>();
   command->add_option("file", *path, "a GGUF model, a profile or a plan")->required()->type_name("FILE");
-  command->footer(kFooter);
+  command->footer(kInspectFooter);
   command->callback([path, &exit_code] { exit_code = ExitCode(Run(*path)); });
 }
 

@@ -15,7 +15,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kMainFooter = R"(
 From a model to a smaller cache:
   moend calibrate -m model.gguf -f text.txt -o profile.json
   moend solve profile.json --compression 14 -o plan.json
@@ -37,7 +37,7 @@ int Run(int argc, const char* const* argv) {
   app.set_help_flag("-h,--help", "show this");
   app.set_version_flag("--version", fmt::format("moend {} ({})", MOEND_VERSION, simd::TargetName()),
                        "show the version");
-  app.footer(kFooter);
+  app.footer(kMainFooter);
   app.require_subcommand(1);
 #define MOEND_ADD_COMMAND(add) add(app, exit_code);
   MOEND_COMMANDS(MOEND_ADD_COMMAND)

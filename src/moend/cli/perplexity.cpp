@@ -16,7 +16,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kPerplexityFooter = R"(
 Examples:
   moend perplexity -m model.gguf -f text.txt
   moend perplexity -m model.gguf -f text.txt --plan plan.json -c 8192
@@ -94,7 +94,7 @@ void AddPerplexity(CLI::App& app, int& exit_code) {
       ->type_name("N");
   command->add_flag("--parse-special", f.parse_special,
                     "special tokens that the text spells out are tokens, not text");
-  command->footer(kFooter);
+  command->footer(kPerplexityFooter);
   command->callback([flags, &exit_code] {
     const MethodFlags& m = flags->methods;
     if (!m.profile.empty() && m.compressions.empty() && m.budgets_mib.empty())

@@ -10,7 +10,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kReportFooter = R"(
 Example:
   moend report out-2k.json out-16k.json --profile profile.json -o report.html
 
@@ -53,7 +53,7 @@ void AddReport(CLI::App& app, int& exit_code) {
       ->type_name("PROFILE.json");
   command->add_option("--plan", flags->plan, "show this plan first")->type_name("PLAN.json");
   command->add_option("-o,--output", flags->output, "the page")->required()->type_name("REPORT.html");
-  command->footer(kFooter);
+  command->footer(kReportFooter);
   command->callback([flags, &exit_code] { exit_code = ExitCode(Run(*flags)); });
 }
 

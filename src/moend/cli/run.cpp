@@ -18,7 +18,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kRunFooter = R"(
 Examples:
   moend run -m model.gguf -p "It was a dark and" -n 64
   moend run -m model.gguf -f book.txt --plan plan.json -n 200 --temp 0
@@ -222,7 +222,7 @@ void AddRun(CLI::App& app, int& exit_code) {
   command->add_flag("--ignore-eos", o.ignore_eos, "go on where the model would end");
   command->add_flag("--special", o.special, "show special tokens in the text");
   command->add_flag("-e,--escape", o.escape, "\\n, \\t, \\\\, \\xHH in the prompt are escapes");
-  command->footer(kFooter);
+  command->footer(kRunFooter);
   command->callback([options, prompt, file, &exit_code] {
     options->has_prompt = prompt->count() > 0;
     options->has_file = file->count() > 0;

@@ -17,7 +17,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kServeFooter = R"(
 Examples:
   moend serve -m model.gguf
   moend serve -m model.gguf --profile profile.json --compression 14 --kv-budget-mib 256 -np 16
@@ -332,7 +332,7 @@ void AddServe(CLI::App& app, int& exit_code) {
 
   AddSamplerFlags(*command, f.server.sampler, "; for requests that do not say");
   AddLimits(*command, f.server.limits);
-  command->footer(kFooter);
+  command->footer(kServeFooter);
   command->callback([flags, &exit_code] {
     const PlanFlags& plan = flags->plan;
     if (!plan.profile.empty() && plan.plan.empty() && plan.compression == 0 && plan.budget_mib == 0 &&

@@ -15,7 +15,7 @@
 namespace moend::cli {
 namespace {
 
-constexpr const char* kFooter = R"(
+constexpr const char* kSolveFooter = R"(
 Examples:
   moend solve profile.json --compression 14 -o plan.json
   moend solve profile.json --budget-mib 64 -c 32768 --solver greedy -o plan.json
@@ -143,7 +143,7 @@ void AddSolve(CLI::App& app, int& exit_code) {
   command->add_option("-o,--output", f.output, "the plan; without it, it is only shown")
       ->type_name("PLAN.json");
   f.measure.AddTo(*command);
-  command->footer(kFooter);
+  command->footer(kSolveFooter);
   command->callback([flags, ratio, budget, &exit_code] {
     flags->measure.Check();
     if (flags->measure.validate == 0 && ratio->count() + budget->count() == 0)

@@ -328,7 +328,7 @@ std::string NormalizeMath(std::string_view formula) {
 
 namespace {
 
-constexpr int kMaxDepth = 32;
+constexpr int kMaxNesting = 32;
 
 // Splits at `separator` where no bracket is open. A half-open interval's brackets count like any others.
 std::vector<std::string_view> SplitTop(std::string_view text, std::string_view separator) {
@@ -404,7 +404,7 @@ bool SameValue(std::string_view a, std::string_view b) {
 
 // Both are normalized. Depth bounds the work on text that a model made up.
 bool Same(std::string_view a, std::string_view b, int depth) {
-  if (a.empty() || b.empty() || depth > kMaxDepth) return false;
+  if (a.empty() || b.empty() || depth > kMaxNesting) return false;
   if (a == b || SameNumber(a, b)) return true;
   if (const auto x = SplitTop(a, "\\cup"), y = SplitTop(b, "\\cup"); x.size() > 1 || y.size() > 1)
     return SameInOrder(x, y, depth);

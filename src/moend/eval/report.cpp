@@ -13,7 +13,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-Json Write(const Estimate& e) {
+Json WriteEstimate(const Estimate& e) {
   return {{"score", e.score}, {"n", e.n}, {"low", e.low}, {"high", e.high}};
 }
 
@@ -58,7 +58,7 @@ Json WriteSuite(const Results& results) {
   for (const Run& run : results.runs) {
     Json datasets = Json::object(), paired = Json::object();
     for (const auto& [name, estimate] : Summarize(run)) {
-      datasets[name] = Write(estimate);
+      datasets[name] = WriteEstimate(estimate);
       paired[name] = WritePaired(run, full, name);
     }
     paired[""] = WritePaired(run, full, "");
@@ -68,7 +68,7 @@ Json WriteSuite(const Results& results) {
                     {"compression", run.compression},
                     {"ratio", run.ratio()},
                     {"kv_bytes", run.kv_bytes()},
-                    {"mean", Write(MeanScore(run))},
+                    {"mean", WriteEstimate(MeanScore(run))},
                     {"datasets", std::move(datasets)},
                     {"layers", WriteLayers(run.plan)}});
   }

@@ -19,7 +19,7 @@ void LoadOp(ggml_tensor* dst, int thread, int /*n_threads*/, void* user) {
 }
 
 // src[0]: f32 [floats, contexts].
-void StoreOp(ggml_tensor* dst, int thread, int /*n_threads*/, void* user) {
+void StoreStatesOp(ggml_tensor* dst, int thread, int /*n_threads*/, void* user) {
   if (thread != 0) return;
   const auto* slot = static_cast<const HookSlot*>(user);
   AttentionHook& hook = *slot->hook;
@@ -119,8 +119,8 @@ ggml_tensor* BuildDeltaNet(ggml_context* ctx, ggml_cgraph* graph, const HyperPar
   ggml_tensor* rewritten = ggml_view_2d(ctx, both, matrix_floats, contexts, bytes(matrix_floats),
                                         bytes(size * heads * n * contexts));
   ggml_tensor* states = ggml_concat(ctx, newest, rewritten, 0);
-  ggml_build_forward_expand(graph,
-                            ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &states, 1, StoreOp, 1, slot));
+  ggml_build_forward_expand(
+      graph, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &states, 1, StoreStatesOp, 1, slot));
 
   ggml_tensor* gate = ggml_reshape_4d(ctx, ggml_mul_mat(ctx, w.delta_gate, x), size, heads, n, contexts);
   out = ggml_mul(ctx, ggml_rms_norm(ctx, out, h.rms_eps), w.delta_norm);

@@ -20,8 +20,6 @@
 namespace moend {
 namespace {
 
-using Json = nlohmann::json;
-
 constexpr std::size_t kMostBytes = 1 << 20;  // of a grammar's text
 // To follow a grammar may take so much on the whole, and as much again with every token: looking at every
 // token of a large vocabulary takes a tenth of a second.
@@ -60,12 +58,12 @@ std::vector<int32_t> TakeTokens(std::string_view& from) {
 }
 
 std::string Pack(const GrammarSource& source, std::span<const int32_t> begun) {
-  Json j = {{"text", source.text}, {"lazy", source.lazy}, {"triggers", Json::array()}};
+  nlohmann::json j = {{"text", source.text}, {"lazy", source.lazy}, {"triggers", nlohmann::json::array()}};
   for (const GrammarTrigger& t : source.triggers)
     j["triggers"].push_back({{"text", t.text}, {"regex", t.is_regex}});
   j["begun"] = std::vector<int32_t>(begun.begin(), begun.end());
   std::string out;
-  Json::to_msgpack(j, out);
+  nlohmann::json::to_msgpack(j, out);
   return out;
 }
 
@@ -181,10 +179,10 @@ class Process {
   }
 
   llama_sampler_ptr Make(std::string_view packed) const {
-    const Json j = Json::from_msgpack(packed);
+    const nlohmann::json j = nlohmann::json::from_msgpack(packed);
     const auto text = j.at("text").get<std::string>();
     std::vector<std::string> patterns;
-    for (const Json& t : j.at("triggers")) {
+    for (const nlohmann::json& t : j.at("triggers")) {
       const auto trigger = t.at("text").get<std::string>();
       patterns.push_back(t.at("regex").get<bool>() ? trigger : EscapeRegex(trigger));
     }

@@ -15,27 +15,27 @@ using Json = nlohmann::ordered_json;
 
 constexpr int kDeepest = 64;
 constexpr int kMostRepetitions = 2000;  // libllama takes more for any number
-constexpr std::array<std::string_view, 21> kUnknown = {"not",
-                                                       "if",
-                                                       "then",
-                                                       "else",
-                                                       "contains",
-                                                       "minContains",
-                                                       "maxContains",
-                                                       "multipleOf",
-                                                       "patternProperties",
-                                                       "propertyNames",
-                                                       "uniqueItems",
-                                                       "minProperties",
-                                                       "maxProperties",
-                                                       "$dynamicRef",
-                                                       "dependentRequired",
-                                                       "dependencies",
-                                                       "$recursiveRef",
-                                                       "dependentSchemas",
-                                                       "additionalItems",
-                                                       "unevaluatedItems",
-                                                       "unevaluatedProperties"};
+constexpr std::array<std::string_view, 21> kUnknownWords = {"not",
+                                                            "if",
+                                                            "then",
+                                                            "else",
+                                                            "contains",
+                                                            "minContains",
+                                                            "maxContains",
+                                                            "multipleOf",
+                                                            "patternProperties",
+                                                            "propertyNames",
+                                                            "uniqueItems",
+                                                            "minProperties",
+                                                            "maxProperties",
+                                                            "$dynamicRef",
+                                                            "dependentRequired",
+                                                            "dependencies",
+                                                            "$recursiveRef",
+                                                            "dependentSchemas",
+                                                            "additionalItems",
+                                                            "unevaluatedItems",
+                                                            "unevaluatedProperties"};
 // What says nothing about values, and may stand beside anything.
 constexpr std::array<std::string_view, 17> kNotes = {
     "title",       "description", "default",  "examples",  "example", "$schema", "$id", "$comment", "$defs",
@@ -167,7 +167,7 @@ class Visitor {
       node = Json::object();
     }
     if (!node.is_object()) return Fail(ErrorCode::kInvalidArgument, "the schema's {} is no object", path);
-    for (const std::string_view name : kUnknown)
+    for (const std::string_view name : kUnknownWords)
       if (const auto it = node.find(name); it != node.end()) {
         if (!IsOff(name, *it)) MOEND_TRY(Refuse(path, name));
         node.erase(it);

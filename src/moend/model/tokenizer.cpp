@@ -32,7 +32,7 @@ void KeepErrors(ggml_log_level level, const char* text, void* /*user*/) {
 }
 
 // "llama_model_load: error loading model: error loading model vocabulary: <cause>" without the way there.
-std::string Cause(std::string_view log) {
+std::string CauseInLog(std::string_view log) {
   for (std::string_view way : {"error loading model: ", "error loading model vocabulary: "})
     if (const auto at = log.find(way); at != std::string_view::npos) log.remove_prefix(at + way.size());
   return log.empty() ? "it gives no reason" : Printable(log);
@@ -315,7 +315,7 @@ Expected<std::unique_ptr<Tokenizer>> LoadTokenizer(const GgufFile& file, int64_t
   }
   if (!model)
     return Fail(ErrorCode::kCorrupt, "{}: libllama cannot read its tokenizer: {}", file.path(),
-                Cause(first_log_error));
+                CauseInLog(first_log_error));
   MOEND_ASSIGN(const std::string_view kind, file.String("tokenizer.ggml.model"));
   MOEND_ASSIGN(const std::string_view pre, file.String("tokenizer.ggml.pre", ""));
   const bool of_bytes = kind == "gpt2";

@@ -12,9 +12,10 @@ namespace moend {
 inline constexpr int64_t kMaxLayers = 1024;
 inline constexpr int64_t kMaxKvHeads = 1024;
 inline constexpr int64_t kMaxHeadSize = 256;
-inline constexpr int64_t kMaxTokens = INT32_MAX;     // positions are 32 bit
-inline constexpr int64_t kMaxGuard = 1 << 20;        // sinks or window
-inline constexpr int64_t kMaxWindow = 1 << 24;       // of a sliding layer
+inline constexpr int64_t kMaxTokens = INT32_MAX;  // positions are 32 bit
+inline constexpr int64_t kMaxGuard = 1 << 20;     // sinks or window
+inline constexpr int64_t kMaxWindow = 1 << 24;    // of a sliding layer
+inline constexpr double kMaxLoss = 1e30;
 inline constexpr int64_t kMaxJsonBytes = 128 << 20;  // of a Profile or Plan file
 
 // Checks {"moend": kind, "schema": version} before anything else is looked at.

@@ -9,9 +9,9 @@ namespace moend {
 namespace {
 
 constexpr int64_t kMaxHeadSize = 256;
-constexpr int64_t kMaxKvHeads = int64_t{1} << 16;
+constexpr int64_t kMostKvHeads = int64_t{1} << 16;
 constexpr int64_t kMaxProtected = int64_t{1} << 24;
-constexpr int64_t kMaxTokens = int64_t{1} << 31;  // positions are uint32_t
+constexpr int64_t kMostTokens = int64_t{1} << 31;  // positions are uint32_t
 constexpr int64_t kHalfBytes = 2;
 
 // Four page table entries without scores are one cache line.
@@ -73,9 +73,9 @@ Expected<void> CheckCacheConfig(const KvShape& shape, const Expert& expert, cons
   MOEND_TRY(CheckHeadSize(shape.head_size));
   MOEND_TRY(CheckBits("K", expert.k_bits));
   MOEND_TRY(CheckBits("V", expert.v_bits));
-  if (shape.n_kv_heads < 1 || shape.n_kv_heads > kMaxKvHeads)
+  if (shape.n_kv_heads < 1 || shape.n_kv_heads > kMostKvHeads)
     return Fail(ErrorCode::kInvalidArgument, "{} KV heads are not supported; 1 to {} are", shape.n_kv_heads,
-                kMaxKvHeads);
+                kMostKvHeads);
   if (!(expert.keep > 0.0 && expert.keep <= 1.0))
     return Fail(ErrorCode::kInvalidArgument, "a keep ratio of {} is not above 0 and at most 1", expert.keep);
   if (guard.sinks < 0 || guard.sinks > kMaxProtected)
@@ -125,9 +125,9 @@ int64_t BitmapBytes(int64_t n_tokens) {
 Expected<int64_t> LayerBytes(const KvShape& shape, const Expert& expert, const Protected& guard,
                              int64_t n_tokens, int64_t score_bytes) {
   MOEND_TRY(CheckCacheConfig(shape, expert, guard));
-  if (n_tokens < 0 || n_tokens > kMaxTokens)
+  if (n_tokens < 0 || n_tokens > kMostTokens)
     return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; 0 to {} are", n_tokens,
-                kMaxTokens);
+                kMostTokens);
   if (score_bytes != 0 && score_bytes != static_cast<int64_t>(sizeof(float)))
     return Fail(ErrorCode::kInvalidArgument, "{} bytes of score a slot; 0 or 4 are possible", score_bytes);
   MOEND_ASSIGN(const PageLayout layout, MakePageLayout(shape.head_size, expert.k_bits, expert.v_bits));
@@ -141,9 +141,9 @@ Expected<int64_t> LayerBytes(const KvShape& shape, const Expert& expert, const P
 Expected<int64_t> WindowBytes(const KvShape& shape, int64_t window, int64_t n_tokens) {
   const Protected newest{0, window};
   MOEND_TRY(CheckCacheConfig(shape, Expert{}, newest));
-  if (n_tokens < 0 || n_tokens > kMaxTokens)
+  if (n_tokens < 0 || n_tokens > kMostTokens)
     return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; 0 to {} are", n_tokens,
-                kMaxTokens);
+                kMostTokens);
   return FullLayerBytes(shape, std::min(RawCapacity(newest), RoundUp(n_tokens, kRawBlockTokens)));
 }
 

@@ -11,8 +11,6 @@
 namespace moend {
 namespace {
 
-constexpr double kMaxLoss = 1e30;
-
 std::string Describe(const Fingerprint& model) {
   const int64_t sliding = model.sliding_layers(), states = model.state_layers();
   return fmt::format("{} ({}, {} layers{}{}, {} KV heads of {}, hash {})",

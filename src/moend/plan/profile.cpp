@@ -13,8 +13,6 @@ namespace {
 
 constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxChunks = 1 << 30;
-constexpr double kMaxLoss = 1e30;
-
 Expected<std::vector<Expert>> ReadExperts(const JsonNode& node) {
   MOEND_ASSIGN(const int64_t n, node.Size());
   if (n < 1 || n > kMaxExperts) return node.Wrong("has {} experts; possible: 1 to {}", n, kMaxExperts);

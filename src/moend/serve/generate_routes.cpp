@@ -7,7 +7,6 @@
 namespace moend::serve {
 namespace {
 
-constexpr const char* kJson = "application/json";
 constexpr auto kPoll = std::chrono::milliseconds(200);    // how soon a client's leaving is noticed
 constexpr auto kFirstWait = std::chrono::seconds(2);      // an early error still gets its own status
 constexpr auto kPingInterval = std::chrono::seconds(10);  // keeps proxies from giving up on a long prefill

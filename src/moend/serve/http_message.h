@@ -12,6 +12,8 @@
 
 namespace moend::serve {
 
+inline constexpr const char* kJson = "application/json";
+
 class Connection;
 
 struct HttpRequest {

@@ -7,8 +7,6 @@
 namespace moend::serve {
 namespace {
 
-constexpr const char* kJson = "application/json";
-
 const char* Name(Phase phase) {
   switch (phase) {
     case Phase::kQueued:

@@ -7,7 +7,6 @@
 namespace moend::serve {
 namespace {
 
-constexpr const char* kJson = "application/json";
 constexpr const char* kNoRoute = "none";  // in /metrics: refused before a route was found
 
 ApiError Loading() {
