@@ -16,11 +16,6 @@ constexpr std::size_t kKeptSteps = 8;
 constexpr int64_t kLeastRows = 512;  // that fit at once, however small the blocks are
 constexpr int64_t kFixedNodes = 64;  // views and copies of a segment
 
-ggml_context_ptr Describe(int64_t tensors) {
-  return ggml_context_ptr(
-      ggml_init({ggml_tensor_overhead() * static_cast<std::size_t>(tensors), nullptr, /*no_alloc=*/true}));
-}
-
 // The first rows of a tensor of rows.
 ggml_tensor* First(ggml_context* ctx, ggml_tensor* t, int64_t n) {
   return ggml_view_2d(ctx, t, t->ne[0], n, t->nb[1], 0);
@@ -75,7 +70,7 @@ Expected<void> Offload::MakeRows() {
     return Fail(ErrorCode::kOutOfMemory, "no memory of {} for the rows of {} tokens; give a smaller -ngl",
                 whose, most_rows_);
   };
-  rows_context_ = Describe(8);
+  rows_context_ = DescribeTensors(8);
   if (!rows_context_) return no_memory("the host");
   const auto rows = [&](ggml_type type, int64_t width) {
     return ggml_new_tensor_2d(rows_context_.get(), type, width, most_rows_);
@@ -313,7 +308,7 @@ void Offload::Keep(std::span<float> hidden) {
   auto kept = std::make_unique<Kept>();
   kept->host = hidden.data();
   kept->rows = std::ssize(hidden) / h_.n_embd;
-  kept->ctx = Describe(1);
+  kept->ctx = DescribeTensors(1);
   if (!kept->ctx || kept->rows == 0) return;
   kept->x = ggml_new_tensor_2d(kept->ctx.get(), GGML_TYPE_F32, h_.n_embd, kept->rows);
   kept->buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(kept->ctx.get(),

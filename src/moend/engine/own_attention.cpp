@@ -5,15 +5,11 @@
 #include <cmath>
 
 namespace moend {
-namespace {
 
-constexpr std::size_t kNodes = 32;
-
-ggml_context_ptr Describe(std::size_t tensors) {
-  return ggml_context_ptr(ggml_init({ggml_tensor_overhead() * tensors, nullptr, /*no_alloc=*/true}));
+ggml_context_ptr DescribeTensors(int64_t n) {
+  return ggml_context_ptr(
+      ggml_init({ggml_tensor_overhead() * static_cast<std::size_t>(n), nullptr, /*no_alloc=*/true}));
 }
-
-}  // namespace
 
 void OwnAttention::Init(const HyperParams& h, ggml_backend_dev_t device, int64_t most_rows) {
   h_ = &h;
@@ -32,7 +28,7 @@ std::optional<OwnAttention::Block> OwnAttention::Prepare(const LayerParams& p,
 }
 
 bool OwnAttention::Supported(const LayerParams& p, int64_t n) const {
-  const ggml_context_ptr ctx = Describe(kNodes);
+  const ggml_context_ptr ctx = DescribeTensors(32);
   if (!ctx) return false;
   const auto rows = [&](ggml_type type, int64_t tokens, int64_t heads) {
     ggml_tensor* t = ggml_new_tensor_3d(ctx.get(), type, h_->head_size, heads, tokens);
@@ -51,7 +47,7 @@ bool OwnAttention::Reserve(int64_t most) {
   strips_.clear();
   buffer_.reset();
   capacity_ = 0;
-  ctx_ = Describe(2);
+  ctx_ = DescribeTensors(2);
   if (!ctx_) return false;
   const int64_t width = h_->n_kv_heads * h_->head_size, tokens = Padded(most);
   k_ = ggml_new_tensor_2d(ctx_.get(), GGML_TYPE_F16, width, tokens);
@@ -69,7 +65,7 @@ const ggml_tensor* OwnAttention::StripOf(int64_t window) {
     if (s.window == window) return s.mask;
   Strip strip;
   strip.window = window;
-  strip.ctx = Describe(1);
+  strip.ctx = DescribeTensors(1);
   if (!strip.ctx) return nullptr;
   const int64_t columns = capacity_ + Padded(most_rows_) + kUnit;
   strip.mask = ggml_new_tensor_2d(strip.ctx.get(), GGML_TYPE_F16, columns, most_rows_);

@@ -14,6 +14,9 @@
 
 namespace moend {
 
+// A context for so many tensors, without their data; null when there is no memory.
+ggml_context_ptr DescribeTensors(int64_t n);
+
 class OwnAttention {
  public:
   // `device` in whose memory K/V lie. `most_rows`: of a block.
