@@ -226,6 +226,8 @@ std::vector<Parser> Parsers() {
   std::vector<Parser> parsers;
   AddFileParsers(parsers);
   AddServerParsers(parsers);
+  AddStoreParsers(parsers);
+  AddChatParsers(parsers);
   return parsers;
 }
 
