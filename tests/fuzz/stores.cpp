@@ -4,8 +4,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <filesystem>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -13,7 +15,6 @@
 #include "moend/serve/prefix_store.h"
 #include "moend/serve/sha256.h"
 #include "tests/fuzz/fuzz.h"
-#include "tests/support/test_model.h"
 
 namespace moend::fuzz {
 namespace {
@@ -82,7 +83,7 @@ Parser PrefixParser() {
 // A server that takes any number of connections, and says the same bytes to each, whatever it is asked.
 class Server {
  public:
-  Server() : socket_(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+  Server() : path(NewFolder() + "/socket"), socket_(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
     std::copy_n(path.c_str(), std::min(path.size(), sizeof address.sun_path - 1), address.sun_path);
@@ -96,6 +97,8 @@ class Server {
     if (thread_.joinable()) thread_.join();
     for (const int client : open_) close(client);
     close(socket_);
+    std::error_code ignored;
+    std::filesystem::remove_all(std::filesystem::path(path).parent_path(), ignored);
   }
   Server(const Server&) = delete;
   Server& operator=(const Server&) = delete;
@@ -105,13 +108,13 @@ class Server {
     bytes_ = bytes;
   }
 
- private:
-  test::TempDir dir_;
-
- public:
-  const std::string path = dir_ / "socket";
+  const std::string path;
 
  private:
+  static std::string NewFolder() {
+    std::string folder = (std::filesystem::temp_directory_path() / "moend-fuzz-XXXXXX").string();
+    return mkdtemp(folder.data()) ? folder : std::string();
+  }
   void Serve() {
     for (;;) {
       const int client = accept4(socket_, nullptr, nullptr, SOCK_CLOEXEC);
