@@ -57,4 +57,4 @@ install: build
 	@cmake --install $(BUILD) --prefix $(PREFIX)
 
 clean:
-	@rm -rf build build-debug build-asan-ubsan build-tsan demo-out
+	@rm -rf build build-debug build-asan-ubsan build-tsan build-libfuzzer demo-out

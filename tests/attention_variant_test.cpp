@@ -240,5 +240,33 @@ TEST(AttentionVariant, StreamAndCausalAgree) {
     }
 }
 
+// How much room the last block of raw keys has changes no bit of the result.
+TEST(AttendStream, NarrowLastBlocksAreTheSame) {
+  for (const int64_t n_raw : {1, 7, 15, 17, 33, 47, 50, 65, 81, 127})
+    for (const int64_t head : {64, 80})
+      for (int64_t tail = n_raw % 16; tail < 16; tail += 4) {
+        const test::PackedContext whole(head, 4, 4, 1, n_raw, 0.8, 3);
+        test::PackedContext narrow(head, 4, 4, 1, n_raw, 0.8, 3);
+        narrow.NarrowLastBlock(tail);
+        for (const int64_t rows : {1, 6, 130}) {
+          const auto q = test::Queries(rows, head, 2.0, 5);
+          const auto run = [&](const StreamView& kv, auto* attend) {
+            std::vector<float> out(static_cast<size_t>(rows * (head + 2)));
+            const SoftmaxState state{out.data(), out.data() + rows * head, out.data() + rows * (head + 1)};
+            ResetState(state, rows, head);
+            const auto workspace =
+                hwy::AllocateAligned<float>(static_cast<size_t>(WorkspaceFloats(head, rows)));
+            attend(kv, 0, kv.n_pages, true, QueryRows{q.data(), rows, 1}, state, workspace.get());
+            return out;
+          };
+          EXPECT_EQ(run(narrow.view(), reference::AttendStream), run(whole.view(), reference::AttendStream));
+          test::ForEachTarget([&] {
+            EXPECT_EQ(run(narrow.view(), simd::AttendStream), run(whole.view(), simd::AttendStream))
+                << n_raw << " raw tokens, tail " << tail << ", rows " << rows;
+          });
+        }
+      }
+}
+
 }  // namespace
 }  // namespace moend

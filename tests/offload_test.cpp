@@ -19,16 +19,17 @@ namespace {
 
 constexpr int64_t kAll = 1000;
 
-struct Case {
+struct OffloadCase {
   const char* name;
   TestModelOptions options;
 };
-void PrintTo(const Case& c, std::ostream* out) {
+void PrintTo(const OffloadCase& c, std::ostream* out) {
   *out << c.name;
 }
 
-std::vector<Case> Cases() {
-  std::vector<Case> cases = {{"Llama", {}}, {"Qwen2", {}}, {"Tied", {}}, {"Mistral3", {}}, {"Experts", {}}};
+std::vector<OffloadCase> OffloadCases() {
+  std::vector<OffloadCase> cases = {
+      {"Llama", {}}, {"Qwen2", {}}, {"Tied", {}}, {"Mistral3", {}}, {"Experts", {}}};
   cases[1].options.architecture = "qwen2";
   cases[1].options.biases = true;
   cases[2].options.tied = cases[2].options.rope_factors = true;
@@ -103,7 +104,7 @@ std::vector<std::vector<float>> Trip(const std::shared_ptr<Engine>& engine, cons
   return logits;
 }
 
-class OffloadOf : public testing::TestWithParam<Case> {
+class OffloadOf : public testing::TestWithParam<OffloadCase> {
  protected:
   void SetUp() override {
     path_ = dir_ / "m.gguf";
@@ -160,7 +161,7 @@ TEST_P(OffloadOf, SoAreCompressedOnes) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(, OffloadOf, testing::ValuesIn(Cases()), [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(, OffloadOf, testing::ValuesIn(OffloadCases()), [](const auto& info) {
   std::string name = info.param.name;
   std::erase(name, '-');
   return name;

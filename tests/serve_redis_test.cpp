@@ -176,6 +176,13 @@ TEST(RedisStore, AnErrorDoesNotShiftTheAnswers) {
   EXPECT_EQ(store->FirstPresent(two).value(), 1);
 }
 
+TEST(RedisStore, ShowsErrorsOfAnyText) {
+  ScriptedServer server({{1, "-\r\n"}, {1, "-a\tb\x1b[2J\r\n"}});
+  const auto store = OpenRedisStore("unix://" + server.path, 0).value();
+  EXPECT_NE(store->Get("k").error().message, "");
+  EXPECT_EQ(store->Get("k").error().message, "a?b?[2J");
+}
+
 TEST(RedisStore, BelievesNoSizeThatNoAnswerHas) {
   for (const std::string answer :
        {"*1000000000\r\n", "$2147483648\r\n", "$99999999999999999999\r\n", "*0\r\n", "%3\r\n", "\r\n"}) {

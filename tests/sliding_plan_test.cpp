@@ -75,7 +75,7 @@ TEST(SlidingPlan, WindowsCountAsWindows) {
   constexpr int64_t kToken = 2 * 2 * 64 * 2;  // bytes of K and V of one layer
   EXPECT_EQ(FullBytes(model, 60), 5 * 60 * kToken);
   EXPECT_EQ(FullBytes(model, 1000), (2 * 1000 + 3 * kWindow) * kToken);
-  EXPECT_EQ(WindowBytes(model.shape, kWindow, 30).value(), 32 * kToken);
+  EXPECT_EQ(WindowBytes(model.shape, kWindow, 30).value(), 31 * kToken);
   // 100 + 16 tokens in whole blocks of 16.
   EXPECT_EQ(WindowBytes(model.shape, kWindow, 1 << 20).value(), 128 * kToken);
   EXPECT_FALSE(WindowBytes(model.shape, -1, 10));

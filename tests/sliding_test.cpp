@@ -44,7 +44,7 @@ void ExpectWindow(const LayerCache& cache, int64_t window, int64_t seen) {
       const int64_t p = seen - view.n_raw + i;
       ASSERT_EQ(positions[static_cast<std::size_t>(i)], p);
       for (int64_t c = 0; c < d; ++c) {
-        ASSERT_EQ(HalfToFloat(view.raw_k[i / 16 * 16 * d + c * 16 + i % 16]), Value(0, h, p, c)) << p;
+        ASSERT_EQ(HalfToFloat(*RawKey(view, i, c)), Value(0, h, p, c)) << p;
         ASSERT_EQ(HalfToFloat(view.raw_v[i * d + c]), Value(1, h, p, c)) << p;
       }
     }

@@ -252,7 +252,7 @@ TEST(Trigonometric, CachedKeysScoreLikeFreshOnes) {
   const auto slow = head.Slow();
   // Standardized over the paged tokens only: the same up to a line.
   std::vector<double> x, y;
-  for (std::size_t i = 0; 4 + i + 28 < slow.size(); ++i) {
+  for (std::size_t i = 0; static_cast<int64_t>(i) < n - in.kv.n_raw; ++i) {
     x.push_back(slow[4 + i]);
     y.push_back(cached[i]);
   }

@@ -224,8 +224,13 @@ Report Run(const Parser& parser, int64_t executions, uint64_t seed) {
 
 std::vector<Parser> Parsers() {
   std::vector<Parser> parsers;
+#ifndef MOEND_FUZZ_BYTES_ONLY  // those that need next to nothing of the rest
   AddFileParsers(parsers);
   AddServerParsers(parsers);
+  AddChatParsers(parsers);
+#endif
+  AddHttpParsers(parsers);
+  AddStoreParsers(parsers);
   return parsers;
 }
 

@@ -31,7 +31,10 @@ struct Parser {
 // All of them, by name.
 std::vector<Parser> Parsers();
 void AddFileParsers(std::vector<Parser>& parsers);    // model, plan, profile, cache, session, suite
-void AddServerParsers(std::vector<Parser>& parsers);  // HTTP heads and bodies, requests
+void AddHttpParsers(std::vector<Parser>& parsers);    // heads, bodies in chunks
+void AddServerParsers(std::vector<Parser>& parsers);  // requests
+void AddStoreParsers(std::vector<Parser>& parsers);   // saved prefixes, answers of a Redis
+void AddChatParsers(std::vector<Parser>& parsers);    // chat templates, answers of models
 
 struct Report {
   int64_t executions = 0, accepted = 0;

@@ -26,7 +26,12 @@ int64_t MostCounted() {
 }  // namespace moend::fuzz
 
 // A sanitizer has its own, which find more.
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define MOEND_SANITIZED 1
+#endif
+#endif
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(MOEND_SANITIZED)
 
 namespace {
 

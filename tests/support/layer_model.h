@@ -34,6 +34,11 @@ inline float Value(int side, int64_t head, int64_t position, int64_t channel) {
   return HalfToFloat(FloatToHalf((unit * 2 - 1) * (channel % 7 == 3 ? 8.0f : 1.0f)));
 }
 
+// Where channel c of raw token i is.
+inline const uint16_t* RawKey(const StreamView& view, int64_t i, int64_t c) {
+  return view.raw_k + i / 16 * 16 * view.layout.head_size + c * view.RawStride(i / 16) + i % 16;
+}
+
 struct Dense {
   std::vector<uint16_t> k, v;
   DenseView view;
@@ -103,8 +108,8 @@ inline void Check(const LayerCache& cache, const Model& model) {
     ASSERT_EQ(static_cast<int64_t>(positions.size()), cache.tokens(h));
 
     const StreamView view = cache.view(h);
-    ASSERT_LE(view.n_raw, RawCapacity(cache.guard()));
-    ASSERT_LT(view.n_raw, cache.guard().sinks + cache.guard().window + kPackTokens);
+    ASSERT_LT(view.n_raw,
+              cache.guard().sinks + cache.guard().window + (cache.sliding() ? kPackTokens : kPageTokens));
     std::size_t next = 0;
     int64_t dead = 0;
     for (int64_t page = 0; page < view.n_pages; ++page) {
@@ -139,12 +144,15 @@ inline void Check(const LayerCache& cache, const Model& model) {
         ASSERT_EQ(position, i);
       }
       for (int64_t c = 0; c < hs; ++c) {
-        ASSERT_EQ(HalfToFloat(view.raw_k[(i / 16 * hs + c) * 16 + i % 16]), Value(0, h, position, c));
+        ASSERT_EQ(HalfToFloat(*RawKey(view, i, c)), Value(0, h, position, c));
         ASSERT_EQ(HalfToFloat(view.raw_v[i * hs + c]), Value(1, h, position, c));
       }
     }
-    for (int64_t i = 0; i < (view.n_raw + 15) / 16 * 16 * hs; ++i)
-      ASSERT_TRUE(std::isfinite(HalfToFloat(view.raw_k[i])));
+    // What vectors read.
+    for (int64_t block = 0; block * 16 < view.n_raw; ++block)
+      for (int64_t c = 0; c < hs; ++c)
+        for (int64_t t = 0; t < 16; ++t)
+          ASSERT_TRUE(std::isfinite(HalfToFloat(RawKey(view, block * 16, c)[t])));
   }
 }
 

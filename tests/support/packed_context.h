@@ -131,6 +131,19 @@ class PackedContext {
     }
   }
 
+  // The last raw block gets room for `tail` tokens only, as a short cache's has.
+  void NarrowLastBlock(int64_t tail) {
+    const int64_t head_size = layout_.head_size, n_raw = std::ssize(raw_v_) / head_size;
+    const int64_t begin = (n_raw - 1) / 16 * 16 * head_size;
+    for (int64_t c = 0; c < head_size; ++c)
+      for (int64_t t = 0; t < tail; ++t)
+        raw_k_[static_cast<size_t>(begin + c * tail + t)] = raw_k_[static_cast<size_t>(begin + c * 16 + t)];
+    raw_k_.resize(static_cast<size_t>(begin + head_size * tail));
+    raw_k_.resize(raw_k_.size() + static_cast<size_t>(16 - tail), 0x7e00);  // of no use, but can be read
+    raw_k_.shrink_to_fit();  // so that the address sanitizer sees a read behind it
+    tail_ = tail;
+  }
+
   StreamView view() const {
     StreamView view;
     view.layout = layout_;
@@ -139,6 +152,7 @@ class PackedContext {
     view.n_pages = static_cast<int64_t>(pages_.size());
     view.raw_k = raw_k_.data();
     view.raw_v = raw_v_.data();
+    view.raw_tail = tail_;
     view.n_raw = layout_.head_size == 0 ? 0 : static_cast<int64_t>(raw_v_.size()) / layout_.head_size;
     return view;
   }
@@ -245,6 +259,7 @@ class PackedContext {
   std::vector<const uint8_t*> page_pointers_;
   std::vector<uint64_t> live_;
   std::vector<uint16_t> raw_k_, raw_v_;
+  int64_t tail_ = 16;
   std::vector<double> k_, v_;
   std::vector<int64_t> slot_;
 };

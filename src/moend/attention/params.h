@@ -25,9 +25,17 @@ struct StreamView {
   int64_t n_pages = 0;
   // Null: K of the pages is as it was. Never set for pages of 16 bit K. Raw tokens are never rotated.
   const KeyRotation* rotation = nullptr;
-  const uint16_t* raw_k = nullptr;  // f16 [ceil(n_raw / 16)][head_size][16]
+  const uint16_t* raw_k = nullptr;  // f16 [ceil(n_raw / 16)][head_size][16], but for the last block
   const uint16_t* raw_v = nullptr;  // f16 [n_raw][head_size]
   int64_t n_raw = 0;
+  // The last block of raw_k is [head_size][raw_tail]: a short cache has no room for tokens that are not there
+  // yet. 16 numbers from any of a block's rows on can be read all the same, and are finite.
+  int64_t raw_tail = kRawBlockTokens;
+
+  // What lies between two channels of a block of raw_k.
+  int64_t RawStride(int64_t block) const {
+    return block == (n_raw - 1) / kRawBlockTokens ? raw_tail : kRawBlockTokens;
+  }
 };
 
 // Uncompressed K/V of one KV head: the prefill scratch. K pages as in a 16-bit page, so that positions are

@@ -85,6 +85,41 @@ void LayerCache::Impl::PackPage(int64_t h, PageScratch& from, const float* feedb
   PackValues(layout, from.v.data(), live, page);
 }
 
+int64_t LayerCache::Impl::Paged(bool with_new) const {
+  int64_t bytes = 0;
+  for (const CacheHead& h : heads) {
+    bytes += h.table.bytes();
+    const int64_t n = h.table.size();
+    if (with_new && h.table.Room() == 0)
+      bytes += layout.bytes + TableBytes(n + 1, ScoreBytes()) - TableBytes(n, ScoreBytes());
+  }
+  return bytes;
+}
+
+bool LayerCache::Impl::MayPack(int64_t n, int64_t seen) const {
+  const bool opens = std::ranges::any_of(heads, [](const CacheHead& h) { return h.table.Room() == 0; });
+  if (!opens || n - Guarded() >= MostHeld(layout, ScoreBytes())) return true;
+  return Paged(true) + Bitmaps(seen) + RawBytes(n - std::min(Room(), n - Guarded())) <= Most(seen);
+}
+
+int64_t LayerCache::Impl::RoomFor(int64_t n, int64_t seen, int64_t others) const {
+  // MostBytes() of pages that cost nothing, for where there is no other limit.
+  const int64_t token = RawBytes(1), most = Most(seen);
+  const int64_t limit = most == INT64_MAX ? WithSlack(seen) : (most - others) / token;
+  return std::max(n, std::min(std::max(RawCapacity(guard), RoundUp(n, kRawBlockTokens)), limit));
+}
+
+Expected<void> LayerCache::Impl::ReserveRaw(int64_t n, int64_t seen) {
+  if (n <= raw.capacity()) return {};
+  return raw.Resize(ledger, RoomFor(n, seen, Paged(false) + Bitmaps(seen)));
+}
+
+void LayerCache::Impl::SettleRaw() {
+  const int64_t room = RoomFor(n_raw, tokens_seen, Paged(false) + Bitmaps(tokens_seen));
+  if (raw.capacity() > room || (raw.capacity() < room && room == RawCapacity(guard)))
+    (void)raw.Resize(ledger, room);
+}
+
 void LayerCache::Impl::Clear() {
   for (CacheHead& head : heads) {
     head.table.Clear();
@@ -157,9 +192,7 @@ Expected<LayerCache> LayerCache::Repack(const Expert& expert) const {
       }
       CacheHead& to = d.heads.back();
       to.paged = from.paged;
-      if (!s.sliding) MOEND_TRY(to.positions.Reserve(s.ledger, s.tokens_seen));
-      if (from.positions.n_words() > 0)
-        std::copy_n(from.positions.words(), from.positions.n_words(), to.positions.words());
+      MOEND_ASSIGN(to.positions, from.positions.Copy(s.ledger));
     }
     return cache;
   });
@@ -180,6 +213,7 @@ StreamView LayerCache::view(int64_t head) const {
   if (view.n_raw > 0) {
     view.raw_k = s.raw.keys(head);
     view.raw_v = s.raw.values(head);
+    view.raw_tail = s.raw.Lanes((view.n_raw - 1) / kRawBlockTokens);
   }
   return view;
 }

@@ -3,11 +3,12 @@
 //     sinks (raw) | packed pages of 64, ascending positions, some slots evicted | newest tokens (raw)
 //
 // Raw tokens are unquantized half floats. When sinks + window + 16 raw tokens are there, the oldest behind
-// the sinks are packed: into the room that the last page has behind its last live slot, else into a new page.
+// the sinks are packed: into the room that the last page has behind its last live slot, else into a new page;
+// later where a new page would take the cache beyond MostBytes(), as it does in short contexts.
 // (A page's worth of raw tokens costs as much as 5 packed pages: held back until a page is full, they took a
 // third of a 14x budget at 4,096 tokens.) Eviction marks slots of pages dead and then compacts: runs of
 // neighbouring pages whose dead slots add up to a page are re-packed into fewer pages. Original positions are
-// a bitmap over the tokens seen.
+// a bitmap over the tokens seen, once one of them is gone.
 //
 // The cache of a sliding layer is simpler: the newest tokens, raw, and nothing else. kPackTokens are dropped
 // at a time, so that up to kPackTokens - 1 older ones are there, which whoever attends masks

@@ -54,8 +54,8 @@ class PageFiller {
 
 Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int64_t m, int64_t limit) {
   // First everything that can fail.
-  const bool packs = n_raw + m == limit;
-  MOEND_TRY(raw.Reserve(ledger, n_raw + m));
+  const bool packs = n_raw + m == limit && (sliding || MayPack(n_raw + m, tokens_seen + m));
+  MOEND_TRY(ReserveRaw(n_raw + m, tokens_seen + m));
   if (!sliding)
     for (CacheHead& head : heads) MOEND_TRY(head.positions.Reserve(ledger, tokens_seen + m));
   PageScratch scratch;
@@ -82,8 +82,8 @@ Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int
     for (int64_t i = 0; i < m; ++i) {
       const int64_t offset = (i * shape.n_kv_heads + h) * shape.head_size;
       raw.Store(h, n_raw + i, k + offset, v + offset);
-      if (!sliding) head(h).positions.Insert(tokens_seen + i);
     }
+    if (!sliding) head(h).positions.Add(m);
   }
   n_raw += m;
   tokens_seen += m;
@@ -130,15 +130,17 @@ Expected<void> LayerCache::Append(const float* k, const float* v, int64_t n) {
   return CatchBadAlloc([&]() -> Expected<void> {
     const int64_t stride = s.shape.n_kv_heads * s.shape.head_size;
     for (int64_t done = 0; done < n;) {
-      // As many as there are for a page are packed in one go.
-      const int64_t room = s.Room(), unguarded = s.n_raw + n - done - s.Guarded();
-      const int64_t together = unguarded >= room ? room : unguarded / kPackTokens * kPackTokens;
-      const int64_t limit = s.Guarded() + (s.sliding ? kPackTokens : std::max(together, kPackTokens));
+      // As many as there are for a page are packed in one go; in steps where a new page has to wait.
+      const int64_t room = s.Room(), held = s.n_raw - s.Guarded(), unguarded = held + n - done;
+      int64_t together = unguarded >= room ? room : unguarded / kPackTokens * kPackTokens;
+      if (s.sliding || together < kPackTokens) together = kPackTokens;
+      if (together <= held) together = (held / kPackTokens + 1) * kPackTokens;
+      const int64_t limit = s.Guarded() + together;
       const int64_t m = std::min(n - done, limit - s.n_raw);
       MOEND_TRY(s.AppendChunk(k + done * stride, v + done * stride, m, limit));
       done += m;
     }
-    s.raw.Shrink(s.ledger, RawCapacity(s.guard));
+    s.SettleRaw();
     return {};
   });
 }
@@ -159,8 +161,9 @@ Expected<void> LayerCache::AppendNewest(std::span<const DenseView> from) {
     const int64_t window = s.guard.window, added = std::min(n, window);
     const int64_t kept = std::min(s.n_raw, window - added);  // of those that are there
     // With room for those that follow, so that no more is allocated later.
-    MOEND_TRY(
-        s.raw.Reserve(s.ledger, std::max(kept + added, std::min(s.tokens_seen + n, RawCapacity(s.guard)))));
+    if (kept + added > s.raw.capacity())
+      MOEND_TRY(
+          s.raw.Resize(s.ledger, std::max(kept + added, std::min(s.tokens_seen + n, RawCapacity(s.guard)))));
     for (int64_t h = 0; h < s.shape.n_kv_heads; ++h) {
       s.raw.Remove(h, 0, s.n_raw - kept, s.n_raw);
       const DenseView& head = from[static_cast<std::size_t>(h)];

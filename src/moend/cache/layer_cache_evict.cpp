@@ -61,6 +61,7 @@ Expected<void> LayerCache::Evict(int64_t h, std::span<const float> scores, int64
       live[static_cast<std::size_t>(c->slot / kPageTokens)] &= ~(uint64_t{1} << c->slot % kPageTokens);
       goes[static_cast<std::size_t>(c->rank)] = 1;
     }
+    if (count > 0) MOEND_TRY(head.positions.MakeErasable(s.ledger));
     MOEND_TRY(Compact(table, live));
     int64_t rank = -s.SinksSeen();
     head.positions.ForEach([&](int64_t position) {

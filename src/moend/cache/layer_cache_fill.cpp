@@ -60,11 +60,23 @@ Expected<void> LayerCache::BeginFill(int64_t n_tokens, int64_t n_kept) {
     return Fail(ErrorCode::kInvalidArgument,
                 "{} of {} tokens cannot be kept; at least the {} protected ones must be, at most all", n_kept,
                 n_tokens, std::min(n_tokens, guarded));
-  // With room for those that follow, so that no more is allocated for raw tokens later.
-  MOEND_TRY(CatchBadAlloc([&] { return s.raw.Reserve(s.ledger, std::min(n_tokens, RawCapacity(s.guard))); }));
+  // What is left of whole pages goes into one that has room, or waits among the raw tokens.
+  const int64_t sum = std::max<int64_t>(0, n_kept - guarded), left = sum % kPageTokens;
+  const auto bytes = [&](int64_t paged) {
+    const int64_t pages = RoundUp(paged, kPageTokens) / kPageTokens;
+    return s.shape.n_kv_heads * (pages * s.layout.bytes + TableBytes(pages, s.ScoreBytes())) +
+           s.Bitmaps(n_tokens);
+  };
+  const bool waits = left > 0 && left < MostHeld(s.layout, s.ScoreBytes()) &&
+                     bytes(sum) + s.RawBytes(n_kept - sum) > s.Most(n_tokens);
+  const int64_t paged = waits ? sum - left : sum;
+  // With room for those that follow, so that in a long context no more is allocated for raw tokens later.
+  MOEND_TRY(CatchBadAlloc(
+      [&] { return s.raw.Resize(s.ledger, s.RoomFor(n_kept - paged, n_tokens, bytes(paged))); }));
   s.filling = true;
   s.fill_tokens = n_tokens;
   s.fill_kept = n_kept;
+  s.fill_paged = paged;
   return {};
 }
 
@@ -94,11 +106,16 @@ Expected<void> LayerCache::FillHead(int64_t h, const DenseView& from, std::span<
           kept.size(), h, s.fill_kept, s.fill_tokens, s.guard.window);
 
     CacheHead& head = s.head(h);
-    const int64_t paged = std::max<int64_t>(0, s.fill_kept - s.Guarded());
+    const int64_t paged = s.fill_paged;
     const int64_t pages = RoundUp(paged, kPageTokens) / kPageTokens;
     const int64_t sinks = std::min(s.guard.sinks, s.fill_kept);
     MOEND_TRY(head.table.Fit(pages));
-    MOEND_TRY(head.positions.Reserve(s.ledger, s.fill_tokens));
+    if (s.fill_kept == s.fill_tokens) {
+      head.positions.Add(s.fill_tokens);
+    } else {
+      MOEND_TRY(head.positions.StartEmpty(s.ledger, s.fill_tokens));
+      for (const uint32_t position : kept) head.positions.Insert(position);
+    }
     MOEND_ASSIGN(auto scratch, PageScratch::Create(s.shape.head_size));
     for (int64_t i = 0; i < pages; ++i) {
       const uint32_t* positions = kept.data() + sinks + i * kPageTokens;
@@ -113,7 +130,6 @@ Expected<void> LayerCache::FillHead(int64_t h, const DenseView& from, std::span<
     head.paged = paged;
     for (int64_t i = 0; i < sinks; ++i) s.raw.Store(h, i, from, kept[i]);
     for (int64_t i = sinks + head.paged; i < s.fill_kept; ++i) s.raw.Store(h, i - head.paged, from, kept[i]);
-    for (const uint32_t position : kept) head.positions.Insert(position);
     head.filled = true;
     return {};
   });

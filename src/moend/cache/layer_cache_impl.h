@@ -35,7 +35,8 @@ struct LayerCache::Impl {
   int64_t tokens_seen = 0;
   int64_t n_raw = 0;
   bool filling = false;
-  int64_t fill_tokens = 0, fill_kept = 0;  // seen, and kept by each head, while filling
+  // While filling: tokens seen, kept by each head, and of these in pages.
+  int64_t fill_tokens = 0, fill_kept = 0, fill_paged = 0;
   RawTokens raw;
   std::vector<CacheHead> heads;
 
@@ -66,6 +67,25 @@ struct LayerCache::Impl {
   }
   int64_t Guarded() const { return guard.sinks + guard.window; }
   int64_t SinksSeen() const { return std::min(guard.sinks, n_raw); }
+
+  int64_t ScoreBytes() const { return keep_scores ? static_cast<int64_t>(sizeof(float)) : 0; }
+  int64_t Most(int64_t seen) const { return MostBytes(layout, shape.n_kv_heads, seen, ScoreBytes()); }
+  // Bytes of `n` raw tokens of every head.
+  int64_t RawBytes(int64_t n) const { return FullLayerBytes(shape, n); }
+  // What every head's bitmap takes or may soon take when `seen` tokens were seen.
+  int64_t Bitmaps(int64_t seen) const {
+    return expert.keep < 1.0 && seen > Guarded() ? shape.n_kv_heads * BitmapBytes(seen) : 0;
+  }
+  // Bytes of all pages and tables, with a page more where the last one is full if `with_new`.
+  int64_t Paged(bool with_new) const;
+  // Whether `n` raw tokens, of `seen` that were seen, may go into pages, or a new page would take too much.
+  bool MayPack(int64_t n, int64_t seen) const;
+  // How many raw tokens to have room for while there are n, next to `others` bytes.
+  int64_t RoomFor(int64_t n, int64_t seen, int64_t others) const;
+  // Makes room for n raw tokens, of `seen` that will have been seen.
+  Expected<void> ReserveRaw(int64_t n, int64_t seen);
+  // Gives back what the raw tokens no longer need, and takes what they will, if there is memory for the copy.
+  void SettleRaw();
 
   // Back to an empty cache; needs no memory.
   void Clear();

@@ -46,11 +46,10 @@ void PageTable::Clear() {
 }
 
 Expected<void> PageTable::Fit(int64_t pages) {
-  const int64_t capacity = TableEntries(pages);
+  const int64_t score_bytes = keep_scores_ ? sizeof(float) : 0, capacity = TableEntries(pages, score_bytes);
   if (capacity == capacity_) return {};
   PageTable fitted(ledger_, layout_, keep_scores_);
-  const int64_t bytes = capacity * TableEntryBytes(keep_scores_ ? sizeof(float) : 0);
-  MOEND_ASSIGN(fitted.memory_, Buffer<uint8_t>::Create(ledger_, bytes));
+  MOEND_ASSIGN(fitted.memory_, Buffer<uint8_t>::Create(ledger_, TableBytes(pages, score_bytes)));
   fitted.capacity_ = capacity;
   if (size_ > 0) {
     fitted.size_ = size_;

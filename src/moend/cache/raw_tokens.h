@@ -1,8 +1,9 @@
 // The unquantized tokens of a layer: first the sinks, then the newest tokens, the same number in every KV
-// head. One allocation; per head K as f16 [capacity / 16][head_size][16], then V as f16
-// [capacity][head_size]. Unused K lanes are finite.
+// head. One allocation; per head K as f16 [capacity / 16][head_size][16] and, of what is left of the
+// capacity, [head_size][capacity % 16], then V as f16 [capacity][head_size]. Unused K lanes are finite.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -25,10 +26,13 @@ class RawTokens {
  public:
   explicit RawTokens(const KvShape& shape) : shape_(shape) {}
 
-  // Room for n tokens a head, in blocks; never shrinks.
-  Expected<void> Reserve(const std::shared_ptr<Ledger>& ledger, int64_t n);
-  // Gives back what is beyond n tokens, if there is memory for the copy.
-  void Shrink(const std::shared_ptr<Ledger>& ledger, int64_t n);
+  // Room for `capacity` tokens a head, no more and no less.
+  Expected<void> Resize(const std::shared_ptr<Ledger>& ledger, int64_t capacity);
+  int64_t capacity() const { return capacity_; }
+  // Tokens that block `block` of K has room for.
+  int64_t Lanes(int64_t block) const {
+    return std::min(kRawBlockTokens, capacity_ - block * kRawBlockTokens);
+  }
 
   const uint16_t* keys(int64_t head) const { return memory_.data() + head * HeadStride(); }
   const uint16_t* values(int64_t head) const { return keys(head) + capacity_ * shape_.head_size; }
@@ -49,9 +53,8 @@ class RawTokens {
   Expected<RawTokens> Copy(const std::shared_ptr<Ledger>& ledger) const;
 
  private:
-  Expected<void> Resize(const std::shared_ptr<Ledger>& ledger, int64_t capacity);
   int64_t HeadStride() const { return 2 * capacity_ * shape_.head_size; }
-  // Where token's channel 0 is in K; channels are kRawBlockTokens apart.
+  // Where token's channel 0 is in K; channels are Lanes() of its block apart.
   int64_t KeyOffset(int64_t token) const {
     return token / kRawBlockTokens * kRawBlockTokens * shape_.head_size + token % kRawBlockTokens;
   }

@@ -1,6 +1,7 @@
 #include "moend/cache/serialize.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 
@@ -87,12 +88,27 @@ int64_t RawBlocks(int64_t n_raw) {
   return RoundUp(n_raw, kRawBlockTokens);
 }
 
-// Half floats of the raw K and V of one head.
+// Half floats of the raw K and V of one head. K is written in whole blocks, whatever the cache has room for;
+// lanes without a token are 0.
 int64_t RawKeyHalves(const LayerCache::Impl& s) {
   return RawBlocks(s.n_raw) * s.shape.head_size;
 }
 int64_t RawValueHalves(const LayerCache::Impl& s) {
   return s.n_raw * s.shape.head_size;
+}
+
+void WriteRaw(std::string& blob, const LayerCache::Impl& s, int64_t h) {
+  std::array<uint16_t, kRawBlockTokens> row;
+  for (int64_t begin = 0; begin < s.n_raw; begin += kRawBlockTokens) {
+    const int64_t stride = s.raw.Lanes(begin / kRawBlockTokens),
+                  n = std::min(kRawBlockTokens, s.n_raw - begin);
+    for (int64_t c = 0; c < s.shape.head_size; ++c) {
+      row.fill(0);
+      std::copy_n(s.raw.keys(h) + begin * s.shape.head_size + c * stride, n, row.data());
+      Write(blob, row.data(), kRawBlockTokens);
+    }
+  }
+  Write(blob, s.raw.values(h), RawValueHalves(s));
 }
 
 // Positions below tokens_seen, as many as tokens, with the sinks and the newest ones among them.
@@ -115,7 +131,7 @@ Expected<void> ReadHead(Reader& reader, LayerCache::Impl& s, CacheHead& head, co
   if (!reader.Read(&n_pages, 1) || n_pages < 0 || !reader.Has(n_pages, s.layout.refs) ||
       !reader.Has(BitmapBytes(s.tokens_seen), 1))
     return corrupt("its pages are not all there");
-  MOEND_TRY(head.positions.Reserve(s.ledger, s.tokens_seen));
+  MOEND_TRY(head.positions.StartEmpty(s.ledger, s.tokens_seen));
   if (!reader.Read(head.positions.words(), head.positions.n_words()))
     return corrupt("its positions are cut off");
   MOEND_TRY(head.table.Fit(n_pages));
@@ -127,6 +143,7 @@ Expected<void> ReadHead(Reader& reader, LayerCache::Impl& s, CacheHead& head, co
   if (n_pages * kPageTokens - head.paged - room >= kPageTokens || room >= kPageTokens)
     return corrupt("a page's worth of its slots is dead");
   if (!ArePositionsSound(s, head)) return corrupt("its positions do not match its tokens");
+  if (head.paged + s.n_raw == s.tokens_seen) head.positions.HoldAll();
   std::vector<float> scores(static_cast<std::size_t>(s.keep_scores ? n_pages * kPageTokens : 0));
   if (!reader.Read(scores.data(), std::ssize(scores))) return corrupt("its scores are cut off");
   for (int64_t i = 0; i < n_pages; ++i) {
@@ -162,19 +179,20 @@ Expected<std::string> SerializeCache(const LayerCache& cache) {
     Write(blob, &header, 1);
     for (int64_t h = 0; h < s.shape.n_kv_heads; ++h) {
       if (s.sliding) {
-        Write(blob, s.raw.keys(h), RawKeyHalves(s));
-        Write(blob, s.raw.values(h), RawValueHalves(s));
+        WriteRaw(blob, s, h);
         continue;
       }
       const CacheHead& head = s.head(h);
       const int64_t n_pages = head.table.size();
       Write(blob, &n_pages, 1);
-      Write(blob, head.positions.words(), BitmapBytes(s.tokens_seen) / 8);
+      for (int64_t w = 0; w < BitmapBytes(s.tokens_seen) / 8; ++w) {
+        const uint64_t word = head.positions.word(w);
+        Write(blob, &word, 1);
+      }
       Write(blob, head.table.live(), n_pages);
       if (s.keep_scores) Write(blob, head.table.scores(), n_pages * kPageTokens);
       for (int64_t i = 0; i < n_pages; ++i) Write(blob, head.table.pages()[i], s.layout.refs);
-      Write(blob, s.raw.keys(h), RawKeyHalves(s));
-      Write(blob, s.raw.values(h), RawValueHalves(s));
+      WriteRaw(blob, s, h);
     }
     const uint64_t checksum = Checksum(blob);
     Write(blob, &checksum, 1);
@@ -218,7 +236,7 @@ Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::strin
     const int64_t seen = header.tokens_seen, n_raw = header.n_raw;
     const int64_t guarded = guard.sinks + guard.window;
     if (seen < 0 || seen > int64_t{1} << 31 || n_raw < std::min(seen, guarded) ||
-        n_raw > std::min(seen, guarded + kPackTokens - 1))
+        n_raw > std::min(seen, guarded + kPageTokens - 1))
       return corrupt("its token counts contradict each other");
 
     Reader reader(blob.substr(sizeof(Header)));
@@ -233,7 +251,7 @@ Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::strin
     s.sliding = sliding;
     s.tokens_seen = seen;
     s.n_raw = n_raw;
-    MOEND_TRY(s.raw.Reserve(s.ledger, n_raw));
+    MOEND_TRY(s.raw.Resize(s.ledger, RawBlocks(n_raw)));
     for (int64_t h = 0; h < shape.n_kv_heads; ++h) {
       if (!sliding) MOEND_TRY(ReadHead(reader, s, s.head(h), corrupt));
       if (!reader.Read(s.raw.keys(h), RawKeyHalves(s)) || !reader.Read(s.raw.values(h), RawValueHalves(s)))
@@ -242,6 +260,7 @@ Expected<LayerCache> DeserializeCache(std::shared_ptr<Ledger> ledger, std::strin
         return corrupt("a raw token holds numbers that are not finite");
     }
     if (!reader.AtEnd()) return corrupt("it has bytes behind its end");
+    s.SettleRaw();
     return cache;
   });
 }

@@ -16,7 +16,7 @@ const char* Name(GgufType type) {
   return index < std::size(kNames) ? kNames[index] : "unknown";
 }
 
-std::string Printable(std::string_view text) {
+std::string Escaped(std::string_view text) {
   constexpr std::size_t kLongest = 80;
   std::string out;
   for (char c : text.substr(0, kLongest)) {
@@ -122,7 +122,7 @@ class GgufParser {
     if (size() < 4 || std::memcmp(file_.data(), "GGUF", 4) != 0) {
       const std::string_view start(reinterpret_cast<const char*>(file_.data()),
                                    static_cast<std::size_t>(std::min<uint64_t>(size(), 8)));
-      return Bad("is not a GGUF model: it starts with \"{}\" instead of \"GGUF\"", Printable(start));
+      return Bad("is not a GGUF model: it starts with \"{}\" instead of \"GGUF\"", Escaped(start));
     }
     at_ = 4;
     uint32_t version = 0;
@@ -146,7 +146,7 @@ class GgufParser {
     if (!ReadText(key, kMaxNameBytes)) return CutOff(fmt::format("the name of key {} of {}", i + 1, n_keys_));
     if (key.empty() || key.find('\0') != std::string_view::npos)
       return Bad("is damaged: key {} of {} has no proper name", i + 1, n_keys_);
-    const auto value_at = fmt::format("the value of key {}", Printable(key));
+    const auto value_at = fmt::format("the value of key {}", Escaped(key));
     uint32_t type = 0;
     if (!Read(type)) return CutOff(value_at);
     GgufValue value;
@@ -156,15 +156,15 @@ class GgufParser {
       // Every element takes a byte or more, which also makes the count an int64_t.
       if (count > left()) return CutOff(fmt::format("{} with {} elements", value_at, count));
       if (type == static_cast<uint32_t>(GgufType::kArray))
-        return Bad("has an array of arrays under key {}; no model that moend runs has one", Printable(key));
+        return Bad("has an array of arrays under key {}; no model that moend runs has one", Escaped(key));
       if (count > static_cast<uint64_t>(kMaxGgufArray))
-        return Bad("is damaged: key {} has {} elements, at most {} are possible", Printable(key), count,
+        return Bad("is damaged: key {} has {} elements, at most {} are possible", Escaped(key), count,
                    kMaxGgufArray);
       value.is_array = true;
       value.count = static_cast<int64_t>(count);
     }
     if (type > static_cast<uint32_t>(GgufType::kFloat64))
-      return Bad("is damaged: key {} has the unknown type {}", Printable(key), type);
+      return Bad("is damaged: key {} has the unknown type {}", Escaped(key), type);
     value.type = static_cast<GgufType>(type);
 
     const uint64_t begin = at_;
@@ -181,9 +181,9 @@ class GgufParser {
     value.bytes = file_.subspan(begin, at_ - begin);
     if (value.type == GgufType::kBool)
       for (uint8_t b : value.bytes)
-        if (b > 1) return Bad("is damaged: the boolean key {} holds {}", Printable(key), b);
+        if (b > 1) return Bad("is damaged: the boolean key {} holds {}", Escaped(key), b);
     if (!out_.values_.emplace(key, value).second)
-      return Bad("is damaged: key {} appears twice", Printable(key));
+      return Bad("is damaged: key {} appears twice", Escaped(key));
     return {};
   }
 
@@ -207,7 +207,7 @@ class GgufParser {
       return CutOff(fmt::format("the name of tensor {} of {}", i + 1, n_tensors_));
     if (tensor.name.empty() || tensor.name.find('\0') != std::string_view::npos)
       return Bad("is damaged: tensor {} of {} has no proper name", i + 1, n_tensors_);
-    const std::string name = Printable(tensor.name);
+    const std::string name = Escaped(tensor.name);
     if (tensor.name.size() >= GGML_MAX_NAME)
       return Bad("is damaged: the name of tensor {} has {} characters, at most {} are possible", name,
                  tensor.name.size(), GGML_MAX_NAME - 1);
@@ -267,7 +267,7 @@ class GgufParser {
       tensor.offset += data;  // at most kFarthest each
       if (tensor.offset > file_bytes || tensor.bytes > file_bytes - tensor.offset)
         return Bad("is cut off: tensor {} ends at byte {} but the file has {} bytes; download it again",
-                   Printable(tensor.name),
+                   Escaped(tensor.name),
                    static_cast<uint64_t>(tensor.offset) + static_cast<uint64_t>(tensor.bytes), file_bytes);
       tensor.data = file_.data() + tensor.offset;
     }

@@ -60,8 +60,8 @@ struct GgufTensor {
   const uint8_t* data = nullptr;  // [bytes], in the mapping
 };
 
-// Text of the file made fit for a message: printable, cut to a line.
-std::string Printable(std::string_view text);
+// Text of the file made fit for a message: what is not ASCII as \x.., cut to a line.
+std::string Escaped(std::string_view text);
 // Shape as people write it: "[64, 128]"; trailing ones are left out.
 std::string ShapeText(const std::array<int64_t, 4>& ne);
 

@@ -57,7 +57,7 @@ Expected<void> GgufFile::AddParts(bool map) {
       if (!tensor_index_.emplace(tensor.name, static_cast<int64_t>(tensors_.size())).second)
         return Fail(ErrorCode::kCorrupt,
                     "{} has the tensor {}, which an earlier part has too; are they of one model?", path,
-                    Printable(tensor.name));
+                    Escaped(tensor.name));
       tensors_.push_back(tensor);
     }
     parts_.push_back(mapping->bytes());

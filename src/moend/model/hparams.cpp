@@ -104,7 +104,7 @@ Expected<void> ReadRope(const GgufFile& file, const Architecture& architecture, 
     return Fail(
         ErrorCode::kUnsupported,
         "{} scales its RoPE by the method \"{}\"; moend knows none, linear and yarn, and longrope in phi3",
-        path, Printable(type));
+        path, Escaped(type));
   MOEND_ASSIGN(const float old_factor, file.Real(Key(arch, "rope.scale_linear"), 0.0f));
   MOEND_ASSIGN(float factor, file.Real(Key(arch, "rope.scaling.factor"), old_factor));
   if (factor < 0)
@@ -130,11 +130,11 @@ Expected<HyperParams> ReadHyperParams(const GgufFile& file) {
   const Architecture* architecture = FindArchitecture(arch);
   if (!architecture)
     return Fail(ErrorCode::kUnsupported, "{} is a model of architecture \"{}\"; moend runs {}", file.path(),
-                Printable(arch), ArchitectureNames());
+                Escaped(arch), ArchitectureNames());
   h.architecture_name = arch;
   MOEND_TRY(RefuseVariants(file, h));
   MOEND_ASSIGN(const std::string_view name, file.String("general.name", ""));
-  h.name = Printable(name);
+  h.name = Escaped(name);
 
   MOEND_TRY(ReadLayerCounts(file, *architecture, h));
   MOEND_ASSIGN(h.n_embd, file.Integer(Key(h, "embedding_length"), 1, kMaxWidth));

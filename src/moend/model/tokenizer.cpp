@@ -35,7 +35,7 @@ void KeepErrors(ggml_log_level level, const char* text, void* /*user*/) {
 std::string CauseInLog(std::string_view log) {
   for (std::string_view way : {"error loading model: ", "error loading model vocabulary: "})
     if (const auto at = log.find(way); at != std::string_view::npos) log.remove_prefix(at + way.size());
-  return log.empty() ? "it gives no reason" : Printable(log);
+  return log.empty() ? "it gives no reason" : Escaped(log);
 }
 
 // For models that have no template: they were trained on plain text.

@@ -35,7 +35,7 @@ Expected<void> CheckTokens(const GgufFile& file, int64_t n_vocab) {
     if (token.find('\0') != std::string_view::npos)
       return Bad(file, "{} has a zero byte in token {}", kKey, i);
     if (!token.empty() && !seen.insert(token).second)
-      return Bad(file, "{} has the token \"{}\" twice, the second time as {}", kKey, Printable(token), i);
+      return Bad(file, "{} has the token \"{}\" twice, the second time as {}", kKey, Escaped(token), i);
   }
   // libllama gives empty tokens names of its own.
   for (std::size_t i = 0; i < tokens.size(); ++i)
@@ -88,7 +88,7 @@ Expected<void> CheckMerges(const GgufFile& file) {
     if (merge.size() > 2 * kMaxTokenBytes || merge.find('\0') != std::string_view::npos ||
         (merge.size() < 3 || merge.find(' ', 1) == std::string_view::npos))
       return Bad(file, "{}: entry {} is \"{}\", not two tokens with a space between", kKey, i,
-                 Printable(merge));
+                 Escaped(merge));
   }
   return {};
 }
@@ -131,7 +131,7 @@ Expected<void> CheckVocabulary(const GgufFile& file, int64_t n_vocab) {
   MOEND_ASSIGN(const std::string_view model, file.String("tokenizer.ggml.model"));
   if (model != "llama" && model != "gpt2")
     return Fail(ErrorCode::kUnsupported, "{} has a tokenizer of the kind \"{}\"; moend runs llama and gpt2",
-                file.path(), Printable(model));
+                file.path(), Escaped(model));
   MOEND_ASSIGN(const std::string_view pre, file.String("tokenizer.ggml.pre", ""));
   if (model == "gpt2" && std::find(kKeepsSpaces.begin(), kKeepsSpaces.end(), pre) != kKeepsSpaces.end())
     return Fail(ErrorCode::kUnsupported,

@@ -93,7 +93,7 @@ class Binder {
       if (!used_.contains(t.name))
         return Fail(ErrorCode::kUnsupported,
                     "{} has a tensor {} that moend's graph of this architecture has no place for",
-                    file_.path(), Printable(t.name));
+                    file_.path(), Escaped(t.name));
     return {};
   }
   void Ignore(std::string_view name) {

@@ -14,8 +14,12 @@ constexpr int64_t kMaxProtected = int64_t{1} << 24;
 constexpr int64_t kMostTokens = int64_t{1} << 31;  // positions are uint32_t
 constexpr int64_t kHalfBytes = 2;
 
-// Four page table entries without scores are one cache line.
+// Four page table entries without scores are one cache line; one with scores is four and a quarter.
 constexpr int64_t kTableStep = 4;
+
+int64_t TokenBytes(int64_t head_size) {
+  return head_size * 2 * kHalfBytes;
+}
 
 // Bytes of the codes of 64 tokens of K or of V.
 int64_t CodeBytes(int64_t head_size, int bits) {
@@ -35,6 +39,21 @@ Expected<void> CheckBits(const char* what, int bits) {
     return Fail(ErrorCode::kInvalidArgument, "{} with {} bits is not supported; 16, 8, 4, 3 and 2 are", what,
                 bits);
   return {};
+}
+
+// The most tokens seen at which a cache may hold back a page because of MostBytes(). Beyond that it may not:
+// with the pages of all tokens, room for those that are dead, the raw ones and a bitmap it takes less.
+int64_t LastHolding(const PageLayout& layout, const Protected& guard, int64_t score_bytes) {
+  if (MostHeld(layout, score_bytes) <= kPackTokens) return 0;
+  const int64_t token = TokenBytes(layout.head_size), guarded = guard.sinks + guard.window;
+  const int64_t page = layout.bytes + TableEntryBytes(score_bytes);  // of kPageTokens tokens
+  // Slots of pages without a token: those that eviction left dead, of the last one, and of the new one.
+  constexpr int64_t kEmpty = 3 * kPageTokens;
+  // For n tokens: (n - guarded + kEmpty) / 64 pages + guarded raw tokens + n / 8 and some for tables <=
+  // n + n / 20 tokens - 1, all times 64.
+  const int64_t each = WithSlack(kPageTokens * token) - page - kPageTokens / 8;
+  const int64_t at_once = (kEmpty - guarded) * page + kPageTokens * ((guarded + 1) * token + 3 * kCacheLine);
+  return each <= 0 ? kMostTokens : at_once <= 0 ? 0 : at_once / each + 1;
 }
 
 }  // namespace
@@ -110,16 +129,33 @@ int64_t RawCapacity(const Protected& guard) {
   return RoundUp(guard.sinks + guard.window + kPackTokens, kRawBlockTokens);
 }
 
-int64_t TableEntries(int64_t pages) {
-  return RoundUp(pages, kTableStep);
+int64_t TableEntries(int64_t pages, int64_t score_bytes) {
+  return score_bytes > 0 ? pages : RoundUp(pages, kTableStep);
 }
 
 int64_t TableEntryBytes(int64_t score_bytes) {
   return static_cast<int64_t>(sizeof(uint8_t*) + sizeof(uint64_t)) + kPageTokens * score_bytes;
 }
 
+int64_t TableBytes(int64_t pages, int64_t score_bytes) {
+  return RoundUp(TableEntries(pages, score_bytes) * TableEntryBytes(score_bytes), kCacheLine);
+}
+
 int64_t BitmapBytes(int64_t n_tokens) {
   return RoundUp(n_tokens, kCacheLine * 8) / 8;
+}
+
+int64_t MostBytes(const PageLayout& layout, int64_t n_kv_heads, int64_t n_tokens, int64_t score_bytes) {
+  const int64_t token = TokenBytes(layout.head_size), page = layout.bytes + TableBytes(1, score_bytes);
+  if (page > WithSlack(kPageTokens * token)) return INT64_MAX;
+  return n_kv_heads * WithSlack(n_tokens) * token;
+}
+
+int64_t MostHeld(const PageLayout& layout, int64_t score_bytes) {
+  const int64_t page = layout.bytes + TableBytes(1, score_bytes);
+  if (MostBytes(layout, 1, 0, score_bytes) != 0) return kPackTokens;
+  return std::clamp(RoundUp(page, kPackTokens * TokenBytes(layout.head_size)) / TokenBytes(layout.head_size),
+                    kPackTokens, kPageTokens);
 }
 
 Expected<int64_t> LayerBytes(const KvShape& shape, const Expert& expert, const Protected& guard,
@@ -131,11 +167,18 @@ Expected<int64_t> LayerBytes(const KvShape& shape, const Expert& expert, const P
   if (score_bytes != 0 && score_bytes != static_cast<int64_t>(sizeof(float)))
     return Fail(ErrorCode::kInvalidArgument, "{} bytes of score a slot; 0 or 4 are possible", score_bytes);
   MOEND_ASSIGN(const PageLayout layout, MakePageLayout(shape.head_size, expert.k_bits, expert.v_bits));
-  const int64_t pages = KeptPages(expert.keep, guard, n_tokens);
-  const int64_t raw = std::min(RawCapacity(guard), RoundUp(n_tokens, kRawBlockTokens));
-  const int64_t head = pages * layout.bytes + TableEntries(pages) * TableEntryBytes(score_bytes) +
-                       BitmapBytes(n_tokens) + raw * shape.head_size * 2 * kHalfBytes;
-  return shape.n_kv_heads * head;
+  // Of a KV head with room for so many raw tokens.
+  const auto head = [&](int64_t n, int64_t raw) {
+    const int64_t pages = KeptPages(expert.keep, guard, n);
+    const int64_t bitmap = expert.keep < 1.0 && n > guard.sinks + guard.window ? BitmapBytes(n) : 0;
+    return pages * layout.bytes + TableBytes(pages, score_bytes) + bitmap +
+           std::min(raw, WithSlack(n)) * TokenBytes(shape.head_size);
+  };
+  const int64_t most_raw =
+      RoundUp(guard.sinks + guard.window + MostHeld(layout, score_bytes), kRawBlockTokens);
+  const int64_t held = std::min(n_tokens, LastHolding(layout, guard, score_bytes));
+  const int64_t bytes = std::max(head(n_tokens, RawCapacity(guard)), head(held, most_raw));
+  return std::min(shape.n_kv_heads * bytes, MostBytes(layout, shape.n_kv_heads, n_tokens, score_bytes));
 }
 
 Expected<int64_t> WindowBytes(const KvShape& shape, int64_t window, int64_t n_tokens) {
@@ -144,7 +187,7 @@ Expected<int64_t> WindowBytes(const KvShape& shape, int64_t window, int64_t n_to
   if (n_tokens < 0 || n_tokens > kMostTokens)
     return Fail(ErrorCode::kInvalidArgument, "a context of {} tokens is not possible; 0 to {} are", n_tokens,
                 kMostTokens);
-  return FullLayerBytes(shape, std::min(RawCapacity(newest), RoundUp(n_tokens, kRawBlockTokens)));
+  return FullLayerBytes(shape, std::min(RawCapacity(newest), WithSlack(n_tokens)));
 }
 
 int64_t FullLayerBytes(const KvShape& shape, int64_t n_tokens) {

@@ -71,19 +71,36 @@ int64_t KeptTokens(double keep, const Protected& guard, int64_t n_tokens);
 // Pages that hold what is not protected of KeptTokens(); the last one may have room.
 int64_t KeptPages(double keep, const Protected& guard, int64_t n_tokens);
 
-// Most raw tokens a KV head holds at once: sinks + window + those that are about to be packed, in whole
-// blocks.
+// Raw tokens that a KV head has room for: sinks + window + those that are about to be packed, in whole
+// blocks. In a short context it has less (MostBytes), or holds more (MostHeld).
 int64_t RawCapacity(const Protected& guard);
+
+// What a short context may take of bytes or tokens where the uncompressed cache takes n: 5 % more.
+constexpr int64_t WithSlack(int64_t n) {
+  return n + n / 20;
+}
+
+// A cache takes no more than the tokens seen would uncompressed, and one in twenty on top. In short contexts
+// it has no room for tokens to come, and a page that would cost more than that is opened later. Where a full
+// page with its table costs more (16 bit heads of 16 channels, with scores), this does not hold: INT64_MAX.
+int64_t MostBytes(const PageLayout& layout, int64_t n_kv_heads, int64_t n_tokens, int64_t score_bytes);
+
+// Raw tokens beyond the protected ones for which a page is opened whatever it costs: as many as cost as much
+// as the page. kPackTokens where that is never asked; a page's worth at most.
+int64_t MostHeld(const PageLayout& layout, int64_t score_bytes);
 
 // The tables of a KV head grow and shrink in whole cache lines: entries of the page table (a pointer, a live
 // mask and, with scores, 64 floats each) for `pages` pages, and bytes of the bitmap of `n_tokens` positions.
-int64_t TableEntries(int64_t pages);
+// Positions have a bitmap only where some are gone.
+int64_t TableEntries(int64_t pages, int64_t score_bytes);
 int64_t TableEntryBytes(int64_t score_bytes);
+int64_t TableBytes(int64_t pages, int64_t score_bytes);
 int64_t BitmapBytes(int64_t n_tokens);
 
 // Most bytes that one layer's cache allocates at `n_tokens` tokens seen, right after eviction, with the raw
 // part full: pages, raw blocks, page table, position bitmap, per-slot scorer state (`score_bytes` a slot: 0
-// or 4). Between two evictions the tokens seen since then come on top, in whole pages.
+// or 4); never more than MostBytes(). Between two evictions the tokens seen since then come on top, in whole
+// pages. Exact where contexts are long enough that no page waits.
 Expected<int64_t> LayerBytes(const KvShape& shape, const Expert& expert, const Protected& guard,
                              int64_t n_tokens, int64_t score_bytes);
 

@@ -70,7 +70,8 @@ void VisitRaw(const StreamView& kv, bool want_v, const KeyBlockVisitor& visit) {
   for (int64_t begin = 0; begin < kv.n_raw; begin += kRawBlockTokens) {
     const int64_t n = std::min(kRawBlockTokens, kv.n_raw - begin);
     const uint16_t* block = kv.raw_k + begin * d;
-    for (int64_t c = 0; c < d; ++c) ToFloats(block + c * kRawBlockTokens, n, k.data() + c * kPageTokens);
+    const int64_t stride = kv.RawStride(begin / kRawBlockTokens);
+    for (int64_t c = 0; c < d; ++c) ToFloats(block + c * stride, n, k.data() + c * kPageTokens);
     if (want_v) {
       for (int64_t t = 0; t < n; ++t)
         length[static_cast<std::size_t>(t)] = Length(kv.raw_v + (begin + t) * d, d);

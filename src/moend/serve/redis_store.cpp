@@ -100,6 +100,15 @@ std::optional<Address> ParseUrl(std::string_view url) {
   return a;
 }
 
+// What an error of the server says, as a line that can be shown: it may be empty, long, or of any bytes.
+std::string ErrorText(const redisReply& reply) {
+  constexpr std::size_t kLongest = 200;
+  std::string text(reply.str, std::min(reply.len, kLongest));
+  std::ranges::replace_if(
+      text, [](unsigned char c) { return c < 0x20 || c >= 0x7f; }, '?');
+  return text.empty() ? "it refuses, and does not say why" : text;
+}
+
 // hiredis reserves memory for as many elements as a list announces. None of our questions has a list for an
 // answer.
 template <class Size>
@@ -153,7 +162,7 @@ class Link {
     if (address_.database > 0) login.push_back({"SELECT", database});
     MOEND_ASSIGN(const auto replies, Exchange(login, kShortBytes));
     for (const Reply& reply : replies)
-      if (reply->type == REDIS_REPLY_ERROR) return Broken({reply->str, reply->len});
+      if (reply->type == REDIS_REPLY_ERROR) return Broken(ErrorText(*reply));
     return {};
   }
 
@@ -313,7 +322,7 @@ class RedisStore : public KvStore {
 
   static Expected<void> Check(const redisReply& reply) {
     if (reply.type != REDIS_REPLY_ERROR) return {};
-    return Fail(ErrorCode::kIo, "{}", std::string(reply.str, reply.len));
+    return Fail(ErrorCode::kIo, "{}", ErrorText(reply));
   }
 
   static Expected<Reply> Ask(Link& link, const std::vector<std::string_view>& command, int64_t most_bytes) {

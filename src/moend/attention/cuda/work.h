@@ -25,7 +25,7 @@ inline constexpr int32_t kNoWindow = INT32_MIN / 2;
 struct Stream {
   const uint32_t* pages = nullptr;     // [n_pages] ids of pages in the page format of plan/layout.h
   const uint64_t* live = nullptr;      // [n_pages] bit t: slot t holds a token
-  const uint16_t* raw_k = nullptr;     // raw tokens as in StreamView (attention/params.h)
+  const uint16_t* raw_k = nullptr;     // raw tokens as in StreamView (attention/params.h), in whole blocks
   const uint16_t* raw_v = nullptr;     //
   const float* key_inverse = nullptr;  // f32 [head_size]: KeyRotation::inverse; null: keys as they are
   int64_t n_pages = 0;

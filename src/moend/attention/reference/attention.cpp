@@ -110,8 +110,9 @@ void AttendRow(const float* q, int64_t head_size, float soft_cap, int64_t n, con
 struct RawPart {
   const StreamView& kv;
   double K(int64_t t, int64_t c) const {
-    const int64_t block = t / kRawBlockTokens * kv.layout.head_size * kRawBlockTokens;
-    return HalfToDouble(kv.raw_k[block + c * kRawBlockTokens + t % kRawBlockTokens]);
+    const int64_t block = t / kRawBlockTokens;
+    return HalfToDouble(kv.raw_k[block * kv.layout.head_size * kRawBlockTokens + c * kv.RawStride(block) +
+                                 t % kRawBlockTokens]);
   }
   double V(int64_t t, int64_t c) const { return HalfToDouble(kv.raw_v[t * kv.layout.head_size + c]); }
 };

@@ -92,19 +92,32 @@ void ValuePage(const PageLayout& layout, const uint8_t* page, int64_t rows, Ahea
 #endif
 }
 
+// scores[rows][64] = q . k of up to 64 raw tokens from token `begin` on; those of lanes without a token are
+// of no use.
+void ScoreRaw(const StreamView& kv, int64_t begin, const QueryRows& q, float* scores) {
+  const int64_t head_size = kv.layout.head_size, last = (kv.n_raw - 1) / kRawBlockTokens;
+  const bool cut = kv.raw_tail < kRawBlockTokens;  // the last block is narrower
+  const int64_t first = begin / kRawBlockTokens, last_whole = cut ? last - 1 : last;
+  const auto block = [&](int64_t i) { return kv.raw_k + i * head_size * kRawBlockTokens; };
+  if (first <= last_whole) {
+    HalfK k{{}, kRawBlockTokens};
+    for (int64_t i = 0; i < 4; ++i) k.tokens16[i] = block(HWY_MIN(first + i, last_whole));
+    ScoreHalfRows(k, head_size, q.q, q.rows, Ahead(), scores);
+  }
+  if (cut && last < first + 4) {
+    const uint16_t* tail = block(last);
+    ScoreHalfBlock(HalfK{{tail, tail, tail, tail}, kv.raw_tail}, last - first, head_size, q.q, q.rows,
+                   scores);
+  }
+}
+
 // 64 raw tokens at a time, from token `begin`. Through a window row r of `q`, which is row first_row + r of
 // its call, sees those from OldestRaw() on.
 void AttendRaw(const StreamView& kv, int64_t begin, const QueryRows& q, int64_t first_row, SoftmaxState state,
                const Scratch& s) {
   const int64_t head_size = kv.layout.head_size;
   const int64_t n = HWY_MIN(kv.n_raw - begin, kPageTokens);
-  HalfK k{{}, kRawBlockTokens};
-  for (int64_t i = 0; i < 4; ++i) {
-    // Absent blocks repeat the last one; their scores are masked.
-    const int64_t block = HWY_MIN(begin / kRawBlockTokens + i, (kv.n_raw - 1) / kRawBlockTokens);
-    k.tokens16[i] = kv.raw_k + block * head_size * kRawBlockTokens;
-  }
-  ScoreHalfRows(k, head_size, q.q, q.rows, Ahead(), s.scores);
+  ScoreRaw(kv, begin, q, s.scores);
   if (q.window == 0) {
     SoftmaxPage([n](int64_t) { return FirstLive(n); }, q, s, state);
   } else {

@@ -199,9 +199,10 @@ void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q,
 void WidenRaw(const StreamView& kv, int64_t begin, int64_t n, const Tile& tile) {
   for (int64_t i = 0; i * kRawBlockTokens < n; ++i) {
     const uint16_t* from = kv.raw_k + (begin + i * kRawBlockTokens) * tile.head_size;
+    const int64_t stride = kv.RawStride(begin / kRawBlockTokens + i);
     for (int64_t c = 0; c < tile.head_size; ++c) {
       for (int64_t t = 0; t < kRawBlockTokens; t += kLanes) {
-        const VF x = LoadHalf(from + c * kRawBlockTokens + t);
+        const VF x = LoadHalf(from + c * stride + t);
         hn::StoreU(x, DF(), tile.k + KAt(tile.head_size, c, i * kRawBlockTokens + t));
       }
     }

@@ -134,6 +134,16 @@ HWY_INLINE void ScoreHalfRows(const HalfK& k, int64_t head_size, const float* q,
   });
 }
 
+// Of the 16 tokens of block `block` of the 64 only.
+HWY_INLINE void ScoreHalfBlock(const HalfK& k, int64_t block, int64_t head_size, const float* q, int64_t rows,
+                               float* scores) {
+  Ahead none;
+  ForRowBlocks<kScoreRows>(rows, [&](auto n, int64_t r) {
+    ScoreHalf<n(), 16 / kLanes>(k, head_size, static_cast<int>(block) * 16, q + r * head_size, none,
+                                scores + r * kPageTokens);
+  });
+}
+
 template <int kBits>
 HWY_INLINE void ScoreCodeRows(const uint8_t* codes, int64_t head_size, const float* scaled,
                               const float* constant, int64_t rows, Ahead ahead, float* scores) {
