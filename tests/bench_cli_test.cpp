@@ -110,7 +110,7 @@ TEST(BenchCommand, WrongUsageIsTwoAndFailureIsOne) {
                                                 {"-m", world.model, "-r", "0"},
                                                 {"-m", world.model, "-o", "xml"},
                                                 {"-m", world.model, "-p", "0", "-n", "0"},
-                                                {"-m", world.model, "-ngl", "9"}}) {
+                                                {"-m", world.model, "-ngl", "some"}}) {
     const auto r = Bench(wrong);
     EXPECT_EQ(r.code, 2) << r.err;
     EXPECT_EQ(r.out, "");

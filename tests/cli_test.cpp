@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "moend/model/device.h"
 #include "moend/model/model.h"
 #include "moend/plan/plan.h"
 #include "tests/support/process.h"
@@ -91,7 +92,7 @@ TEST(Usage, WrongUsageIsExitCodeTwo) {
       {"run", "-m", kModel, "-p", "a", "--profile", "x"},
       {"run", "-m", kModel, "-p", "a", "--plan", "x", "--profile", "y", "--compression", "4"},
       {"run", "-m", kModel, "-p", "a", "--scorer", "magic"},
-      {"run", "-m", kModel, "-p", "a", "-ngl", "99"},
+      {"run", "-m", kModel, "-p", "a", "-ngl", "-2"},
       {"calibrate", "-m", kModel},
       {"calibrate", "-m", kModel, "-f", "x"},
       {"solve"},
@@ -140,6 +141,20 @@ TEST(Run, TextToStdoutFiguresToStderr) {
   EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << r.err;
   for (const char* part : {"prompt tokens", "generated", "K/V", "MiB at 16 bit", "prefill", "decode"})
     EXPECT_TRUE(Contains(r.err, part)) << part << " not in " << r.err;
+}
+
+// As a command line for a machine with a GPU has it.
+TEST(Run, WithoutAGpuTheCpuRunsAllLayers) {
+  const std::vector<Device> devices = ListDevices();
+  if (devices.front().gpu) GTEST_SKIP() << devices.front().name << " is here";
+  const ProcessResult r = Moend({"run", "-m", kModel, "-p", "The", "-n", "2", "-ngl", "99"});
+  EXPECT_EQ(r.code, 0);
+  EXPECT_TRUE(Contains(r.err, "no GPU")) << r.err;
+  const ProcessResult listed = Moend({"devices"});
+  EXPECT_EQ(listed.code, 0);
+  EXPECT_TRUE(Contains(listed.out, "CPU ")) << listed.out;
+  ExpectError(Moend({"run", "-m", kModel, "-p", "The", "-n", "2", "--device", "CUDA9"}), 1,
+              {"CUDA9", "there are CPU, and none"});
 }
 
 TEST(Run, JsonIsOneObject) {

@@ -103,28 +103,28 @@ void ModelFlags::AddTo(CLI::App& app) {
          "how many of the model's last layers run there, the output counting as one (-ngl): a number, "
          "all, or auto for as many as fit")
       ->capture_default_str()
+      ->check(CLI::Validator(
+          [](std::string& text) {
+            const auto n = ParseNumber<int32_t>(text);
+            return text == "auto" || text == "all" || (n && *n >= 0)
+                       ? std::string()
+                       : fmt::format("{} is neither a number of layers nor all or auto", text);
+          },
+          ""))
       ->type_name("N");
 }
 
 Expected<DeviceOptions> ModelFlags::Device() const {
   DeviceOptions options{device, DeviceOptions::kAllThatFit};
   if (gpu_layers == "auto") return options;
-  if (gpu_layers == "all") {
-    options.n_gpu_layers = INT32_MAX;
-  } else {
-    const auto n = ParseNumber<int64_t>(gpu_layers);
-    if (!n || *n < 0 || *n > INT32_MAX)
-      return Fail(ErrorCode::kInvalidArgument, "-ngl {}: a number of layers, all or auto is wanted",
-                  gpu_layers);
-    options.n_gpu_layers = *n;
-  }
-  // Asked for, a device that is not there is an error.
+  options.n_gpu_layers = ParseNumber<int32_t>(gpu_layers).value_or(INT32_MAX);  // or "all"
   if (device.empty() && options.n_gpu_layers > 0) {
     MOEND_ASSIGN(const auto* const found, FindDevice(""));
     if (!found)
-      return Fail(ErrorCode::kNotFound,
-                  "-ngl {}: there is no GPU here that moend has a back end for; see 'moend devices'",
-                  gpu_layers);
+      Note(fmt::format(
+          "-ngl {}: there is no GPU here that moend has a back end for, so all layers run on the CPU; "
+          "see 'moend devices'",
+          gpu_layers));
   }
   return options;
 }
