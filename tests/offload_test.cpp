@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moend/engine/engine.h"
+#include "moend/engine/own_attention.h"
 #include "moend/model/device.h"
 #include "moend/model/device_weights.h"
 #include "moend/plan/plan.h"
@@ -179,6 +180,22 @@ TEST(Devices, TheCpuIsOne) {
   ASSERT_FALSE(missing);
   EXPECT_EQ(missing.error().code, ErrorCode::kNotFound);
   EXPECT_NE(missing.error().message.find("CPU"), std::string::npos) << missing.error().message;
+}
+
+TEST(OwnAttention, TakesNoBlockWithoutThoseBeforeIt) {
+  const TempDir dir;
+  ASSERT_TRUE(WriteTestModel({}, dir / "m.gguf"));
+  const auto model = Model::Load(dir / "m.gguf").value();
+  const LayerParams& layer = model->hparams().layers[0];
+  OwnAttention own;
+  own.Init(model->hparams(), FindDevice("CPU").value(), 64);
+  EXPECT_FALSE(own.Prepare(layer, {64, 200}, 64));
+  EXPECT_TRUE(own.Prepare(layer, {0, 200}, 64));
+  EXPECT_TRUE(own.Prepare(layer, {64, 200}, 64));
+  EXPECT_FALSE(own.Prepare(layer, {192, 200}, 8));  // one was left out
+  EXPECT_FALSE(own.Prepare(layer, {128, 200}, 64));
+  EXPECT_TRUE(own.Prepare(layer, {0, 300}, 64));
+  EXPECT_FALSE(own.Prepare(layer, {64, 5000}, 64));  // more than there is memory for
 }
 
 TEST(Devices, NoLayersIsTheCpu) {

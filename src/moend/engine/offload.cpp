@@ -238,6 +238,7 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
     return Fail(ErrorCode::kInvalidArgument, "{} tokens in one step; {} are possible", n, most_rows_);
   const int64_t q_floats = n * h_.n_heads * h_.head_size, kv_floats = n * h_.n_kv_heads * h_.head_size;
   const std::size_t x_bytes = FloatBytes(n * h_.n_embd);
+  QuietOnError quiet(backend_.get());
   int64_t first_row = 0;
   Kept* const kept = keep ? nullptr : KeptOf(hidden, &first_row);
   ggml_tensor* const x = kept ? kept->x : rows_.x;
@@ -257,7 +258,6 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
     MOEND_ASSIGN(steps, StepsOf(begin, end, n, logits != nullptr));
   }
   Segment made;
-  QuietOnError quiet(backend_.get());
   std::optional<OwnAttention::Block> own;  // of the layer before
   ggml_tensor* result = nullptr;
   for (int64_t l = begin; l <= end; ++l) {

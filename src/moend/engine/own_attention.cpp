@@ -19,11 +19,16 @@ void OwnAttention::Init(const HyperParams& h, ggml_backend_dev_t device, int64_t
 
 std::optional<OwnAttention::Block> OwnAttention::Prepare(const LayerParams& p,
                                                          const AttentionHook::OwnTokens& own, int64_t n) {
+  // A block that was attended to elsewhere is not there, nor are those before it any more.
+  const bool follows = own.before == 0 || own.before == stored_;
+  stored_ = -1;
+  if (!follows) return std::nullopt;
   // What lies there of the layer is lost when the memory grows.
   if (own.most > capacity_ && (own.before > 0 || !Reserve(own.most))) return std::nullopt;
   if (!Supported(p, n)) return std::nullopt;
   const ggml_tensor* mask = StripOf(p.window);
   if (!mask) return std::nullopt;
+  stored_ = own.before + n;
   return Block{own.before, n, mask};
 }
 

@@ -27,8 +27,9 @@ class OwnAttention {
     int64_t before = 0, n = 0;
     const ggml_tensor* mask = nullptr;  // the strip that the block's mask is cut from
   };
-  // Memory for such a block of a layer; nothing where the device does not attend to it so: no such kernel, or
-  // no memory for `own.most` tokens.
+  // Memory for such a block of a layer, which Build() is then called for; nothing where the device does not
+  // attend to it so: no such kernel, no memory for `own.most` tokens, or a block of the layer that it was not
+  // given.
   std::optional<Block> Prepare(const LayerParams& p, const AttentionHook::OwnTokens& own, int64_t n);
 
   // Stores k, v of the block and attends: nodes of `ctx`. q, k, v as in AttentionInputs. Returns f32
@@ -53,6 +54,7 @@ class OwnAttention {
   const HyperParams* h_ = nullptr;
   ggml_backend_dev_t device_ = nullptr;
   int64_t most_rows_ = 0, capacity_ = 0;
+  int64_t stored_ = -1;  // tokens of the layer at hand that are there; -1: not all that came before
   ggml_context_ptr ctx_;
   ggml_backend_buffer_ptr buffer_;
   ggml_tensor *k_ = nullptr, *v_ = nullptr;  // f16 [n_kv_heads * head_size, capacity_]
