@@ -1,10 +1,10 @@
 // moend devices: what layers can run on here.
+#include <fmt/format.h>
+
 #include "moend/cli/commands.h"
 #include "moend/cli/common.h"
 #include "moend/cli/table.h"
 #include "moend/model/device.h"
-
-#include <fmt/format.h>
 
 namespace moend::cli {
 namespace {
@@ -23,7 +23,7 @@ void List() {
 }  // namespace
 
 void AddDevices(CLI::App& app, int& exit_code) {
-  CLI::App* command = app.add_subcommand("devices", "list what layers can run on");
+  CLI::App* command = app.add_subcommand("devices", "What layers can run on here: the CPU, and GPUs");
   command->footer(kFooter);
   command->callback([&exit_code] {
     List();
