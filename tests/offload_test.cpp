@@ -162,6 +162,38 @@ TEST_P(OffloadOf, SoAreCompressedOnes) {
   }
 }
 
+// Steps enough for tokens to be packed and evicted, of two contexts of which one sits out some of them.
+TEST_P(OffloadOf, SoAreLongAnswers) {
+  const auto answer = [&](const std::shared_ptr<Engine>& engine, const Plan& plan) {
+    std::vector<std::vector<float>> logits;
+    const std::vector<int32_t> tokens = RandomTokens(700, 8);
+    auto session = Session::Create(engine, plan);
+    EXPECT_TRUE(session->Prefill(std::span(tokens).first(60)));
+    auto fork = session->Fork();
+    Session* both[] = {&*session, &*fork};
+    for (std::size_t i = 60; i < 200; ++i) {
+      const int32_t next[] = {tokens[i], tokens[i + 300]};
+      const std::size_t n = i % 5 == 0 ? 1 : 2;
+      const auto step = Session::DecodeBatch(std::span(both).first(n), std::span(next).first(n));
+      EXPECT_TRUE(step) << step.error().message;
+      if (i % 10) continue;
+      for (const Session* s : both) logits.emplace_back(s->logits().begin(), s->logits().end());
+    }
+    return logits;
+  };
+  Plan plan = FullPlan(here_->fingerprint(), 1024);
+  CompressAlike(plan, {0.5, 8, 8});
+  plan.variant = "2d_uniform";
+  plan.scorer = "keydiff";
+  plan.guard = {4, 16};
+  const auto want = answer(here_, plan);
+  for (const Device& device : ListDevices()) {
+    SCOPED_TRACE(device.name);
+    ExpectClose(Compare(want, answer(EngineOn(path_, device.name.c_str(), kAll), plan)),
+                device.gpu ? Tolerance{5e-2, 5e-1} : Tolerance{1e-2, 1e-1});
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(, OffloadOf, testing::ValuesIn(OffloadCases()), [](const auto& info) {
   std::string name = info.param.name;
   std::erase(name, '-');

@@ -117,6 +117,7 @@ struct Rebuild {
     spare.pop_back();
     PackKeys(layout, to.data(), FirstSlots(n), page.data());
     values.Flush(page.data());
+    Restamp(layout, page.data());
     std::fill(scores.begin() + n, scores.end(), 0.0f);
     Push(std::move(page), FirstSlots(n), scores.data());
   }

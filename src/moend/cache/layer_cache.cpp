@@ -129,6 +129,7 @@ void LayerCache::Impl::Clear() {
   }
   raw = RawTokens(shape);
   tokens_seen = n_raw = 0;
+  NoteChange();
 }
 
 Expected<LayerCache> LayerCache::Fork() const {
@@ -235,6 +236,9 @@ std::vector<uint32_t> LayerCache::positions(int64_t head) const {
   return ascending;
 }
 
+uint64_t LayerCache::version() const {
+  return impl_->version.load(std::memory_order_relaxed);
+}
 float* LayerCache::scores(int64_t head) {
   return impl_->head(head).table.scores();
 }

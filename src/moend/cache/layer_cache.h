@@ -33,6 +33,10 @@
 
 namespace moend {
 
+// A number that no other page has, and no other content of this one: whoever keeps a copy of a page knows by
+// it whether the copy is still good. Pages that forks share have it in common.
+uint64_t PageStamp(const PageLayout& layout, const uint8_t* page);
+
 class LayerCache {
  public:
   struct Impl;
@@ -100,6 +104,10 @@ class LayerCache {
   std::vector<uint32_t> positions(
       int64_t head) const;      // live tokens in slot order: pages, then raw (sinks, newest)
   float* scores(int64_t head);  // [n_pages * 64], null without keep_scores
+
+  // A number that no other content has, of this cache or of another: it changes with the content, but for raw
+  // tokens that come behind those that are there. A fork has its own.
+  uint64_t version() const;
 
   const KvShape& shape() const;
   bool sliding() const;

@@ -88,6 +88,7 @@ Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int
   n_raw += m;
   tokens_seen += m;
   if (!packs) return {};
+  NoteChange();
   if (sliding) {
     for (int64_t h = 0; h < shape.n_kv_heads; ++h) raw.Remove(h, 0, n_raw - guard.window, n_raw);
     n_raw = guard.window;
@@ -107,6 +108,7 @@ Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int
       const int64_t slot = kPageTokens - table.Room();
       uint8_t* to = page.data() ? page.data() : last;
       filler->Fill(last, live, scratch, slot, count, rotation(h), to);
+      Restamp(layout, to);
       if (page.data()) PageRef::Adopt(ledger, layout, std::exchange(last, page.Detach()));
       live |= FirstSlots(count) << slot;
       if (float* scores = table.scores())
@@ -171,6 +173,7 @@ Expected<void> LayerCache::AppendNewest(std::span<const DenseView> from) {
     }
     s.n_raw = kept + added;
     s.tokens_seen += n;
+    s.NoteChange();
     return {};
   });
 }

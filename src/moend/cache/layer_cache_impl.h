@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -34,6 +35,7 @@ struct LayerCache::Impl {
   PageLayout layout;
   int64_t tokens_seen = 0;
   int64_t n_raw = 0;
+  std::atomic<uint64_t> version{NextStamp()};  // heads may change at the same time
   bool filling = false;
   // While filling: tokens seen, kept by each head, and of these in pages.
   int64_t fill_tokens = 0, fill_kept = 0, fill_paged = 0;
@@ -86,6 +88,9 @@ struct LayerCache::Impl {
   Expected<void> ReserveRaw(int64_t n, int64_t seen);
   // Gives back what the raw tokens no longer need, and takes what they will, if there is memory for the copy.
   void SettleRaw();
+
+  // What whoever changes more than raw tokens at the end calls afterwards.
+  void NoteChange() { version.store(NextStamp(), std::memory_order_relaxed); }
 
   // Back to an empty cache; needs no memory.
   void Clear();

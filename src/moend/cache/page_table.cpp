@@ -14,11 +14,28 @@ std::atomic<uint32_t>& References(const PageLayout& layout, uint8_t* page) {
 
 }  // namespace
 
+uint64_t NextStamp() {
+  static std::atomic<uint64_t> last{0};
+  return last.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
+void Restamp(const PageLayout& layout, uint8_t* page) {
+  const uint64_t stamp = NextStamp();
+  std::memcpy(page + layout.stamp, &stamp, sizeof(stamp));
+}
+
+uint64_t PageStamp(const PageLayout& layout, const uint8_t* page) {
+  uint64_t stamp = 0;
+  std::memcpy(&stamp, page + layout.stamp, sizeof(stamp));
+  return stamp;
+}
+
 Expected<PageRef> PageRef::Create(std::shared_ptr<Ledger> ledger, const PageLayout& layout) {
   auto* page = static_cast<uint8_t*>(ledger->Allocate(layout.bytes));
   if (!page) return Fail(ErrorCode::kOutOfMemory, "the system refused a page of {} bytes", layout.bytes);
   std::memset(page, 0, static_cast<std::size_t>(layout.bytes));
   new (page + layout.refs) std::atomic<uint32_t>(1);
+  Restamp(layout, page);
   return PageRef(std::move(ledger), layout, page);
 }
 

@@ -44,6 +44,11 @@ class PageRef {
   uint8_t* page_ = nullptr;
 };
 
+// Of what is packed into a page that was there already; PageRef::Create() gives a stamp, too.
+void Restamp(const PageLayout& layout, uint8_t* page);
+// Never the same twice.
+uint64_t NextStamp();
+
 // False is final; true may change to false at any time, when another cache lets go.
 bool IsShared(const PageLayout& layout, const uint8_t* page);
 

@@ -287,17 +287,29 @@ Expected<void> Compute::Embed(std::span<const int32_t> tokens, float* hidden) {
 // The host's part in a layer that lies on a device.
 class Compute::HookHost : public Offload::Host {
  public:
-  HookHost(Compute& compute, AttentionHook& hook, bool one_token_each)
-      : compute_(compute), hook_(hook), one_token_each_(one_token_each) {}
+  HookHost(Compute& compute, AttentionHook& hook) : compute_(compute), hook_(hook) {}
+  HookHost(Compute& compute, DecodeHook& hook) : compute_(compute), hook_(hook), decode_(&hook) {}
 
   std::optional<AttentionHook::OwnTokens> SeesOnlyOwn() override { return hook_.SeesOnlyOwn(); }
 
   Expected<void> Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override {
     return Caught("storing keys and values", [&]() -> Expected<void> {
       Expected<void> done;
-      hook_.StoreApart(layer, q, k, v, n, [&](int64_t count, const std::function<void(int64_t)>& f) {
-        done = compute_.ParallelFor(count, [&](int64_t i, int) { f(i); });
-      });
+      hook_.StoreApart(layer, q, k, v, n, EachOnPool(done));
+      MOEND_TRY(done);
+      return hook_.TakeError();
+    });
+  }
+
+  std::span<const DecodeContext> Contexts() override {
+    return decode_ ? decode_->contexts() : std::span<const DecodeContext>();
+  }
+
+  Expected<void> StoreStep(int64_t begin, int64_t end, const float* rows, int64_t stride,
+                           int64_t n) override {
+    return Caught("storing keys and values", [&]() -> Expected<void> {
+      Expected<void> done;
+      decode_->StoreStep(begin, end, rows, stride, n, EachOnPool(done));
       MOEND_TRY(done);
       return hook_.TakeError();
     });
@@ -305,16 +317,22 @@ class Compute::HookHost : public Offload::Host {
 
   Expected<void> Attend(int64_t layer, const float* q, const float* k, const float* v, float* out,
                         int64_t n) override {
-    HookSlot slot{&hook_, layer, one_token_each_};
+    HookSlot slot{&hook_, layer, decode_ != nullptr};
     ggml_cgraph* graph = compute_.AttentionGraph(&slot, q, k, v, n, out);
     MOEND_TRY(compute_.Allocate(compute_.attention_, graph, n));
     return compute_.Run(graph, &hook_);
   }
 
  private:
+  AttentionHook::Each EachOnPool(Expected<void>& done) {
+    return [&](int64_t count, const std::function<void(int64_t)>& f) {
+      done = compute_.ParallelFor(count, [&](int64_t i, int) { f(i); });
+    };
+  }
+
   Compute& compute_;
   AttentionHook& hook_;
-  bool one_token_each_;
+  DecodeHook* decode_ = nullptr;  // if this is a decode step
 };
 
 Expected<void> Compute::Layer(int64_t layer, float* hidden, int64_t n, int64_t first, AttentionHook& hook,
@@ -323,7 +341,7 @@ Expected<void> Compute::Layer(int64_t layer, float* hidden, int64_t n, int64_t f
   std::vector<int32_t> positions(static_cast<std::size_t>(n));
   for (int64_t i = 0; i < n; ++i) positions[static_cast<std::size_t>(i)] = static_cast<int32_t>(first + i);
   if (offload_ && offload_->holds(layer)) {
-    HookHost host(*this, hook, false);
+    HookHost host(*this, hook);
     return offload_->Run(layer, layer + 1, hidden, positions, host, nullptr, attn_out, false);
   }
   HookSlot slot{&hook, layer};
@@ -426,17 +444,17 @@ Expected<Compute::Graph*> Compute::StepOf(int64_t n, bool head) {
 }
 
 Expected<const float*> Compute::Step(std::span<const int32_t> tokens, std::span<const int32_t> positions,
-                                     AttentionHook& hook) {
+                                     DecodeHook& hook) {
   return RunStep(tokens, positions, hook, true);
 }
 
 Expected<const float*> Compute::StepHidden(std::span<const int32_t> tokens,
-                                           std::span<const int32_t> positions, AttentionHook& hook) {
+                                           std::span<const int32_t> positions, DecodeHook& hook) {
   return RunStep(tokens, positions, hook, false);
 }
 
 Expected<const float*> Compute::RunStep(std::span<const int32_t> tokens, std::span<const int32_t> positions,
-                                        AttentionHook& hook, bool head) {
+                                        DecodeHook& hook, bool head) {
   for (const int32_t t : tokens)
     if (t < 0 || t >= model_->hparams().n_vocab)
       return Fail(ErrorCode::kInvalidArgument, "token {} is not in the vocabulary of {} tokens", t,
@@ -451,13 +469,13 @@ Expected<const float*> Compute::RunStep(std::span<const int32_t> tokens, std::sp
 }
 
 Expected<const float*> Compute::RunStepAcross(std::span<const int32_t> tokens,
-                                              std::span<const int32_t> positions, AttentionHook& hook,
+                                              std::span<const int32_t> positions, DecodeHook& hook,
                                               bool head) {
   const HyperParams& hp = model_->hparams();
   hidden_.resize(tokens.size() * static_cast<std::size_t>(hp.n_embd));
-  step_logits_.resize(tokens.size() * static_cast<std::size_t>(hp.n_vocab));
+  float* const logits = head ? offload_->StepLogits(std::ssize(tokens)) : nullptr;
   MOEND_TRY(Embed(tokens, hidden_.data()));
-  HookHost host(*this, hook, true);
+  HookHost host(*this, hook);
   bool done = false;  // with the logits
   for (int64_t l = 0; l < hp.n_layers;) {
     if (!offload_->holds(l)) {
@@ -469,12 +487,12 @@ Expected<const float*> Compute::RunStepAcross(std::span<const int32_t> tokens,
     const int64_t begin = l;
     while (l < hp.n_layers && offload_->holds(l)) ++l;
     done = head && l == hp.n_layers;
-    MOEND_TRY(offload_->Run(begin, l, hidden_.data(), positions, host, done ? step_logits_.data() : nullptr,
-                            nullptr, true));
+    MOEND_TRY(
+        offload_->Run(begin, l, hidden_.data(), positions, host, done ? logits : nullptr, nullptr, true));
   }
   if (!head) return hidden_.data();
-  if (!done) MOEND_TRY(offload_->Head(hidden_.data(), std::ssize(tokens), step_logits_.data()));
-  return step_logits_.data();
+  if (!done) MOEND_TRY(offload_->Head(hidden_.data(), std::ssize(tokens), logits));
+  return logits;
 }
 
 Expected<void> Compute::ParallelFor(int64_t n, const std::function<void(int64_t, int)>& fn) {

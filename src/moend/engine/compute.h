@@ -21,6 +21,7 @@
 
 #include "moend/base/error.h"
 #include "moend/base/ledger.h"
+#include "moend/engine/decode_hook.h"
 #include "moend/engine/offload.h"
 #include "moend/model/graph.h"
 #include "moend/model/model.h"
@@ -85,11 +86,11 @@ class Compute {
   // One token each of tokens.size() contexts through the whole model in one graph; the hook tells contexts
   // apart by row. logits: f32 [n][n_vocab], valid until the next call; not checked.
   Expected<const float*> Step(std::span<const int32_t> tokens, std::span<const int32_t> positions,
-                              AttentionHook& hook);
+                              DecodeHook& hook);
   // The same without the logits: the hidden states that Head takes, f32 [n][n_embd], valid until the next
   // call.
   Expected<const float*> StepHidden(std::span<const int32_t> tokens, std::span<const int32_t> positions,
-                                    AttentionHook& hook);
+                                    DecodeHook& hook);
 
   // Calls fn(i, thread) for 0 <= i < n on the pool's threads, in any order. fn may throw: then some are not
   // called, and the first exception is returned as an error.
@@ -126,10 +127,10 @@ class Compute {
   Expected<std::unique_ptr<Graph>> MakeStep(int64_t n, bool head);
   Expected<Graph*> StepOf(int64_t n, bool head);
   Expected<const float*> RunStep(std::span<const int32_t> tokens, std::span<const int32_t> positions,
-                                 AttentionHook& hook, bool head);
+                                 DecodeHook& hook, bool head);
   // The same where layers lie on a device, run by run.
   Expected<const float*> RunStepAcross(std::span<const int32_t> tokens, std::span<const int32_t> positions,
-                                       AttentionHook& hook, bool head);
+                                       DecodeHook& hook, bool head);
   Expected<void> RunLayerHere(HookSlot& slot, float* hidden, std::span<const int32_t> positions,
                               float* attn_out);
 
@@ -146,8 +147,8 @@ class Compute {
   // Decode graphs, one a batch size and kind, the one that was used last at the end. The activations of a
   // graph grow with its batch size, so only a few are kept.
   std::vector<std::unique_ptr<Graph>> steps_;
-  std::unique_ptr<Offload> offload_;         // null: all layers run here
-  std::vector<float> hidden_, step_logits_;  // of a step across
+  std::unique_ptr<Offload> offload_;  // null: all layers run here
+  std::vector<float> hidden_;         // of a step across
 };
 
 }  // namespace moend

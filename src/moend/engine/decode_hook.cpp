@@ -40,28 +40,48 @@ Expected<std::unique_ptr<DecodeHook>> DecodeHook::Create(std::shared_ptr<const M
 }
 
 void DecodeHook::Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) {
-  const int64_t d = shape_.head_size, kv_row = shape_.n_kv_heads * d, q_row = n_heads_ * d;
+  const int64_t d = shape_.head_size, q_row = n_heads_ * d;
   style_ = model_->Style(layer);
   queries_.resize(static_cast<std::size_t>(n * q_row));
   for (int64_t i = 0; i < n * q_row; ++i) queries_[static_cast<std::size_t>(i)] = q[i] * style_.scale;
-  for (int64_t b = 0; b < n; ++b) {
-    const DecodeContext& context = contexts_[static_cast<std::size_t>(b)];
-    for (int64_t h = 0; h < shape_.n_kv_heads; ++h) {
-      auto appended = Cache(b, layer, h).Append(k + b * kv_row + h * d, v + b * kv_row + h * d, 1);
-      if (!appended) NoteError(std::move(appended.error()));
-    }
-    if (QueryRing* ring = context.ring) {
-      const int64_t slot = ring->filled % ring->window;
-      for (int64_t h = 0; h < shape_.n_kv_heads; ++h)
-        std::memcpy(
-            ring->queries.data() + (((layer * shape_.n_kv_heads + h) * ring->window) + slot) * group_ * d,
-            queries_.data() + b * q_row + h * group_ * d,
-            static_cast<std::size_t>(group_ * d) * sizeof(float));
-      if (layer == last_layer_) ++ring->filled;
-    }
-  }
+  for (int64_t i = 0; i < n * shape_.n_kv_heads; ++i)
+    StoreHead(i / shape_.n_kv_heads, layer, i % shape_.n_kv_heads, q + i * group_ * d, k + i * d, v + i * d);
+  NoteStored(layer);
   PlanItems(layer);
   next_.store(0, std::memory_order_relaxed);
+}
+
+void DecodeHook::StoreHead(int64_t context, int64_t layer, int64_t head, const float* q, const float* k,
+                           const float* v) {
+  auto appended = Cache(context, layer, head).Append(k, v, 1);
+  if (!appended) NoteError(std::move(appended.error()));
+  QueryRing* const ring = contexts_[static_cast<std::size_t>(context)].ring;
+  if (!ring) return;
+  const int64_t floats = group_ * shape_.head_size;
+  float* const to =
+      ring->queries.data() +
+      ((layer * shape_.n_kv_heads + head) * ring->window + ring->filled % ring->window) * floats;
+  const float scale = model_->Style(layer).scale;
+  for (int64_t i = 0; i < floats; ++i) to[i] = q[i] * scale;
+}
+
+void DecodeHook::NoteStored(int64_t layer) {
+  if (layer != last_layer_) return;
+  for (const DecodeContext& context : contexts_)
+    if (context.ring) ++context.ring->filled;
+}
+
+void DecodeHook::StoreStep(int64_t begin, int64_t end, const float* rows, int64_t stride, int64_t n,
+                           const Each& each) {
+  const int64_t d = shape_.head_size, heads = n * shape_.n_kv_heads;
+  each((end - begin) * heads, [&](int64_t item) {
+    const int64_t layer = begin + item / heads, i = item % heads;
+    const float* const q = rows + item / heads * stride;
+    const float* const k = q + n * n_heads_ * d;
+    StoreHead(i / shape_.n_kv_heads, layer, i % shape_.n_kv_heads, q + i * group_ * d, k + i * d,
+              k + (heads + i) * d);
+  });
+  for (int64_t l = begin; l < end; ++l) NoteStored(l);
 }
 
 void DecodeHook::LoadStates(int64_t layer, float* states, int64_t contexts) {

@@ -22,10 +22,14 @@ struct QueryRing {
   Buffer<float> queries;  // [layer][KV head][window * group][head_size], scaled
 };
 
+class ContextMirror;
+
 struct DecodeContext {
   std::span<LayerCache> caches;     // [layer][KV head]
   std::span<Buffer<float>> states;  // [layer], of those that hold one; empty where none does
   QueryRing* ring = nullptr;        // null: this step is not observed
+  // What a device has of the caches (engine/device_caches.h); null: it is to have nothing.
+  std::unique_ptr<ContextMirror>* mirror = nullptr;
 };
 
 class DecodeHook : public AttentionHook {
@@ -33,6 +37,11 @@ class DecodeHook : public AttentionHook {
   static Expected<std::unique_ptr<DecodeHook>> Create(std::shared_ptr<const Model> model, int n_threads);
 
   void Begin(std::span<const DecodeContext> contexts) { contexts_ = contexts; }
+  std::span<const DecodeContext> contexts() const { return contexts_; }
+
+  // A step of the layers [begin, end) that a device has attended to: all of a step that is left to the host.
+  // rows: q, k and v of a layer behind one another, as Store() has them, layers `stride` floats apart.
+  void StoreStep(int64_t begin, int64_t end, const float* rows, int64_t stride, int64_t n, const Each& each);
 
   void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override;
   void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
@@ -47,6 +56,10 @@ class DecodeHook : public AttentionHook {
     int64_t page_begin, page_end;
   };
   LayerCache& Cache(int64_t context, int64_t layer, int64_t head);
+  // A token of a context's KV head; q: of its group, not yet scaled.
+  void StoreHead(int64_t context, int64_t layer, int64_t head, const float* q, const float* k,
+                 const float* v);
+  void NoteStored(int64_t layer);  // by all heads of all contexts
   void PlanItems(int64_t layer);
   SoftmaxState State(int64_t item);
 

@@ -9,6 +9,7 @@
 #include "moend/engine/compress.h"
 #include "moend/engine/compute.h"
 #include "moend/engine/decode_hook.h"
+#include "moend/engine/device_caches.h"
 #include "moend/engine/engine.h"
 #include "moend/engine/prefill_hook.h"
 #include "moend/engine/repetition.h"
@@ -76,8 +77,9 @@ struct Session::Impl {
   std::vector<LayerCache> caches;
   std::vector<Buffer<float>> states;  // [layer], of those that hold one; none where no layer does
   std::vector<float> logits;
-  int64_t prompt_tokens = 0;   // the first ones, which were read together and scored as a prompt
-  QueryRing ring;              // memory only while an eviction is near
+  int64_t prompt_tokens = 0;              // the first ones, which were read together and scored as a prompt
+  QueryRing ring;                         // memory only while an eviction is near
+  std::unique_ptr<ContextMirror> mirror;  // what a device has of `caches`; made when it is first wanted
   int64_t since_eviction = 0;  // tokens generated (or read in a further turn) since the last eviction
   // Set while something changes the session and left set when that fails: caches and tokens may then
   // disagree.

@@ -62,6 +62,7 @@ Expected<std::unique_ptr<Offload>> Offload::Create(std::shared_ptr<const Model> 
     memory->reset(ggml_gallocr_new(type));
   o->own_.Init(o->h_, device, o->most_rows_);
   MOEND_TRY(o->CheckSupport());
+  o->MakeCaches();
   return o;
 }
 
@@ -86,20 +87,65 @@ Expected<void> Offload::MakeRows() {
                                                               ggml_backend_dev_buffer_type(weights_.device)));
   if (!rows_buffer_) return no_memory(ggml_backend_dev_name(weights_.device));
 
-  const int64_t floats = most_rows_ * (h_.n_embd + QkvFloats() + attended);
-  float* host = nullptr;
-  if (const ggml_backend_buffer_type_t type = ggml_backend_dev_host_buffer_type(weights_.device)) {
-    host_buffer_.reset(ggml_backend_buft_alloc_buffer(type, FloatBytes(floats)));
-    if (host_buffer_) host = static_cast<float*>(ggml_backend_buffer_get_base(host_buffer_.get()));
-  }
-  if (!host) {
-    plain_host_.resize(static_cast<std::size_t>(floats));
-    host = plain_host_.data();
-  }
-  host_x_ = host;
+  if (!host_rows_.Reserve(weights_.device, most_rows_ * (h_.n_embd + QkvFloats() + attended)))
+    return no_memory("the host");
+  host_x_ = host_rows_.data();
   host_qkv_ = host_x_ + most_rows_ * h_.n_embd;
   host_attended_ = host_qkv_ + most_rows_ * QkvFloats();
   return {};
+}
+
+bool Offload::HostFloats::Reserve(ggml_backend_dev_t device, int64_t floats) {
+  if (floats <= size_) return true;
+  buffer_.reset();
+  plain_ = {};
+  data_ = nullptr;
+  size_ = 0;
+  if (const ggml_backend_buffer_type_t type = ggml_backend_dev_host_buffer_type(device)) {
+    buffer_.reset(ggml_backend_buft_alloc_buffer(type, FloatBytes(floats)));
+    if (buffer_) data_ = static_cast<float*>(ggml_backend_buffer_get_base(buffer_.get()));
+  }
+  if (!data_) {
+    plain_.resize(static_cast<std::size_t>(floats));
+    data_ = plain_.data();
+  }
+  size_ = floats;
+  return true;
+}
+
+float* Offload::StepLogits(int64_t n) {
+  return host_logits_.Reserve(weights_.device, n * h_.n_vocab) ? host_logits_.data() : nullptr;
+}
+
+void Offload::MakeCaches() {
+  std::unique_ptr<cuda::Runtime> runtime;
+  ggml_backend_dev_props props;
+  ggml_backend_dev_get_props(weights_.device, &props);
+  if (props.type == GGML_BACKEND_DEVICE_TYPE_CPU) {
+    runtime = cuda::MakeHostRuntime();
+  } else if (props.device_id && std::string_view(ggml_backend_reg_name(
+                                    ggml_backend_dev_backend_reg(weights_.device))) == "CUDA") {
+    auto made = cuda::MakeCudaRuntime(props.device_id);
+    if (made) runtime = std::move(*made);
+  }
+  if (!runtime) return;
+  auto caches = DeviceCaches::Create(model_, std::move(runtime));
+  if (!caches) return;
+  caches_ = std::move(*caches);
+  order_ = std::make_unique<DeviceOrder>(backend_.get(), caches_->runtime());
+}
+
+Expected<void> Offload::AttendThere(int64_t layer, int64_t n, float* rows) {
+  const int64_t q_floats = n * h_.n_heads * h_.head_size, kv_floats = n * h_.n_kv_heads * h_.head_size;
+  const auto* const q = static_cast<const float*>(rows_.qkv->data);
+  const ggml_tensor* const sinks = weights_.layers[static_cast<std::size_t>(layer)].sinks;
+  MOEND_TRY(order_->ToKernels());
+  // Beside the kernels, which only read.
+  ggml_backend_tensor_get_async(backend_.get(), rows_.qkv, rows, 0, FloatBytes(q_floats + 2 * kv_floats));
+  MOEND_TRY(caches_->Attend(layer, q, q + q_floats, q + q_floats + kv_floats,
+                            sinks ? static_cast<const float*>(sinks->data) : nullptr,
+                            static_cast<float*>(rows_.attended->data)));
+  return order_->ToGraphs();
 }
 
 Expected<void> Offload::CheckSupport() {
@@ -254,8 +300,13 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
     Send(rows_.temperature, temperature.data(), FloatBytes(n));
   }
   Steps* steps = nullptr;
+  bool attends = false;  // the device, by itself
   if (keep) {
     MOEND_ASSIGN(steps, StepsOf(begin, end, n, logits != nullptr));
+    if (const auto contexts = host.Contexts(); caches_ && std::ssize(contexts) == n) {
+      MOEND_ASSIGN(attends, caches_->Prepare(contexts, begin, end));
+      attends = attends && steps->rows.Reserve(weights_.device, (end - begin) * n * QkvFloats());
+    }
   }
   Segment made;
   std::optional<OwnAttention::Block> own;  // of the layer before
@@ -278,6 +329,10 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
       own.reset();
     }
     if (l == end) break;
+    if (attends) {
+      MOEND_TRY(AttendThere(l, n, steps->rows.data() + (l - begin) * n * QkvFloats()));
+      continue;
+    }
     ggml_backend_tensor_get_async(backend_.get(), rows_.qkv, host_qkv_, 0,
                                   FloatBytes(q_floats + 2 * kv_floats));
     ggml_backend_synchronize(backend_.get());
@@ -301,7 +356,9 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
   if (kept && !attn_out) return {};  // what comes next is ordered behind it
   ggml_backend_synchronize(backend_.get());
   if (!logits && !kept) std::memcpy(hidden, host_x_, x_bytes);
-  return {};
+  if (!attends) return {};
+  MOEND_TRY(caches_->runtime().Synchronize());  // errors of what ran
+  return host.StoreStep(begin, end, steps->rows.data(), n * QkvFloats(), n);
 }
 
 void Offload::Keep(std::span<float> hidden) {

@@ -1,7 +1,8 @@
 // Layers that run on a device of ggml's, a GPU: their weights lie there, the K/V cache stays with the host.
-// A layer is two graphs on the device, before and behind attention. Between them attention is asked for here,
-// on the host, or, where queries see nothing but what was read just before (AttentionHook::SeesOnlyOwn), done
-// on the device over 16 bit K/V of that one layer.
+// A layer is two graphs on the device, before and behind attention. Between them the device attends by
+// itself, in a decode step over its copy of the caches (engine/device_caches.h), while a prompt is read for
+// the first time (AttentionHook::SeesOnlyOwn) over 16 bit K/V of that one layer; or attention is asked for
+// here, on the host.
 #pragma once
 
 #include <ggml-cpp.h>
@@ -13,6 +14,8 @@
 #include <vector>
 
 #include "moend/base/error.h"
+#include "moend/engine/device_caches.h"
+#include "moend/engine/device_order.h"
 #include "moend/engine/own_attention.h"
 #include "moend/model/device_weights.h"
 #include "moend/model/graph.h"
@@ -32,6 +35,11 @@ class Offload {
     // Store and then attention.
     virtual Expected<void> Attend(int64_t layer, const float* q, const float* k, const float* v, float* out,
                                   int64_t n) = 0;
+    // Of a decode step: the contexts of its tokens. The device may then attend by itself, and leaves the rest
+    // to StoreStep (DecodeHook) at the end.
+    virtual std::span<const DecodeContext> Contexts() { return {}; }
+    virtual Expected<void> StoreStep(int64_t begin, int64_t end, const float* rows, int64_t stride,
+                                     int64_t n) = 0;
   };
 
   // For model->device(), which is not null. kUnsupported names an operation that the device does not have.
@@ -58,7 +66,27 @@ class Offload {
                      Host& host, float* logits, float* attn_out, bool keep);
   Expected<void> Head(const float* hidden, int64_t n, float* logits);
 
+  // Memory of the host for the logits of a step of n rows, which the device reaches by itself where possible;
+  // valid until the next call. Null: none.
+  float* StepLogits(int64_t n);
+  // Whether the device attends in decode steps; and its bytes that hold caches.
+  bool attends() const { return caches_ != nullptr; }
+  int64_t cache_bytes() const { return caches_ ? caches_->bytes() : 0; }
+
  private:
+  // Floats of the host, where possible in memory that the device reaches by itself.
+  class HostFloats {
+   public:
+    // What it held is lost when it grows. False: no memory.
+    bool Reserve(ggml_backend_dev_t device, int64_t floats);
+    float* data() const { return data_; }
+
+   private:
+    ggml_backend_buffer_ptr buffer_;
+    std::vector<float> plain_;
+    float* data_ = nullptr;
+    int64_t size_ = 0;
+  };
   // A ggml context with a graph, whose inputs and results are rows_.
   struct Segment {
     ggml_context_ptr ctx;
@@ -70,9 +98,9 @@ class Offload {
     bool head = false;
     ggml_gallocr_ptr memory;
     std::vector<Segment> segments;
+    HostFloats rows;  // q, k and v of all layers that the device attended to
   };
-  // What passes from graph to graph, in the device's memory, and the same for the host, where possible in
-  // memory that the device reaches by itself.
+  // What passes from graph to graph, in the device's memory.
   struct Rows {
     ggml_tensor *x = nullptr, *qkv = nullptr, *gate = nullptr, *attended = nullptr, *positions = nullptr,
                 *temperature = nullptr;
@@ -92,6 +120,10 @@ class Offload {
   // Whose rows [first, ...) these are; null: nobody's.
   Kept* KeptOf(const float* rows, int64_t* first);
   Expected<void> MakeRows();
+  // caches_ and order_, if the device has kernels for that.
+  void MakeCaches();
+  // The device's part of a step's attention, which ggml's graphs wait for.
+  Expected<void> AttendThere(int64_t layer, int64_t n, float* rows);
   Expected<void> CheckSupport();
   // The graph behind attention of layer `l - 1` (unless l == begin), then that in front of attention of layer
   // l, or the head, or nothing (l == end).
@@ -110,14 +142,16 @@ class Offload {
   int64_t most_rows_;
   ggml_backend_ptr backend_;
   ggml_context_ptr rows_context_;
-  ggml_backend_buffer_ptr rows_buffer_, host_buffer_;
+  ggml_backend_buffer_ptr rows_buffer_;
   Rows rows_;
-  float *host_x_ = nullptr, *host_qkv_ = nullptr, *host_attended_ = nullptr;
-  std::vector<float> plain_host_;  // where the device has no host memory of its own
+  HostFloats host_rows_, host_logits_;
+  float *host_x_ = nullptr, *host_qkv_ = nullptr, *host_attended_ = nullptr;  // in host_rows_
   ggml_gallocr_ptr block_memory_[2], head_memory_;
   std::vector<std::unique_ptr<Steps>> steps_;  // the one that was used last at the end
   std::vector<std::unique_ptr<Kept>> kept_;
   OwnAttention own_;
+  std::unique_ptr<DeviceCaches> caches_;  // null: the host attends in decode steps
+  std::unique_ptr<DeviceOrder> order_;
 };
 
 }  // namespace moend

@@ -197,6 +197,7 @@ int64_t Session::Impl::observed_window() const {
 Expected<void> Session::Impl::PrepareStep(DecodeContext* context) {
   context->caches = caches;
   context->states = states;
+  context->mirror = &mirror;
   context->ring = nullptr;
   const int64_t window = observed_window();
   if (window == 0 || since_eviction < kEvictInterval - window) return {};

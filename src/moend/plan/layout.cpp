@@ -83,7 +83,8 @@ Expected<PageLayout> MakePageLayout(int64_t head_size, int k_bits, int v_bits) {
   }
   layout.k_codes = place(CodeBytes(head_size, k_bits));
   layout.v_codes = place(CodeBytes(head_size, v_bits));
-  layout.refs = place(static_cast<int64_t>(sizeof(uint32_t)));
+  layout.refs = place(2 * static_cast<int64_t>(sizeof(uint64_t)));
+  layout.stamp = layout.refs + static_cast<int64_t>(sizeof(uint64_t));
   layout.bytes = end;
   return layout;
 }

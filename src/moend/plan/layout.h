@@ -50,6 +50,7 @@ struct PageLayout {
   int64_t k_scale = -1, k_min = -1, v_scale = -1, v_min = -1;
   int64_t k_codes = 0, v_codes = 0;
   int64_t refs = 0;   // std::atomic<uint32_t>: caches that share the page
+  int64_t stamp = 0;  // uint64_t that no other content of a page has
   int64_t bytes = 0;  // of the whole page
 };
 

@@ -110,8 +110,9 @@ __device__ __forceinline__ void PrepareQueries(const C& shape, const Batch& batc
     if (r < item.row_count)
       x = __ldg(reinterpret_cast<const float4*>(
           batch.q + RowOffset(item, r, stream.group, stream.q, stream.q_stride, head_size) + c));
-    *reinterpret_cast<float4*>(memory.raw_q + QueryIndex(r, c, steps)) = {x.x * kLog2E, x.y * kLog2E,
-                                                                          x.z * kLog2E, x.w * kLog2E};
+    const float scale = batch.q_scale * kLog2E;
+    *reinterpret_cast<float4*>(memory.raw_q + QueryIndex(r, c, steps)) = {x.x * scale, x.y * scale,
+                                                                          x.z * scale, x.w * scale};
   }
   __syncthreads();
   if (stream.key_inverse && item.page_begin < item.page_end) {
@@ -250,6 +251,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) DecodeKernel(const __
       Part part = MakePart(is_k, bits, shape.Steps(), is_k ? stream.k_codes : stream.v_codes);
       if (raw && is_k) part.far[0] = part.far[1] = 0;
       task.parts[threadIdx.x] = part;
+    }
+    if (threadIdx.x == 4) {
+      const int n_raw = static_cast<int>(stream.n_raw) + batch.grown;
+      task.stream.n_raw = n_raw;
+      if (stream.first_raw != kNoWindow) task.stream.first_raw += batch.grown;
+      task.item.raw_end = min(item.raw_end, n_raw);
+      task.item.raw_begin = min(item.raw_begin, n_raw);
     }
     __syncthreads();
     const Output& output = task.output;

@@ -15,8 +15,12 @@ struct KernelInfo {
   int shared_bytes = 0;   // a block
 };
 
-// Both return 0 or a cudaError_t. `rows`: most rows of an item.
+// They return 0 or a cudaError_t. `rows`: most rows of an item.
 int QueryKernel(int head_size, int rows, KernelInfo* info);
 int LaunchDecode(const Batch& batch, void* stream);
+
+// n >= 1 pieces; the array, too, is memory that the device can read.
+int LaunchCopy(const Piece* pieces, int64_t n, void* stream);
+int LaunchAppend(const NewTokens& tokens, void* stream);
 
 }  // namespace moend::cuda

@@ -25,8 +25,8 @@ inline constexpr int32_t kNoWindow = INT32_MIN / 2;
 struct Stream {
   const uint32_t* pages = nullptr;     // [n_pages] ids of pages in the page format of plan/layout.h
   const uint64_t* live = nullptr;      // [n_pages] bit t: slot t holds a token
-  const uint16_t* raw_k = nullptr;     // raw tokens as in StreamView (attention/params.h), in whole blocks
-  const uint16_t* raw_v = nullptr;     //
+  uint16_t* raw_k = nullptr;           // raw tokens as in StreamView (attention/params.h), in whole blocks
+  uint16_t* raw_v = nullptr;           //
   const float* key_inverse = nullptr;  // f32 [head_size]: KeyRotation::inverse; null: keys as they are
   int64_t n_pages = 0;
   int64_t n_raw = 0;
@@ -59,7 +59,7 @@ struct Output {
   int64_t n_slots = 0;
 };
 
-// A layer's decode attention. Queries are already multiplied by the softmax scale.
+// A layer's decode attention.
 struct Batch {
   const uint8_t* pool = nullptr;    // kPageUnit-aligned
   const Stream* streams = nullptr;  //
@@ -72,9 +72,32 @@ struct Batch {
   uint32_t* done = nullptr;         // [n_outputs] zero before the first launch; every launch leaves zeros
   const float* sinks = nullptr;     // f32 [query heads]: logits that join every softmax; null: none
   float soft_cap = 0;               // scores become cap * tanh(score / cap); 0: off
+  float q_scale = 1;                // queries are multiplied by it: the softmax scale, if they are not yet
   int32_t n_bins = 0;
   int32_t head_size = 0;
   int32_t slot_rows = 0;  // most rows of an item
+  // Raw tokens that every stream got since it was written. Items are made for as many as there may be
+  // (MakeWorkPlan() of larger n_raw); what lies behind the last token is not looked at.
+  int32_t grown = 0;
+};
+
+// Raw tokens that come behind those of streams, the same number to each: their K/V become half floats as
+// RawTokens::Store (cache/raw_tokens.h) makes them.
+struct NewTokens {
+  const Stream* streams = nullptr;
+  int32_t n_streams = 0, n_tokens = 1;
+  int32_t grown = 0;  // of each stream before, as in Batch
+  int32_t head_size = 0;
+  const float *k = nullptr, *v = nullptr;  // of stream i and token t: i * head_size + t * token_stride on
+  int64_t token_stride = 0;                // elements
+};
+
+// Bytes that go to a device's memory, from memory of the host that the device can read. Addresses and sizes
+// are multiples of 16.
+struct Piece {
+  uint8_t* to = nullptr;
+  const uint8_t* from = nullptr;
+  int64_t bytes = 0;
 };
 
 // A partial result: sums f32 [rows][head_size], then maxima and sums of weights f32 [rows] each.
