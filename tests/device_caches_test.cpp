@@ -22,6 +22,11 @@ LayerCache NewCache(const KvShape& shape, const Expert& expert, const Protected&
   return LayerCache::Create(std::make_shared<Ledger>(), shape, expert, guard, keep_scores).value();
 }
 
+const Parallel kOneByOne = {1, [](int64_t n, const auto& f) -> Expected<void> {
+                              for (int64_t i = 0; i < n; ++i) f(i, 0);
+                              return {};
+                            }};
+
 // What a device has, seen from outside.
 struct DeviceMemory {
   int64_t most = INT64_MAX, live = 0, copied = 0;
@@ -64,7 +69,9 @@ class LimitedRuntime : public cuda::Runtime {
     return host_->Copy(pieces, n);
   }
   Expected<void> Clear(uint8_t* block, int64_t bytes) override { return host_->Clear(block, bytes); }
-  Expected<void> Append(const cuda::NewTokens& tokens) override { return host_->Append(tokens); }
+  Expected<void> Fetch(void* to, const void* from, int64_t bytes) override {
+    return host_->Fetch(to, from, bytes);
+  }
   Expected<void> Attend(const cuda::Batch& batch) override { return host_->Attend(batch); }
   Expected<void> Wait(void* event) override { return host_->Wait(event); }
   Expected<void> Record(void* event) override { return host_->Record(event); }
@@ -160,15 +167,18 @@ class DeviceCachesTest : public testing::Test {
   // A step of these contexts on the device and on the host, which must agree.
   void ExpectStep(const std::vector<Context*>& contexts) {
     const auto step = Step(contexts);
-    const auto ready = device_->Prepare(step, 0, layers_);
+    const auto ready = device_->Prepare(step, 0, layers_, kOneByOne);
     ASSERT_TRUE(ready) << ready.error().message;
     ASSERT_TRUE(*ready);
     const auto n = std::ssize(contexts);
     for (int64_t l = 0; l < layers_; ++l) {
       const auto q = Normal(n * heads_ * size_), k = Normal(n * kv_heads_ * size_),
                  v = Normal(n * kv_heads_ * size_);
-      std::vector<float> out(q.size());
-      ASSERT_TRUE(device_->Attend(l, q.data(), k.data(), v.data(), nullptr, out.data()));
+      std::vector<float> out(q.size()), qkv = q, copy(q.size() + k.size() + v.size());
+      qkv.insert(qkv.end(), k.begin(), k.end());
+      qkv.insert(qkv.end(), v.begin(), v.end());
+      ASSERT_TRUE(device_->Attend(l, qkv.data(), nullptr, out.data(), copy.data()));
+      EXPECT_EQ(copy, qkv);
       for (int64_t b = 0; b < n; ++b) {
         for (int64_t h = 0; h < kv_heads_; ++h) {
           LayerCache& cache =
@@ -275,11 +285,11 @@ TEST_F(DeviceCachesTest, LeavesToTheHostWhatHasNoMemory) {
   ASSERT_NO_FATAL_FAILURE(ExpectStep({&second}));
   ASSERT_NO_FATAL_FAILURE(ExpectStep({&first}));
   Context larger = MakeContext(100000);
-  const auto none = device_->Prepare(Step({&larger}), 0, layers_);
+  const auto none = device_->Prepare(Step({&larger}), 0, layers_, kOneByOne);
   ASSERT_TRUE(none);
   EXPECT_FALSE(*none);
   memory_->most = INT64_MAX;
-  const auto there = device_->Prepare(Step({&larger}), 0, layers_);
+  const auto there = device_->Prepare(Step({&larger}), 0, layers_, kOneByOne);
   ASSERT_TRUE(there);
   EXPECT_TRUE(*there);
   ASSERT_NO_FATAL_FAILURE(ExpectStep({&first, &second}));
@@ -291,7 +301,7 @@ TEST_F(DeviceCachesTest, LeavesToTheHostWhatKeepsScores) {
     context.caches.push_back(NewCache({1, size_}, {0.5, 8, 8}, {4, 16}, true));
     ASSERT_NO_FATAL_FAILURE(Grow(context.caches.back(), 100));
   }
-  const auto ready = device_->Prepare(Step({&context}), 0, layers_);
+  const auto ready = device_->Prepare(Step({&context}), 0, layers_, kOneByOne);
   ASSERT_TRUE(ready);
   EXPECT_FALSE(*ready);
 }

@@ -101,7 +101,7 @@ TEST(LayerCache, FillEqualsAppendWhenEverythingStays) {
       const StreamView a = filled.view(h), b = appended.view(h);
       ASSERT_EQ(a.n_pages, b.n_pages);
       for (int64_t i = 0; i < a.n_pages; ++i)
-        ASSERT_EQ(std::memcmp(a.pages[i], b.pages[i], a.layout.bytes), 0);
+        ASSERT_EQ(std::memcmp(a.pages[i], b.pages[i], a.layout.refs), 0);
     }
   }
 }

@@ -129,7 +129,7 @@ void LayerCache::Impl::Clear() {
   }
   raw = RawTokens(shape);
   tokens_seen = n_raw = 0;
-  NoteChange();
+  NotePagesChange();
 }
 
 Expected<LayerCache> LayerCache::Fork() const {
@@ -238,6 +238,9 @@ std::vector<uint32_t> LayerCache::positions(int64_t head) const {
 
 uint64_t LayerCache::version() const {
   return impl_->version.load(std::memory_order_relaxed);
+}
+uint64_t LayerCache::pages_version() const {
+  return impl_->pages_version.load(std::memory_order_relaxed);
 }
 float* LayerCache::scores(int64_t head) {
   return impl_->head(head).table.scores();

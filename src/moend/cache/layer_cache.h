@@ -108,6 +108,8 @@ class LayerCache {
   // A number that no other content has, of this cache or of another: it changes with the content, but for raw
   // tokens that come behind those that are there. A fork has its own.
   uint64_t version() const;
+  // The same for all pages but the last one and those that come behind it, and for their live masks.
+  uint64_t pages_version() const;
 
   const KvShape& shape() const;
   bool sliding() const;

@@ -63,7 +63,7 @@ Expected<void> LayerCache::Evict(int64_t h, std::span<const float> scores, int64
     }
     if (count > 0) MOEND_TRY(head.positions.MakeErasable(s.ledger));
     MOEND_TRY(Compact(table, live));
-    s.NoteChange();
+    s.NotePagesChange();
     int64_t rank = -s.SinksSeen();
     head.positions.ForEach([&](int64_t position) {
       if (rank >= 0 && rank < head.paged && goes[static_cast<std::size_t>(rank)])

@@ -149,7 +149,7 @@ Expected<void> LayerCache::EndFill() {
     }
     s.tokens_seen = s.fill_tokens;
     s.n_raw = s.fill_kept - s.heads[0].paged;
-    s.NoteChange();
+    s.NotePagesChange();
     return {};
   });
 }

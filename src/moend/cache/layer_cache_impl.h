@@ -35,7 +35,7 @@ struct LayerCache::Impl {
   PageLayout layout;
   int64_t tokens_seen = 0;
   int64_t n_raw = 0;
-  std::atomic<uint64_t> version{NextStamp()};  // heads may change at the same time
+  std::atomic<uint64_t> version{NextStamp()}, pages_version{NextStamp()};  // heads may change together
   bool filling = false;
   // While filling: tokens seen, kept by each head, and of these in pages.
   int64_t fill_tokens = 0, fill_kept = 0, fill_paged = 0;
@@ -89,8 +89,12 @@ struct LayerCache::Impl {
   // Gives back what the raw tokens no longer need, and takes what they will, if there is memory for the copy.
   void SettleRaw();
 
-  // What whoever changes more than raw tokens at the end calls afterwards.
+  // What whoever changes more than raw tokens at the end calls afterwards; and more than the last page.
   void NoteChange() { version.store(NextStamp(), std::memory_order_relaxed); }
+  void NotePagesChange() {
+    NoteChange();
+    pages_version.store(NextStamp(), std::memory_order_relaxed);
+  }
 
   // Back to an empty cache; needs no memory.
   void Clear();

@@ -18,7 +18,11 @@ class QueryTap : public AttentionHook {
   void Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override;
   void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
   void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) override;
-  std::optional<OwnTokens> SeesOnlyOwn() const override { return inner_.SeesOnlyOwn(); }
+  std::optional<OwnTokens> SeesOnlyOwn(int64_t n) const override {
+    auto own = inner_.SeesOnlyOwn(n);
+    if (own) own->queries = true;
+    return own;
+  }
   void LoadStates(int64_t layer, float* states, int64_t contexts) override;
   void StoreStates(int64_t layer, const float* states, int64_t contexts) override;
 

@@ -67,10 +67,8 @@ std::vector<float> StoredKeys(const LayerCache& cache) {
 Expected<LayerCache> Refit(Compute& compute, LayerCache cache, const Filling& with, const DenseView& view,
                            const QueryRows& reference) {
   const std::vector<uint32_t> positions = cache.positions(0);
-  MOEND_ASSIGN(const ValueRefit refit, RefitValues(view, positions, StoredKeys(cache), reference,
-                                                   {compute.n_threads(), [&](int64_t n, const auto& fn) {
-                                                      return compute.ParallelFor(n, fn);
-                                                    }}));
+  MOEND_ASSIGN(const ValueRefit refit,
+               RefitValues(view, positions, StoredKeys(cache), reference, compute.Threads()));
   if (refit.v.empty()) return cache;
   const int64_t d = view.head_size;
   std::vector<uint16_t> values(view.v, view.v + view.n_tokens * d);

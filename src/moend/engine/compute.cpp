@@ -290,7 +290,7 @@ class Compute::HookHost : public Offload::Host {
   HookHost(Compute& compute, AttentionHook& hook) : compute_(compute), hook_(hook) {}
   HookHost(Compute& compute, DecodeHook& hook) : compute_(compute), hook_(hook), decode_(&hook) {}
 
-  std::optional<AttentionHook::OwnTokens> SeesOnlyOwn() override { return hook_.SeesOnlyOwn(); }
+  std::optional<AttentionHook::OwnTokens> SeesOnlyOwn(int64_t n) override { return hook_.SeesOnlyOwn(n); }
 
   Expected<void> Store(int64_t layer, const float* q, const float* k, const float* v, int64_t n) override {
     return Caught("storing keys and values", [&]() -> Expected<void> {
@@ -301,9 +301,19 @@ class Compute::HookHost : public Offload::Host {
     });
   }
 
+  std::function<Expected<void>(const float*)> StoreLater(int64_t layer, int64_t n) override {
+    return [&compute = compute_, &hook = hook_, layer, n](const float* qkv) {
+      const HyperParams& hp = compute.model().hparams();
+      const float* const k = qkv + n * hp.n_heads * hp.head_size;
+      return HookHost(compute, hook).Store(layer, qkv, k, k + n * hp.n_kv_heads * hp.head_size, n);
+    };
+  }
+
   std::span<const DecodeContext> Contexts() override {
     return decode_ ? decode_->contexts() : std::span<const DecodeContext>();
   }
+
+  Parallel Threads() override { return compute_.Threads(); }
 
   Expected<void> StoreStep(int64_t begin, int64_t end, const float* rows, int64_t stride,
                            int64_t n) override {
@@ -363,6 +373,19 @@ Compute::OnDevice::~OnDevice() {
 
 Expected<void> Compute::Fetch(std::span<const float> rows) {
   return offload_ ? offload_->Fetch(rows) : Expected<void>();
+}
+
+Expected<void> Compute::Mirror(const DecodeContext& context, int64_t layer) {
+  if (!offload_) return {};
+  return offload_->Mirror(context, layer, Threads());
+}
+
+Expected<void> Compute::Settle() {
+  return offload_ ? offload_->Settle() : Expected<void>();
+}
+
+Parallel Compute::Threads() {
+  return {n_threads_, [this](int64_t n, const auto& f) { return ParallelFor(n, f); }};
 }
 
 Expected<void> Compute::RunLayerHere(HookSlot& slot, float* hidden, std::span<const int32_t> positions,

@@ -54,7 +54,8 @@ class Compute {
   Expected<void> Embed(std::span<const int32_t> tokens, float* hidden);
 
   // While it lives, hidden states that go through the layers block by block may stay on a device in between,
-  // so that who wants to see them must Fetch() them.
+  // so that who wants to see them must Fetch() them; and the hook may get the newest block late, so that who
+  // wants to see what it has stored of a layer must Settle() first.
   class OnDevice {
    public:
     OnDevice() = default;
@@ -71,8 +72,12 @@ class Compute {
     Offload* offload_ = nullptr;
     const float* hidden_ = nullptr;
   };
+  Expected<void> Settle();
   // Brings rows of hidden states up to date that Layer() changed.
   Expected<void> Fetch(std::span<const float> rows);
+
+  // A device that holds the layer gets what the context has just got of it, beside what runs there.
+  Expected<void> Mirror(const DecodeContext& context, int64_t layer);
 
   // One layer over one block of n <= block_tokens tokens at positions first .. first + n - 1; `hidden` is
   // updated in place. attn_out, if not null, receives the attention output before its projection, [n][n_heads
@@ -95,6 +100,8 @@ class Compute {
   // Calls fn(i, thread) for 0 <= i < n on the pool's threads, in any order. fn may throw: then some are not
   // called, and the first exception is returned as an error.
   Expected<void> ParallelFor(int64_t n, const std::function<void(int64_t, int)>& fn);
+
+  Parallel Threads();
 
   // The error of logits of the model that are not finite.
   Expected<void> CheckFinite(std::span<const float> logits) const;

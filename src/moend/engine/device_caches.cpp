@@ -11,11 +11,14 @@ namespace {
 constexpr int64_t kRawRoom = 64;   // tokens that can be appended before memory moves
 constexpr int64_t kPlanRoom = 32;  // and before work is cut anew
 constexpr int64_t kPageRoom = 32;
-constexpr int64_t kAlign = 16;  // of what is copied
+constexpr int64_t kAlign = 16;     // of what is copied
+constexpr int64_t kTableUnit = 4;  // entries of a table whose addresses are so
 
-constexpr int64_t kMostPieces = 16384;
+constexpr int64_t kMostPieces = 32768;
 constexpr int64_t kMostPiece = 32 << 10;  // so that many copy at once
-constexpr int64_t kStagingBytes = int64_t{16} << 20;
+constexpr int64_t kStagingBytes = int64_t{64} << 20;
+constexpr int64_t kMostLater = int64_t{1} << 20;  // of a thread at a time
+constexpr int64_t kFewCopies = 16;                // not worth waking the threads
 constexpr int64_t kPieceBytes = kMostPieces * static_cast<int64_t>(sizeof(cuda::Piece));
 
 template <class T>
@@ -69,6 +72,20 @@ Expected<std::unique_ptr<DeviceCaches>> DeviceCaches::Create(std::shared_ptr<con
 DeviceCaches::~DeviceCaches() {
   static_cast<void>(runtime().Synchronize());
   if (staging_) runtime().FreeHost(staging_);
+  if (host_rows_) runtime().FreeHost(reinterpret_cast<uint8_t*>(host_rows_));
+}
+
+float* DeviceCaches::Rows(int64_t floats) {
+  const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
+  return Reserve(rows_, bytes) ? reinterpret_cast<float*>(rows_.data) : nullptr;
+}
+
+float* DeviceCaches::HostRows(int64_t floats) {
+  if (floats <= n_host_rows_) return host_rows_;
+  if (host_rows_) runtime().FreeHost(reinterpret_cast<uint8_t*>(host_rows_));
+  host_rows_ = reinterpret_cast<float*>(runtime().AllocateHost(floats * static_cast<int64_t>(sizeof(float))));
+  n_host_rows_ = host_rows_ ? floats : 0;
+  return host_rows_;
 }
 
 bool DeviceCaches::Reserve(DevicePool::Block& block, int64_t bytes) {
@@ -93,19 +110,37 @@ Expected<uint8_t*> DeviceCaches::Stage(uint8_t* to, int64_t bytes) {
   return from;
 }
 
-Expected<void> DeviceCaches::StageCopy(uint8_t* to, const void* from, int64_t bytes) {
-  constexpr int64_t kMost = kStagingBytes / 4;
+Expected<void> DeviceCaches::StageLater(uint8_t* to, const void* from, int64_t bytes) {
   const auto* source = static_cast<const uint8_t*>(from);
-  for (int64_t at = 0; at < bytes; at += kMost) {
-    const int64_t n = std::min(kMost, bytes - at);
+  for (int64_t at = 0; at < bytes; at += kMostLater) {
+    const int64_t n = std::min(kMostLater, bytes - at);
     MOEND_ASSIGN(uint8_t* const staged, Stage(to + at, RoundUp(n, kAlign)));
-    std::memcpy(staged, source + at, static_cast<std::size_t>(n));
+    later_.push_back({staged, source + at, n});
+  }
+  return {};
+}
+
+Expected<void> DeviceCaches::StageCopy(uint8_t* to, const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += kMostLater) {
+    const int64_t n = std::min(kMostLater, bytes - at);
+    MOEND_ASSIGN(uint8_t* const staged, Stage(to + at, RoundUp(n, kAlign)));
+    std::memcpy(staged, static_cast<const uint8_t*>(from) + at, static_cast<std::size_t>(n));
   }
   return {};
 }
 
 Expected<void> DeviceCaches::Flush() {
   if (n_pieces_ == 0) return {};
+  const auto copy = [&](int64_t i, int) {
+    const Later& l = later_[static_cast<std::size_t>(i)];
+    std::memcpy(l.to, l.from, static_cast<std::size_t>(l.bytes));
+  };
+  const auto n = std::ssize(later_);
+  if (n > kFewCopies)
+    MOEND_TRY(parallel_->run(n, copy));
+  else
+    for (int64_t i = 0; i < n; ++i) copy(i, 0);
+  later_.clear();
   MOEND_TRY(runtime().Copy(reinterpret_cast<const cuda::Piece*>(staging_), n_pieces_));
   n_pieces_ = staged_ = 0;
   flying_ = true;
@@ -127,8 +162,10 @@ bool DeviceCaches::DropOthers(std::span<const DecodeContext> contexts) {
   return dropped;
 }
 
-Expected<bool> DeviceCaches::Prepare(std::span<const DecodeContext> contexts, int64_t begin, int64_t end) {
+Expected<bool> DeviceCaches::Prepare(std::span<const DecodeContext> contexts, int64_t begin, int64_t end,
+                                     const Parallel& parallel) {
   const auto n_heads = std::ssize(inverses_);
+  parallel_ = &parallel;
   for (const DecodeContext& context : contexts) {
     if (!context.mirror) return false;
     for (LayerCache& cache :
@@ -172,7 +209,7 @@ Expected<bool> DeviceCaches::SyncHead(Head& head, const LayerCache& cache, int64
   if (same && head.n_raw == view.n_raw && view.n_raw < head.raw_capacity) return true;
   head.version = 0;
   if (!same) {
-    MOEND_ASSIGN(const bool there, SyncPages(head, view));
+    MOEND_ASSIGN(const bool there, SyncPages(head, cache, view));
     if (!there) return false;
   }
   MOEND_ASSIGN(const bool there, SyncRaw(head, view));
@@ -193,31 +230,39 @@ Expected<bool> DeviceCaches::SyncHead(Head& head, const LayerCache& cache, int64
   return true;
 }
 
-Expected<bool> DeviceCaches::SyncPages(Head& head, const StreamView& view) {
-  std::vector<uint64_t> stamps(static_cast<std::size_t>(view.n_pages));
-  std::vector<uint32_t> ids(stamps.size());
+Expected<bool> DeviceCaches::SyncPages(Head& head, const LayerCache& cache, const StreamView& view) {
+  const int64_t n = view.n_pages;
+  // Pages before this one are what they were.
+  const int64_t first = head.pages_version == cache.pages_version()
+                            ? std::clamp<int64_t>(std::ssize(head.stamps) - 1, 0, n)
+                            : 0;
+  head.pages_version = 0;
+  const std::vector<uint64_t> old(head.stamps.begin() + first, head.stamps.end());
+  head.stamps.resize(static_cast<std::size_t>(first));
+  head.ids.resize(static_cast<std::size_t>(first));
   // New references first: a page that moved up keeps its memory.
-  std::size_t taken = 0;
   bool there = true;
-  for (; taken < stamps.size(); ++taken) {
-    const uint8_t* const page = view.pages[taken];
-    stamps[taken] = PageStamp(view.layout, page);
-    const auto got = pool_->TakePage(stamps[taken], view.layout.bytes);
+  for (int64_t i = first; i < n; ++i) {
+    const uint8_t* const page = view.pages[i];
+    const uint64_t stamp = PageStamp(view.layout, page);
+    const auto got = pool_->TakePage(stamp, view.layout.bytes);
     if (!(there = got.has_value())) break;
-    ids[taken] = got->id;
-    if (got->fresh) MOEND_TRY(StageCopy(pool_->PageData(got->id), page, view.layout.refs));
+    head.stamps.push_back(stamp);
+    head.ids.push_back(got->id);
+    if (got->fresh) MOEND_TRY(StageLater(pool_->PageData(got->id), page, view.layout.refs));
   }
-  for (const uint64_t stamp : head.stamps) pool_->GivePage(stamp);
-  stamps.resize(taken);
-  head.stamps = std::move(stamps);
-  head.ids = std::move(ids);
+  for (const uint64_t stamp : old) pool_->GivePage(stamp);
   if (!there) return false;
-  if (view.n_pages > head.table_capacity || !head.table.data) {
-    head.table_capacity = RoundUp(view.n_pages + view.n_pages / 4 + kPageRoom, kPageRoom);
+  int64_t begin = first / kTableUnit * kTableUnit;
+  if (n > head.table_capacity || !head.table.data) {
+    head.table_capacity = RoundUp(n + n / 4 + kPageRoom, kPageRoom);
     if (!Reserve(head.table, head.table_capacity * 12)) return false;
+    begin = 0;
   }
-  MOEND_TRY(StageCopy(head.table.data, view.live, view.n_pages * 8));
-  MOEND_TRY(StageCopy(head.table.data + head.table_capacity * 8, head.ids.data(), view.n_pages * 4));
+  MOEND_TRY(StageLater(head.table.data + begin * 8, view.live + begin, (n - begin) * 8));
+  MOEND_TRY(StageLater(head.table.data + head.table_capacity * 8 + begin * 4, head.ids.data() + begin,
+                       (n - begin) * 4));
+  head.pages_version = cache.pages_version();
   return true;
 }
 
@@ -232,7 +277,7 @@ Expected<bool> DeviceCaches::SyncRaw(Head& head, const StreamView& view) {
   }
   const bool tail_is_whole = view.raw_tail == kRawBlockTokens || n == whole;
   const int64_t as_they_are = tail_is_whole ? RoundUp(n, kRawBlockTokens) : whole;
-  MOEND_TRY(StageCopy(head.raw.data, view.raw_k, as_they_are * hs * 2));
+  MOEND_TRY(StageLater(head.raw.data, view.raw_k, as_they_are * hs * 2));
   if (!tail_is_whole) {
     MOEND_ASSIGN(uint8_t* const staged, Stage(head.raw.data + whole * hs * 2, kRawBlockTokens * hs * 2));
     auto* const to = reinterpret_cast<uint16_t*>(staged);
@@ -240,7 +285,7 @@ Expected<bool> DeviceCaches::SyncRaw(Head& head, const StreamView& view) {
     for (int64_t c = 0; c < hs; ++c)
       std::copy_n(view.raw_k + whole * hs + c * view.raw_tail, n - whole, to + c * kRawBlockTokens);
   }
-  MOEND_TRY(StageCopy(head.raw.data + head.raw_capacity * hs * 2, view.raw_v, n * hs * 2));
+  MOEND_TRY(StageLater(head.raw.data + head.raw_capacity * hs * 2, view.raw_v, n * hs * 2));
   head.n_raw = n;
   return true;
 }
@@ -251,7 +296,7 @@ Expected<const float*> DeviceCaches::InverseOf(const StreamView& view, int64_t l
   const int64_t bytes = shape_.head_size * static_cast<int64_t>(sizeof(float));
   if (inverse.host != view.rotation->inverse) {
     if (!Reserve(inverse.block, bytes)) return nullptr;
-    MOEND_TRY(StageCopy(inverse.block.data, view.rotation->inverse, bytes));
+    MOEND_TRY(StageLater(inverse.block.data, view.rotation->inverse, bytes));
     inverse.host = view.rotation->inverse;
   }
   return reinterpret_cast<const float*>(inverse.block.data);
@@ -310,21 +355,21 @@ Expected<bool> DeviceCaches::PlanLayer(LayerPlan& plan, int64_t layer, int64_t n
   return true;
 }
 
-Expected<void> DeviceCaches::Attend(int64_t layer, const float* q, const float* k, const float* v,
-                                    const float* sinks, float* out) {
+Expected<void> DeviceCaches::Attend(int64_t layer, const float* qkv, const float* sinks, float* out,
+                                    float* copy) {
   LayerPlan& plan = plans_[static_cast<std::size_t>(layer)];
-  cuda::NewTokens tokens;
-  tokens.streams = plan.batch.streams;
-  tokens.n_streams = static_cast<int32_t>(std::ssize(plan.heads));
-  tokens.grown = static_cast<int32_t>(plan.grown);
-  tokens.head_size = static_cast<int32_t>(shape_.head_size);
-  tokens.k = k;
-  tokens.v = v;
-  MOEND_TRY(runtime().Append(tokens));
+  const auto kv_floats = std::ssize(plan.heads) * shape_.head_size;
+  const float *const k = qkv + kv_floats * group_, *const v = k + kv_floats;
   ++plan.grown;
   for (Head* head : plan.heads) ++head->n_raw;
   plan.batch.grown = static_cast<int32_t>(plan.grown);
-  plan.batch.q = q;
+  plan.batch.n_new = 1;
+  plan.batch.new_k = k;
+  plan.batch.new_v = v;
+  plan.batch.copied = qkv;
+  plan.batch.copy = copy;
+  plan.batch.n_copied = copy ? kv_floats * (group_ + 2) : 0;
+  plan.batch.q = qkv;
   plan.batch.out = out;
   plan.batch.sinks = sinks;
   // The largest of all layers: they may have moved since the plan was made.

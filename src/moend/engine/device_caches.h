@@ -17,6 +17,7 @@
 
 #include "moend/attention/cuda/work.h"
 #include "moend/base/error.h"
+#include "moend/cache/value_refit.h"
 #include "moend/engine/decode_hook.h"
 #include "moend/engine/device_pool.h"
 #include "moend/model/model.h"
@@ -36,8 +37,8 @@ class ContextMirror {
  private:
   friend class DeviceCaches;
   struct Head {
-    uint64_t version = 0;  // of the LayerCache; 0: nothing is there
-    int64_t n_raw = 0;     // tokens there
+    uint64_t version = 0, pages_version = 0;  // of the LayerCache; 0: nothing is there
+    int64_t n_raw = 0;                        // tokens there
     int64_t page_bytes = 0;
     std::vector<uint64_t> stamps;  // of the pages there
     std::vector<uint32_t> ids;
@@ -70,13 +71,19 @@ class DeviceCaches {
 
   // What contexts remember of the layers [begin, end), of which none holds a state. False: the host has to
   // attend to them. DecodeContext::mirror is made where it is missing.
-  Expected<bool> Prepare(std::span<const DecodeContext> contexts, int64_t begin, int64_t end);
+  Expected<bool> Prepare(std::span<const DecodeContext> contexts, int64_t begin, int64_t end,
+                         const Parallel& parallel);
 
   // One token each of the contexts that were prepared. Addresses of the device: q, out f32
-  // [contexts][n_heads][head_size], k, v f32 [contexts][n_kv_heads][head_size], q not yet scaled. `sinks`: of
-  // the layer, or null. Returns at once; runtime() keeps the order.
-  Expected<void> Attend(int64_t layer, const float* q, const float* k, const float* v, const float* sinks,
-                        float* out);
+  // [contexts][n_heads][head_size], k, v f32 [contexts][n_kv_heads][head_size], q not yet scaled, the three
+  // behind one another. `sinks`: of the layer, or null. `copy`: of the device, too, which
+  // gets q, k and v. Returns at once; runtime() keeps the order.
+  Expected<void> Attend(int64_t layer, const float* qkv, const float* sinks, float* out, float* copy);
+
+  // Memory of the device for what Attend() copies, and of the host for where it then goes; valid until the
+  // next call. Null: none.
+  float* Rows(int64_t floats);
+  float* HostRows(int64_t floats);
 
   cuda::Runtime& runtime() { return pool_->runtime(); }
   // Of the device, taken for caches.
@@ -98,18 +105,19 @@ class DeviceCaches {
   };
 
   DeviceCaches(std::shared_ptr<const Model> model, std::shared_ptr<DevicePool> pool);
-  Expected<void> ReserveStaging();
   // True when all is there.
   Expected<bool> SyncLayer(std::span<const DecodeContext> contexts, int64_t layer);
   Expected<bool> SyncHead(Head& head, const LayerCache& cache, int64_t layer, int64_t h);
-  Expected<bool> SyncPages(Head& head, const StreamView& view);
+  Expected<bool> SyncPages(Head& head, const LayerCache& cache, const StreamView& view);
   Expected<bool> SyncRaw(Head& head, const StreamView& view);
   Expected<const float*> InverseOf(const StreamView& view, int64_t layer, int64_t h);
   Expected<bool> PlanLayer(LayerPlan& plan, int64_t layer, int64_t n_contexts);
   // Room for `bytes` that `block` begins; what it held is lost. False: no memory.
   bool Reserve(DevicePool::Block& block, int64_t bytes);
-  // `bytes` of the host on their way; where they may be written, until the next call of any of these.
+  // Where `bytes` may be written that are on their way to the device, until the next call of any of these.
   Expected<uint8_t*> Stage(uint8_t* to, int64_t bytes);
+  // Bytes of the host, which stay as they are until Flush(); and others.
+  Expected<void> StageLater(uint8_t* to, const void* from, int64_t bytes);
   Expected<void> StageCopy(uint8_t* to, const void* from, int64_t bytes);
   Expected<void> Flush();
   // Takes memory from contexts that are not among these. False if there are none.
@@ -125,9 +133,19 @@ class DeviceCaches {
   std::vector<LayerPlan> plans_;   // [layer]
   std::vector<Inverse> inverses_;  // [layer][KV head]
   DevicePool::Block partial_, done_;
+  DevicePool::Block rows_;
+  float* host_rows_ = nullptr;
+  int64_t n_host_rows_ = 0;     // floats
   uint8_t* staging_ = nullptr;  // pieces, then what they copy
   int64_t n_pieces_ = 0, staged_ = 0;
-  bool flying_ = false;  // the device may still read what is staged
+  struct Later {
+    uint8_t* to;
+    const uint8_t* from;
+    int64_t bytes;
+  };
+  std::vector<Later> later_;            // what is to be copied to where it is staged
+  const Parallel* parallel_ = nullptr;  // of Prepare()
+  bool flying_ = false;                 // the device may still read what is staged
 };
 
 }  // namespace moend

@@ -171,6 +171,7 @@ Expected<void> Engine::Impl::ReadLayerByLayer(std::span<const int32_t> tokens, i
                                hooks.listener ? *hooks.listener : *prefill));
       if (!go_on()) return Fail(ErrorCode::kCancelled, "reading the prompt was stopped");
     }
+    MOEND_TRY(compute->Settle());
     prefill->EndAccumulation();
     if (repetition) {
       const bool full = hp.layers[static_cast<std::size_t>(l)].compresses();

@@ -104,25 +104,30 @@ void LayerScratch::Truncate(int64_t n) {
 }
 
 void LayerScratch::Append(const float* q, const float* k, const float* v, int64_t n,
-                          const AttentionStyle& style, const EachHead& each_head) {
+                          const AttentionStyle& style, const Each& each) {
   style_ = style;
   n = std::min(n, capacity_ - n_tokens_);
-  const auto append = [&](int64_t head) { AppendHead(head, q, k, v, n); };
-  if (each_head)
-    each_head(shape_.n_kv_heads, append);
-  else
-    for (int64_t h = 0; h < shape_.n_kv_heads; ++h) append(h);
+  const auto on_each = [&](int64_t count, const std::function<void(int64_t)>& f) {
+    if (each) return each(count, f);
+    for (int64_t i = 0; i < count; ++i) f(i);
+  };
+  const int64_t first_page = n_tokens_ / kPageTokens, pages = Pages(n_tokens_ + n) - first_page;
+  on_each(shape_.n_kv_heads * pages, [&](int64_t item) {
+    const int64_t begin = (first_page + item % pages) * kPageTokens - n_tokens_;
+    AppendTokens(item / pages, k, v, std::max<int64_t>(0, begin), std::min(n, begin + kPageTokens));
+  });
+  if (SeesQueries(n)) on_each(shape_.n_kv_heads, [&](int64_t head) { Observe(head, q, n); });
   n_tokens_ += n;
 }
 
-void LayerScratch::AppendHead(int64_t head, const float* q, const float* k, const float* v, int64_t n) {
-  const int64_t d = shape_.head_size, heads = shape_.n_kv_heads, group = n_heads_ / heads;
+void LayerScratch::AppendTokens(int64_t head, const float* k, const float* v, int64_t begin, int64_t end) {
+  const int64_t d = shape_.head_size, heads = shape_.n_kv_heads;
   const int64_t stride = Pages(capacity_) * kPageTokens * d;
   constexpr int64_t kRun = 16;  // tokens turned together, since channels lie far apart
   uint16_t half[kRun][256];
-  for (int64_t i = 0; i < n;) {
+  for (int64_t i = begin; i < end;) {
     const int64_t t = n_tokens_ + i, page = t / kPageTokens, slot = t % kPageTokens;
-    const int64_t run = std::min({kRun, n - i, kPageTokens - slot});
+    const int64_t run = std::min({kRun, end - i, kPageTokens - slot});
     uint16_t* kp = k_.data() + head * stride + page * d * kPageTokens;
     // A new page starts finite everywhere: the kernels read whole pages and mask afterwards.
     if (slot == 0) std::memset(kp, 0, static_cast<std::size_t>(d * kPageTokens) * sizeof(uint16_t));
@@ -134,6 +139,10 @@ void LayerScratch::AppendHead(int64_t head, const float* q, const float* k, cons
       for (int64_t r = 0; r < run; ++r) kp[c * kPageTokens + slot + r] = half[r][c];
     i += run;
   }
+}
+
+void LayerScratch::Observe(int64_t head, const float* q, int64_t n) {
+  const int64_t d = shape_.head_size, heads = shape_.n_kv_heads, group = n_heads_ / heads;
   const int64_t seen_from = score_tokens_ - n_observed_;
   for (int64_t i = std::max<int64_t>(0, score_tokens_ - kMomentTokens - n_tokens_);
        i < n && n_tokens_ + i < score_tokens_; ++i)
@@ -144,6 +153,17 @@ void LayerScratch::AppendHead(int64_t head, const float* q, const float* k, cons
     float* to = observed_.data() + (head * n_observed_ + n_tokens_ + i - seen_from) * group * d;
     for (int64_t c = 0; c < group * d; ++c) to[c] = from[c] * style_.scale;
   }
+}
+
+bool LayerScratch::SeesQueries(int64_t n) const {
+  return n_tokens_ < score_tokens_ && n_tokens_ + n > score_tokens_ - std::max(kMomentTokens, n_observed_);
+}
+
+bool LayerScratch::WantsQueries(int64_t n) const {
+  if (SeesQueries(n)) return true;
+  for (int64_t t = n_tokens_; t < n_tokens_ + n; ++t)
+    if (RefersTo(t)) return true;
+  return false;
 }
 
 DenseView LayerScratch::view(int64_t head, int64_t n) const {

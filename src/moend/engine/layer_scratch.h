@@ -40,12 +40,15 @@ class LayerScratch {
   Expected<void> KeepState();
 
   // k, v: f32 [n][n_kv_heads][head_size]; q: f32 [n][n_heads][head_size], unscaled, kept only as far as the
-  // scorer needs it. `style`: the layer's; what it points to outlives the scratch. `each_head` calls a
-  // function for each KV head, in any order, on several threads if it likes; without it they come one after
-  // the other.
-  using EachHead = std::function<void(int64_t n, const std::function<void(int64_t)>&)>;
+  // scorer needs it. `style`: the layer's; what it points to outlives the scratch. `each` calls a
+  // function for 0 <= i < n, in any order, on several threads if it likes; without it they come one after the
+  // other.
+  using Each = std::function<void(int64_t n, const std::function<void(int64_t)>&)>;
   void Append(const float* q, const float* k, const float* v, int64_t n, const AttentionStyle& style,
-              const EachHead& each_head = {});
+              const Each& each = {});
+
+  // Whether Append() and ReferOwn() look at queries of the next n tokens.
+  bool WantsQueries(int64_t n) const;
 
   int64_t n_tokens() const { return n_tokens_; }
   int64_t capacity() const { return capacity_; }
@@ -100,7 +103,10 @@ class LayerScratch {
     Buffer<float> q;  // [n_kv_heads][most * group][head_size]
     int64_t most = 0, n = 0;
   };
-  void AppendHead(int64_t head, const float* q, const float* k, const float* v, int64_t n);
+  // Of what Append() was given: tokens [begin, end), which lie in one page; and the queries that are kept.
+  void AppendTokens(int64_t head, const float* k, const float* v, int64_t begin, int64_t end);
+  void Observe(int64_t head, const float* q, int64_t n);
+  bool SeesQueries(int64_t n) const;  // whether Observe() looks at those of the next n tokens
   void Add(const float* q, const AttentionStyle& style, Reference& to);
   QueryRows Rows(const Reference& from, int64_t head) const;
 

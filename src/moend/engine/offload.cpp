@@ -62,7 +62,7 @@ Expected<std::unique_ptr<Offload>> Offload::Create(std::shared_ptr<const Model> 
     memory->reset(ggml_gallocr_new(type));
   o->own_.Init(o->h_, device, o->most_rows_);
   MOEND_TRY(o->CheckSupport());
-  o->MakeCaches();
+  o->MakeKernels();
   return o;
 }
 
@@ -87,11 +87,11 @@ Expected<void> Offload::MakeRows() {
                                                               ggml_backend_dev_buffer_type(weights_.device)));
   if (!rows_buffer_) return no_memory(ggml_backend_dev_name(weights_.device));
 
-  if (!host_rows_.Reserve(weights_.device, most_rows_ * (h_.n_embd + QkvFloats() + attended)))
+  if (!host_rows_.Reserve(weights_.device, most_rows_ * (h_.n_embd + 2 * QkvFloats() + attended)))
     return no_memory("the host");
   host_x_ = host_rows_.data();
   host_qkv_ = host_x_ + most_rows_ * h_.n_embd;
-  host_attended_ = host_qkv_ + most_rows_ * QkvFloats();
+  host_attended_ = host_qkv_ + 2 * most_rows_ * QkvFloats();
   return {};
 }
 
@@ -117,17 +117,22 @@ float* Offload::StepLogits(int64_t n) {
   return host_logits_.Reserve(weights_.device, n * h_.n_vocab) ? host_logits_.data() : nullptr;
 }
 
-void Offload::MakeCaches() {
-  std::unique_ptr<cuda::Runtime> runtime;
+std::unique_ptr<cuda::Runtime> Offload::MakeRuntime() const {
   ggml_backend_dev_props props;
   ggml_backend_dev_get_props(weights_.device, &props);
-  if (props.type == GGML_BACKEND_DEVICE_TYPE_CPU) {
-    runtime = cuda::MakeHostRuntime();
-  } else if (props.device_id && std::string_view(ggml_backend_reg_name(
-                                    ggml_backend_dev_backend_reg(weights_.device))) == "CUDA") {
-    auto made = cuda::MakeCudaRuntime(props.device_id);
-    if (made) runtime = std::move(*made);
-  }
+  if (props.type == GGML_BACKEND_DEVICE_TYPE_CPU) return cuda::MakeHostRuntime();
+  if (!props.device_id ||
+      std::string_view(ggml_backend_reg_name(ggml_backend_dev_backend_reg(weights_.device))) != "CUDA")
+    return nullptr;
+  auto made = cuda::MakeCudaRuntime(props.device_id);
+  return made ? std::move(*made) : nullptr;
+}
+
+void Offload::MakeKernels() {
+  fetcher_ = MakeRuntime();
+  if (!fetcher_) return;
+  fetch_order_ = std::make_unique<DeviceOrder>(backend_.get(), *fetcher_);
+  auto runtime = MakeRuntime();
   if (!runtime) return;
   auto caches = DeviceCaches::Create(model_, std::move(runtime));
   if (!caches) return;
@@ -135,17 +140,20 @@ void Offload::MakeCaches() {
   order_ = std::make_unique<DeviceOrder>(backend_.get(), caches_->runtime());
 }
 
-Expected<void> Offload::AttendThere(int64_t layer, int64_t n, float* rows) {
-  const int64_t q_floats = n * h_.n_heads * h_.head_size, kv_floats = n * h_.n_kv_heads * h_.head_size;
-  const auto* const q = static_cast<const float*>(rows_.qkv->data);
+Expected<void> Offload::AttendThere(int64_t layer, float* rows) {
   const ggml_tensor* const sinks = weights_.layers[static_cast<std::size_t>(layer)].sinks;
   MOEND_TRY(order_->ToKernels());
-  // Beside the kernels, which only read.
-  ggml_backend_tensor_get_async(backend_.get(), rows_.qkv, rows, 0, FloatBytes(q_floats + 2 * kv_floats));
-  MOEND_TRY(caches_->Attend(layer, q, q + q_floats, q + q_floats + kv_floats,
+  MOEND_TRY(caches_->Attend(layer, static_cast<const float*>(rows_.qkv->data),
                             sinks ? static_cast<const float*>(sinks->data) : nullptr,
-                            static_cast<float*>(rows_.attended->data)));
+                            static_cast<float*>(rows_.attended->data), rows));
   return order_->ToGraphs();
+}
+
+Expected<void> Offload::Mirror(const DecodeContext& context, int64_t layer, const Parallel& parallel) {
+  if (!caches_ || !holds(layer)) return {};
+  // If there is no memory now, it will be asked for when it is needed.
+  auto there = caches_->Prepare({&context, 1}, layer, layer + 1, parallel);
+  return there ? Expected<void>() : Forward(there);
 }
 
 Expected<void> Offload::CheckSupport() {
@@ -284,6 +292,7 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
     return Fail(ErrorCode::kInvalidArgument, "{} tokens in one step; {} are possible", n, most_rows_);
   const int64_t q_floats = n * h_.n_heads * h_.head_size, kv_floats = n * h_.n_kv_heads * h_.head_size;
   const std::size_t x_bytes = FloatBytes(n * h_.n_embd);
+  if (pending_ && (keep || pending_->layer != begin)) MOEND_TRY(Settle());
   QuietOnError quiet(backend_.get());
   int64_t first_row = 0;
   Kept* const kept = keep ? nullptr : KeptOf(hidden, &first_row);
@@ -300,12 +309,15 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
     Send(rows_.temperature, temperature.data(), FloatBytes(n));
   }
   Steps* steps = nullptr;
-  bool attends = false;  // the device, by itself
+  // q, k and v of all layers, there and here, if the device attends to them by itself.
+  float *rows = nullptr, *host_rows = nullptr;
+  const int64_t row_floats = (end - begin) * n * QkvFloats();
   if (keep) {
     MOEND_ASSIGN(steps, StepsOf(begin, end, n, logits != nullptr));
     if (const auto contexts = host.Contexts(); caches_ && std::ssize(contexts) == n) {
-      MOEND_ASSIGN(attends, caches_->Prepare(contexts, begin, end));
-      attends = attends && steps->rows.Reserve(weights_.device, (end - begin) * n * QkvFloats());
+      MOEND_ASSIGN(const bool attends, caches_->Prepare(contexts, begin, end, host.Threads()));
+      host_rows = attends ? caches_->HostRows(row_floats) : nullptr;
+      rows = host_rows ? caches_->Rows(row_floats) : nullptr;
     }
   }
   Segment made;
@@ -325,19 +337,42 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
     result = segment->logits;
     if (own) {
       // Beside the device's attention: what follows of the layer before is on its way.
-      MOEND_TRY(host.Store(l - 1, host_qkv_, host_qkv_ + q_floats, host_qkv_ + q_floats + kv_floats, n));
+      if (fetcher_) {
+        MOEND_TRY(fetch_order_->ToGraphs());  // the next q, k and v take the place of these
+        auto before = std::exchange(pending_, Pending{l - 1, n, next_qkv_, host.StoreLater(l - 1, n)});
+        next_qkv_ = 1 - next_qkv_;
+        if (before) MOEND_TRY(before->store(HostQkv(before->buffer)));
+        if (!kept) MOEND_TRY(Settle());
+      } else {
+        MOEND_TRY(host.Store(l - 1, host_qkv_, host_qkv_ + q_floats, host_qkv_ + q_floats + kv_floats, n));
+      }
       own.reset();
     }
     if (l == end) break;
-    if (attends) {
-      MOEND_TRY(AttendThere(l, n, steps->rows.data() + (l - begin) * n * QkvFloats()));
+    if (auto seen = fetcher_ && !steps ? host.SeesOnlyOwn(n) : std::nullopt) {
+      if (pending_) seen->before += pending_->n;
+      own = own_.Prepare(h_.layers[static_cast<std::size_t>(l)], *seen, n);
+      if (own) {
+        // Beside what follows, which only reads. What was fetched before is there then, too.
+        MOEND_TRY(fetcher_->Synchronize());
+        const int64_t skipped = seen->queries ? 0 : q_floats;
+        MOEND_TRY(fetch_order_->ToKernels());
+        MOEND_TRY(fetcher_->Fetch(HostQkv(next_qkv_) + skipped,
+                                  static_cast<const float*>(rows_.qkv->data) + skipped,
+                                  FloatBytes(q_floats + 2 * kv_floats - skipped)));
+        continue;
+      }
+    }
+    if (rows) {
+      MOEND_TRY(AttendThere(l, rows + (l - begin) * n * QkvFloats()));
       continue;
     }
+    MOEND_TRY(Settle());
     ggml_backend_tensor_get_async(backend_.get(), rows_.qkv, host_qkv_, 0,
                                   FloatBytes(q_floats + 2 * kv_floats));
     ggml_backend_synchronize(backend_.get());
-    if (!steps) {
-      if (const auto seen = host.SeesOnlyOwn())
+    if (!steps && !fetcher_) {
+      if (const auto seen = host.SeesOnlyOwn(n))
         own = own_.Prepare(h_.layers[static_cast<std::size_t>(l)], *seen, n);
     }
     if (own) continue;
@@ -345,6 +380,7 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
         host.Attend(l, host_qkv_, host_qkv_ + q_floats, host_qkv_ + q_floats + kv_floats, host_attended_, n));
     Send(rows_.attended, host_attended_, FloatBytes(q_floats));
   }
+  if (rows) MOEND_TRY(caches_->runtime().Fetch(host_rows, rows, FloatBytes(row_floats)));
   if (logits)
     ggml_backend_tensor_get_async(backend_.get(), result, logits, 0, FloatBytes(n * h_.n_vocab));
   else if (!kept)
@@ -356,9 +392,16 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
   if (kept && !attn_out) return {};  // what comes next is ordered behind it
   ggml_backend_synchronize(backend_.get());
   if (!logits && !kept) std::memcpy(hidden, host_x_, x_bytes);
-  if (!attends) return {};
+  if (!rows) return {};
   MOEND_TRY(caches_->runtime().Synchronize());  // errors of what ran
-  return host.StoreStep(begin, end, steps->rows.data(), n * QkvFloats(), n);
+  return host.StoreStep(begin, end, host_rows, n * QkvFloats(), n);
+}
+
+Expected<void> Offload::Settle() {
+  if (!pending_) return {};
+  MOEND_TRY(fetcher_->Synchronize());
+  const auto last = std::exchange(pending_, std::nullopt);
+  return last->store(HostQkv(last->buffer));
 }
 
 void Offload::Keep(std::span<float> hidden) {
@@ -378,6 +421,8 @@ void Offload::Keep(std::span<float> hidden) {
 
 void Offload::Forget(const float* hidden) {
   ggml_backend_synchronize(backend_.get());
+  if (pending_) static_cast<void>(fetcher_->Synchronize());
+  pending_.reset();  // of a prompt that was given up
   std::erase_if(kept_, [&](const auto& k) { return k->host == hidden; });
 }
 

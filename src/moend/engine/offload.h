@@ -29,15 +29,18 @@ class Offload {
   // has them.
   struct Host {
     virtual ~Host() = default;
-    virtual std::optional<AttentionHook::OwnTokens> SeesOnlyOwn() = 0;
+    virtual std::optional<AttentionHook::OwnTokens> SeesOnlyOwn(int64_t n) = 0;
     virtual Expected<void> Store(int64_t layer, const float* q, const float* k, const float* v,
                                  int64_t n) = 0;
+    // Store, done when the function is called with q, k and v behind one another: that outlives the Host.
+    virtual std::function<Expected<void>(const float* qkv)> StoreLater(int64_t layer, int64_t n) = 0;
     // Store and then attention.
     virtual Expected<void> Attend(int64_t layer, const float* q, const float* k, const float* v, float* out,
                                   int64_t n) = 0;
     // Of a decode step: the contexts of its tokens. The device may then attend by itself, and leaves the rest
     // to StoreStep (DecodeHook) at the end.
     virtual std::span<const DecodeContext> Contexts() { return {}; }
+    virtual Parallel Threads() = 0;
     virtual Expected<void> StoreStep(int64_t begin, int64_t end, const float* rows, int64_t stride,
                                      int64_t n) = 0;
   };
@@ -51,6 +54,9 @@ class Offload {
   // has no memory for them.
   void Keep(std::span<float> hidden);
   void Forget(const float* hidden);
+  // While hidden states are kept, the host may get a block's k and v while the next one is on its way: before
+  // it looks at what it has of a layer, it calls this.
+  Expected<void> Settle();
   Expected<void> Fetch(std::span<const float> rows);
   void Changed(std::span<const float> rows);  // by the host, after Fetch()
 
@@ -65,6 +71,9 @@ class Offload {
   Expected<void> Run(int64_t begin, int64_t end, float* hidden, std::span<const int32_t> positions,
                      Host& host, float* logits, float* attn_out, bool keep);
   Expected<void> Head(const float* hidden, int64_t n, float* logits);
+
+  // What a context has just got of a layer goes to the device while others are read.
+  Expected<void> Mirror(const DecodeContext& context, int64_t layer, const Parallel& parallel);
 
   // Memory of the host for the logits of a step of n rows, which the device reaches by itself where possible;
   // valid until the next call. Null: none.
@@ -98,7 +107,6 @@ class Offload {
     bool head = false;
     ggml_gallocr_ptr memory;
     std::vector<Segment> segments;
-    HostFloats rows;  // q, k and v of all layers that the device attended to
   };
   // What passes from graph to graph, in the device's memory.
   struct Rows {
@@ -116,14 +124,22 @@ class Offload {
     std::vector<bool> here, there;  // which rows are up to date where
   };
 
+  // A block that was attended to, whose k and v the host has not stored yet.
+  struct Pending {
+    int64_t layer = 0, n = 0;
+    int buffer = 0;  // HostQkv()
+    std::function<Expected<void>(const float* qkv)> store;
+  };
+
   Offload(std::shared_ptr<const Model> model, int64_t most_rows);
   // Whose rows [first, ...) these are; null: nobody's.
   Kept* KeptOf(const float* rows, int64_t* first);
   Expected<void> MakeRows();
-  // caches_ and order_, if the device has kernels for that.
-  void MakeCaches();
+  // What of ours runs on the device beside ggml's graphs, if it has kernels for that.
+  void MakeKernels();
+  std::unique_ptr<cuda::Runtime> MakeRuntime() const;  // null: there are none
   // The device's part of a step's attention, which ggml's graphs wait for.
-  Expected<void> AttendThere(int64_t layer, int64_t n, float* rows);
+  Expected<void> AttendThere(int64_t layer, float* rows);
   Expected<void> CheckSupport();
   // The graph behind attention of layer `l - 1` (unless l == begin), then that in front of attention of layer
   // l, or the head, or nothing (l == end).
@@ -134,6 +150,7 @@ class Offload {
   Expected<void> Allocate(ggml_gallocr* memory, ggml_cgraph* graph);
   Expected<void> Start(ggml_cgraph* graph);
   void Send(ggml_tensor* to, const void* from, std::size_t bytes);
+  float* HostQkv(int buffer) const { return host_qkv_ + buffer * most_rows_ * QkvFloats(); }
   int64_t QkvFloats() const { return (h_.n_heads + 2 * h_.n_kv_heads) * h_.head_size; }
 
   std::shared_ptr<const Model> model_;
@@ -152,6 +169,11 @@ class Offload {
   OwnAttention own_;
   std::unique_ptr<DeviceCaches> caches_;  // null: the host attends in decode steps
   std::unique_ptr<DeviceOrder> order_;
+  // Brings k and v of a prompt to the host beside what runs; null: the host waits for them.
+  std::unique_ptr<cuda::Runtime> fetcher_;
+  std::unique_ptr<DeviceOrder> fetch_order_;
+  std::optional<Pending> pending_;
+  int next_qkv_ = 0;  // HostQkv() that is free
 };
 
 }  // namespace moend

@@ -112,9 +112,9 @@ void PrefillHook::StoreApart(int64_t layer, const float* q, const float* k, cons
   next_.store(0, std::memory_order_relaxed);
 }
 
-std::optional<AttentionHook::OwnTokens> PrefillHook::SeesOnlyOwn() const {
+std::optional<AttentionHook::OwnTokens> PrefillHook::SeesOnlyOwn(int64_t n) const {
   if (!past_.empty() || context_ || workers_[0].accumulated.size() > 0) return std::nullopt;
-  return OwnTokens{scratch_->n_tokens(), scratch_->capacity()};
+  return OwnTokens{scratch_->n_tokens(), scratch_->capacity(), scratch_->WantsQueries(n)};
 }
 
 void PrefillHook::LoadStates(int64_t layer, float* states, int64_t) {

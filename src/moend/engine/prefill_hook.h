@@ -44,7 +44,7 @@ class PrefillHook : public AttentionHook {
   void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) override;
   void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) override;
   // Where a prompt is read for the first time, by a scorer that does not add up what tokens receive.
-  std::optional<OwnTokens> SeesOnlyOwn() const override;
+  std::optional<OwnTokens> SeesOnlyOwn(int64_t n) const override;
   // Those of the scratch; a part of a repetition begins with the context's.
   void LoadStates(int64_t layer, float* states, int64_t contexts) override;
   void StoreStates(int64_t layer, const float* states, int64_t contexts) override;

@@ -137,7 +137,10 @@ Expected<void> Session::Impl::Read(std::span<const int32_t> tokens, const Progre
     if (fresh) {
       MOEND_ASSIGN(auto packed, s.Compressed(l, done, n));
       std::move(packed.begin(), packed.end(), heads.begin());
-      return {};
+      DecodeContext context;
+      context.caches = s.caches;
+      context.mirror = &s.mirror;
+      return machine.compute->Mirror(context, l);
     }
     MOEND_TRY(AppendScratch(*machine.compute, heads, done));
     for (int64_t h = 0; evict && h < hp.n_kv_heads; ++h)

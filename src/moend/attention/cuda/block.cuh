@@ -213,6 +213,30 @@ __device__ __forceinline__ void MergeSlots(const C& shape, const Batch& batch, c
   }
 }
 
+__device__ __forceinline__ uint16_t FiniteHalf(float x) {
+  return __half_as_ushort(__float2half_rn(x != x ? 0.0f : fminf(fmaxf(x, -65504.0f), 65504.0f)));
+}
+
+// Those of the new tokens that an item sees, to where its copies will find them. All threads; the task's
+// counts are those with the new tokens.
+template <class C>
+__device__ __forceinline__ void StoreNew(const Batch& batch, const Task& task, int head_size) {
+  const Stream& stream = task.stream;
+  const int first = static_cast<int>(stream.n_raw) - batch.n_new;
+  const int begin = max(first, task.item.raw_begin), end = task.item.raw_end;
+  if (begin >= end) return;
+  for (int i = threadIdx.x; i < (end - begin) * head_size; i += C::kThreads) {
+    const int at = begin + i / head_size, c = i % head_size;
+    const int64_t from =
+        static_cast<int64_t>(task.item.stream) * head_size + (at - first) * batch.new_stride + c;
+    stream.raw_k[static_cast<int64_t>(at / kRawUnitTokens * head_size + c) * kRawUnitTokens +
+                 at % kRawUnitTokens] = FiniteHalf(__ldg(batch.new_k + from));
+    stream.raw_v[static_cast<int64_t>(at) * head_size + c] = FiniteHalf(__ldg(batch.new_v + from));
+  }
+  __threadfence();  // asynchronous copies do not look at what lies nearer than the second cache
+  __syncthreads();
+}
+
 // A plain struct to shared memory, a word a thread, by the threads behind `first`.
 template <class T>
 __device__ __forceinline__ void CopyWords(T* to, const T* from, int first) {
@@ -230,6 +254,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) DecodeKernel(const __
   C shape;
   shape.steps = batch.head_size / 16;
   const int head_size = shape.Steps() * 16;
+  for (int64_t i = blockIdx.x * C::kThreads + threadIdx.x; i < batch.n_copied; i += gridDim.x * C::kThreads)
+    batch.copy[i] = batch.copied[i];
   for (int index = batch.bins[blockIdx.x]; index < batch.bins[blockIdx.x + 1]; ++index) {
     // Every warp has up to kWarpRows rows; warps that share their rows (teams) share the units.
     const int stream_index = batch.items[index].stream, output_index = batch.items[index].output;
@@ -260,6 +286,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) DecodeKernel(const __
       task.item.raw_begin = min(item.raw_begin, n_raw);
     }
     __syncthreads();
+    if (batch.n_new > 0) StoreNew<C>(batch, task, head_size);
     const Output& output = task.output;
 
     // The first raw units go to the first teams, pages to the teams behind them.

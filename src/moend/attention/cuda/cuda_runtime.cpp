@@ -63,9 +63,11 @@ class CudaRuntime : public Runtime {
     Use();
     return Checked(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes), stream_), "clearing memory");
   }
-  Expected<void> Append(const NewTokens& tokens) override {
+  Expected<void> Fetch(void* to, const void* from, int64_t bytes) override {
     Use();
-    return Checked(LaunchAppend(tokens, stream_), "appending tokens");
+    return Checked(
+        cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost, stream_),
+        "copying from the GPU");
   }
   Expected<void> Attend(const Batch& batch) override {
     Use();

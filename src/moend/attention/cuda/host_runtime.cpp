@@ -54,6 +54,21 @@ void AttendRow(const Batch& batch, const Stream& s, const Item& item, int64_t ro
   }
 }
 
+// What an item sees of the new tokens.
+void StoreNew(const Batch& batch, const Item& item) {
+  const Stream& s = batch.streams[item.stream];
+  const int64_t head_size = batch.head_size, n_raw = s.n_raw + batch.grown, first = n_raw - batch.n_new;
+  for (int64_t at = std::max<int64_t>(first, item.raw_begin); at < std::min<int64_t>(item.raw_end, n_raw);
+       ++at) {
+    const int64_t from = item.stream * head_size + (at - first) * batch.new_stride;
+    uint16_t* const k = s.raw_k + at / kRawUnitTokens * kRawUnitTokens * head_size + at % kRawUnitTokens;
+    for (int64_t c = 0; c < head_size; ++c) {
+      k[c * kRawUnitTokens] = FloatToFiniteHalf(batch.new_k[from + c]);
+      s.raw_v[at * head_size + c] = FloatToFiniteHalf(batch.new_v[from + c]);
+    }
+  }
+}
+
 SoftmaxState SlotState(const Batch& batch, int64_t slot, int64_t row) {
   float* const partial = batch.partial + slot * PartialFloats(batch.slot_rows, batch.head_size);
   float* const counts = partial + batch.slot_rows * batch.head_size;
@@ -87,27 +102,18 @@ class HostRuntime : public Runtime {
     return {};
   }
 
-  Expected<void> Append(const NewTokens& tokens) override {
-    const int64_t head_size = tokens.head_size;
-    for (int64_t i = 0; i < tokens.n_streams; ++i) {
-      const Stream& s = tokens.streams[i];
-      for (int64_t t = 0; t < tokens.n_tokens; ++t) {
-        const int64_t at = s.n_raw + tokens.grown + t, from = i * head_size + t * tokens.token_stride;
-        uint16_t* const k = s.raw_k + at / kRawUnitTokens * kRawUnitTokens * head_size + at % kRawUnitTokens;
-        for (int64_t c = 0; c < head_size; ++c) {
-          k[c * kRawUnitTokens] = FloatToFiniteHalf(tokens.k[from + c]);
-          s.raw_v[at * head_size + c] = FloatToFiniteHalf(tokens.v[from + c]);
-        }
-      }
-    }
+  Expected<void> Fetch(void* to, const void* from, int64_t bytes) override {
+    std::memcpy(to, from, static_cast<std::size_t>(bytes));
     return {};
   }
 
   Expected<void> Attend(const Batch& batch) override {
     const int64_t head_size = batch.head_size;
+    std::copy_n(batch.copied, batch.n_copied, batch.copy);
     for (int64_t i = 0; i < batch.bins[batch.n_bins]; ++i) {
       const Item& item = batch.items[i];
       const Stream& s = batch.streams[item.stream];
+      StoreNew(batch, item);
       for (int64_t r = 0; r < item.row_count; ++r) {
         const SoftmaxState state = SlotState(batch, item.slot, r);
         ResetState(state, 1, head_size);

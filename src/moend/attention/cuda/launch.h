@@ -21,6 +21,5 @@ int LaunchDecode(const Batch& batch, void* stream);
 
 // n >= 1 pieces; the array, too, is memory that the device can read.
 int LaunchCopy(const Piece* pieces, int64_t n, void* stream);
-int LaunchAppend(const NewTokens& tokens, void* stream);
 
 }  // namespace moend::cuda

@@ -25,7 +25,7 @@ class Runtime {
   virtual void Free(uint8_t* memory) = 0;
   // Bytes that others, too, could still allocate.
   virtual int64_t FreeBytes() = 0;
-  // Memory of the host that the device can read, for Copy(); null where there is none.
+  // Memory of the host that the device can read and write by itself; null where there is none.
   virtual uint8_t* AllocateHost(int64_t bytes) = 0;
   virtual void FreeHost(uint8_t* memory) = 0;
 
@@ -35,7 +35,8 @@ class Runtime {
   // `pieces` and what they read: of AllocateHost(), unchanged until the device is done.
   virtual Expected<void> Copy(const Piece* pieces, int64_t n) = 0;
   virtual Expected<void> Clear(uint8_t* memory, int64_t bytes) = 0;  // zeros
-  virtual Expected<void> Append(const NewTokens& tokens) = 0;
+  // Bytes of the device to the host, at once only to memory of AllocateHost() or of ggml's host buffers.
+  virtual Expected<void> Fetch(void* to, const void* from, int64_t bytes) = 0;
   virtual Expected<void> Attend(const Batch& batch) = 0;
 
   // Order between this queue and another one of the same device: cudaEvent_t, which the other side waits for

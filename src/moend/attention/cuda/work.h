@@ -79,17 +79,16 @@ struct Batch {
   // Raw tokens that every stream got since it was written. Items are made for as many as there may be
   // (MakeWorkPlan() of larger n_raw); what lies behind the last token is not looked at.
   int32_t grown = 0;
-};
-
-// Raw tokens that come behind those of streams, the same number to each: their K/V become half floats as
-// RawTokens::Store (cache/raw_tokens.h) makes them.
-struct NewTokens {
-  const Stream* streams = nullptr;
-  int32_t n_streams = 0, n_tokens = 1;
-  int32_t grown = 0;  // of each stream before, as in Batch
-  int32_t head_size = 0;
-  const float *k = nullptr, *v = nullptr;  // of stream i and token t: i * head_size + t * token_stride on
-  int64_t token_stride = 0;                // elements
+  // The newest `n_new` of these are not there yet: whoever attends to them puts them there, as half floats
+  // like those of RawTokens::Store (cache/raw_tokens.h). f32, of stream i and token t: i * head_size + t *
+  // new_stride on.
+  int32_t n_new = 0;
+  int64_t new_stride = 0;
+  const float *new_k = nullptr, *new_v = nullptr;
+  // These floats are copied on the way.
+  const float* copied = nullptr;
+  float* copy = nullptr;
+  int64_t n_copied = 0;
 };
 
 // Bytes that go to a device's memory, from memory of the host that the device can read. Addresses and sizes
