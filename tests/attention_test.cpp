@@ -396,39 +396,6 @@ TEST(ColumnSums, CausalMatchesAndSumsToRows) {
   }
 }
 
-TEST(ColumnSquares, SumTheWeightedSquaresOfShares) {
-  for (const auto& [head, first, new_tokens, group] : kCausalCases) {
-    const Dense kv(head, first + new_tokens, 61);
-    const int64_t rows = new_tokens * group;
-    const auto q = Queries(rows, head, 2.0, 67), weights = Queries(rows, 1, 1.0, 73);
-    const QueryRows query{q.data(), rows, group};
-    const auto n = static_cast<size_t>(kv.tokens);
-    Workspace workspace(head, rows);
-    State state(rows, head);
-    reference::AttendCausal(kv.view(), first, query, state.view(), workspace.get());
-    // Row by row, the sums of columns are the shares themselves.
-    std::vector<double> want(n, 1.0);
-    for (int64_t r = 0; r < rows; ++r) {
-      std::vector<float> shares(n, 0.0f);
-      reference::ColumnSumsCausal(kv.view(), first + r / group, 0, kv.tokens, {q.data() + r * head, 1, 1},
-                                  state.max.data() + r, state.sum.data() + r, shares.data(), workspace.get());
-      for (size_t t = 0; t < n; ++t)
-        want[t] += double{weights[static_cast<size_t>(r)]} * shares[t] * shares[t];
-    }
-    const auto check = [&](decltype(&simd::ColumnSquaresCausal) column_squares, const std::string& what) {
-      // Two ranges that do not end on pages, on top of what is there.
-      std::vector<float> got(n, 1.0f);
-      const int64_t cut = kv.tokens / 3;
-      for (auto [begin, end] : {std::pair{int64_t{0}, cut}, {cut, kv.tokens}})
-        column_squares(kv.view(), first, begin, end, query, state.max.data(), state.sum.data(),
-                       weights.data(), got.data(), workspace.get());
-      ExpectNear(got, want, static_cast<double>(rows) * 1e-5, what);
-    };
-    check(reference::ColumnSquaresCausal, "reference");
-    ForEachTarget([&](const std::string& target) { check(simd::ColumnSquaresCausal, target); });
-  }
-}
-
 TEST(ColumnOutputs, AreTheTransposeOfAttention) {
   for (const auto& [head, first, new_tokens, group] : kCausalCases) {
     const Dense kv(head, first + new_tokens, 61);

@@ -145,18 +145,16 @@ TEST(AttentionVariant, CausalIsTheReference) {
     reference::Finish(finished.view(), rows, head);
     ExpectNear(finished.out, Definition(kv, q, first), 1e-5, what);
 
-    const auto weight = random.Normal(rows, 1), in = random.Normal(rows * head, 1);
+    const auto in = random.Normal(rows * head, 1);
     const int64_t begin = random.Below(tokens), end = begin + random.Below(tokens - begin + 1);
     struct Columns {
       explicit Columns(int64_t n, int64_t d)
-          : sums(static_cast<size_t>(n)), squares(sums), outputs(static_cast<size_t>(n * d)) {}
-      std::vector<float> sums, squares, outputs;
+          : sums(static_cast<size_t>(n)), outputs(static_cast<size_t>(n * d)) {}
+      std::vector<float> sums, outputs;
     };
     Columns columns(tokens, head);
     const float *max = want.max.data(), *sum = want.sum.data();
     reference::ColumnSumsCausal(kv.view(), first, begin, end, q, max, sum, columns.sums.data(), nullptr);
-    reference::ColumnSquaresCausal(kv.view(), first, begin, end, q, max, sum, weight.data(),
-                                   columns.squares.data(), nullptr);
     reference::ColumnOutputsCausal(kv.view(), first, q, max, sum, in.data(), columns.outputs.data(), nullptr);
     ForEachTarget([&](const std::string& target) {
       State got(q, head);
@@ -167,15 +165,115 @@ TEST(AttentionVariant, CausalIsTheReference) {
       ExpectNear(got.out, finished.out, 5e-5, target + ": " + what);
       Columns made(tokens, head);
       simd::ColumnSumsCausal(kv.view(), first, begin, end, q, max, sum, made.sums.data(), workspace.get());
-      simd::ColumnSquaresCausal(kv.view(), first, begin, end, q, max, sum, weight.data(), made.squares.data(),
-                                workspace.get());
       simd::ColumnOutputsCausal(kv.view(), first, q, max, sum, in.data(), made.outputs.data(),
                                 workspace.get());
       ExpectNear(made.sums, columns.sums, 5e-5, target + ", sums: " + what);
-      ExpectNear(made.squares, columns.squares, 5e-5, target + ", squares: " + what);
       ExpectNear(made.outputs, columns.outputs, 5e-5, target + ", outputs: " + what);
     });
   }
+}
+
+TEST(ChosenPages, AreTheReference) {
+  Random random(3);
+  for (int i = 0; i < 40; ++i) {
+    const int64_t head = 16 * (1 + random.Below(16)), group = 1 + random.Below(5);
+    const int64_t tokens = random.Below(10) == 0 ? 0 : 1 + random.Below(400);
+    const int64_t rows = group * (1 + random.Below(40)), pages = (tokens + kPageTokens - 1) / kPageTokens;
+    const Dense kv(head, tokens, random);
+    Asked asked(head, rows, group, random);
+    const QueryRows& q = asked.query;
+    const std::string what = Describe(q, head, tokens, tokens);
+    const auto workspace = Workspace(head, rows);
+    const auto weight = random.Normal(rows, 1);
+    std::vector<float> most(static_cast<size_t>(pages * rows)), least(static_cast<size_t>(rows));
+    State want(q, head);
+    reference::PageMaxima(kv.view(), q, most.data(), nullptr);
+    reference::ChoosePages(most.data(), pages, rows, want.view(), 1e-3f, least.data());
+    ForEachTarget([&](const std::string& target) {
+      std::vector<float> got(most.size()), from(least.size());
+      State before(q, head);
+      simd::PageMaxima(kv.view(), q, got.data(), workspace.get());
+      simd::ChoosePages(most.data(), pages, rows, before.view(), 1e-3f, from.data());
+      ExpectNear(got, most, 2e-3, target + ", most: " + what);
+      for (size_t r = 0; r < from.size(); ++r) {
+        if (std::isfinite(least[r])) {
+          EXPECT_NEAR(from[r], least[r], 1e-4) << target << ": " << what;
+        }
+      }
+    });
+    // Some rows choose all pages, some none, the others about half of them.
+    for (size_t r = 0; r < least.size(); ++r) {
+      if (r % 5 == 0) least[r] = -INFINITY;
+      if (r % 5 == 1) least[r] = INFINITY;
+      if (r % 5 > 2 && pages > 0)
+        least[r] = most[static_cast<size_t>(random.Below(pages)) * least.size() + r];
+    }
+    const ChosenPages chosen{most.data(), least.data()};
+    reference::AttendChosen(kv.view(), q, chosen, want.view(), nullptr);
+    const float *max = want.max.data(), *sum = want.sum.data();
+    std::vector<float> squares(static_cast<size_t>(tokens), 1.0f);
+    reference::ColumnSquaresChosen(kv.view(), q, chosen, max, sum, weight.data(), squares.data(), nullptr);
+    ForEachTarget([&](const std::string& target) {
+      State got(q, head);
+      simd::AttendChosen(kv.view(), q, chosen, got.view(), workspace.get());
+      ExpectNear(got.max, want.max, 1e-5, target + ", max: " + what);
+      ExpectNear(got.sum, want.sum, 5e-5, target + ", sum: " + what);
+      ExpectNear(got.out, want.out, 5e-5, target + ": " + what);
+      std::vector<float> made(squares.size(), 1.0f);
+      simd::ColumnSquaresChosen(kv.view(), q, chosen, max, sum, weight.data(), made.data(), workspace.get());
+      ExpectNear(made, squares, 5e-5, target + ", squares: " + what);
+    });
+  }
+}
+
+TEST(ChosenPages, LeaveOutNoMoreThanTheyMay) {
+  Random random(4);
+  const int64_t head = 64, tokens = 1000, rows = 64, pages = (tokens + kPageTokens - 1) / kPageTokens;
+  const float part = 0.25f;
+  const Dense kv(head, tokens, random);
+  const auto queries = random.Normal(rows * head, 1.0);
+  const auto weight = random.Normal(rows, 1);
+  const QueryRows q{queries.data(), rows, 1};
+  const auto workspace = Workspace(head, rows);
+  std::vector<float> most(static_cast<size_t>(pages * rows)), least(static_cast<size_t>(rows));
+  State all(q, head), some(q, head);
+  simd::AttendCausal(kv.view(), tokens, q, all.view(), workspace.get());
+  simd::PageMaxima(kv.view(), q, most.data(), workspace.get());
+  simd::ChoosePages(most.data(), pages, rows, some.view(), part / static_cast<float>(tokens), least.data());
+  int64_t chosen = 0;
+  for (size_t i = 0; i < most.size(); ++i) chosen += most[i] >= least[i % least.size()];
+  EXPECT_LT(chosen, pages * rows);
+  simd::AttendChosen(kv.view(), q, {most.data(), least.data()}, some.view(), workspace.get());
+  for (size_t r = 0; r < least.size(); ++r) {
+    EXPECT_EQ(some.max[r], all.max[r]);
+    EXPECT_GE(some.sum[r], all.sum[r] * (1 - part));
+    EXPECT_LE(some.sum[r], all.sum[r] * (1 + 1e-5f));
+  }
+}
+
+TEST(ChosenPages, WhatIsNoNumberIsNotLeftOut) {
+  Random random(5);
+  const int64_t head = 32, tokens = 300, rows = 3, pages = (tokens + kPageTokens - 1) / kPageTokens;
+  const Dense kv(head, tokens, random);
+  auto queries = random.Normal(rows * head, 1.0);
+  queries[static_cast<size_t>(head) + 5] = NAN;  // of row 1
+  const std::vector<float> weight(static_cast<size_t>(rows), 1.0f);
+  const QueryRows q{queries.data(), rows, 1};
+  const auto workspace = Workspace(head, rows);
+  std::vector<float> most(static_cast<size_t>(pages * rows)), least(static_cast<size_t>(rows));
+  ForEachTarget([&](const std::string& target) {
+    State state(q, head);
+    simd::PageMaxima(kv.view(), q, most.data(), workspace.get());
+    simd::ChoosePages(most.data(), pages, rows, state.view(), 1e-3f, least.data());
+    const ChosenPages chosen{most.data(), least.data()};
+    simd::AttendChosen(kv.view(), q, chosen, state.view(), workspace.get());
+    std::vector<float> squares(static_cast<size_t>(tokens), 0.0f);
+    simd::ColumnSquaresChosen(kv.view(), q, chosen, state.max.data(), state.sum.data(), weight.data(),
+                              squares.data(), workspace.get());
+    EXPECT_TRUE(std::isnan(state.sum[1])) << target;
+    EXPECT_TRUE(std::isfinite(state.sum[0]) && std::isfinite(state.sum[2])) << target;
+    for (const float x : squares) EXPECT_TRUE(std::isnan(x)) << target;
+  });
 }
 
 TEST(AttentionVariant, StreamIsTheReference) {

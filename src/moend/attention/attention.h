@@ -29,16 +29,25 @@ int64_t WorkspaceFloats(int64_t head_size, int64_t rows);
      t - begin. */                                                                                           \
   void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,  \
                         const float* max, const float* sum, float* sums, float* workspace);                  \
-  /* squares[t] += sum over rows of weight[r] * (exp(s - max[r]) / sum[r])^2, tokens and rows as above: what \
-     the rows' outputs lose in squares without the token, but for its value. */                              \
-  void ColumnSquaresCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end,                   \
-                           const QueryRows& q, const float* max, const float* sum, const float* weight,      \
-                           float* squares, float* workspace);                                                \
   /* out[t] += for tokens t of kv in [0, kv.n_tokens): sum over rows of exp(s - max[r]) / sum[r] * in[r],    \
      rows as above: the transpose of attention. in: f32 [rows][head_size]; out: f32 [n_tokens][head_size].   \
    */                                                                                                        \
   void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q, const float* max,         \
                            const float* sum, const float* in, float* out, float* workspace);                 \
+  /* Rows that come behind all of kv and see it without a window attend to what matters to them. First,      \
+     most: [pages][rows], the largest score that a row has in a page, to some 1e-4 of |q| |k|. */            \
+  void PageMaxima(const DenseView& kv, const QueryRows& q, float* most, float* workspace);                   \
+  /* Then, least: [rows], so that what a row leaves out is at most `share` of its attention for each token,  \
+     what `state` has seen before included. */                                                               \
+  void ChoosePages(const float* most, int64_t pages, int64_t rows, SoftmaxState state, float share,          \
+                   float* least);                                                                            \
+  void AttendChosen(const DenseView& kv, const QueryRows& q, const ChosenPages& chosen, SoftmaxState state,  \
+                    float* workspace);                                                                       \
+  /* squares[t] += sum over the rows that chose t's page of weight[r] * (exp(s - max[r]) / sum[r])^2: what   \
+     their outputs lose in squares without the token, but for its value. */                                  \
+  void ColumnSquaresChosen(const DenseView& kv, const QueryRows& q, const ChosenPages& chosen,               \
+                           const float* max, const float* sum, const float* weight, float* squares,          \
+                           float* workspace);                                                                \
   /* ColumnSums over the paged part of a stream: sums[page * 64 + slot] += ...; evicted slots get 0 added.   \
    */                                                                                                        \
   void ColumnSumsStream(const StreamView& kv, const QueryRows& q, const float* max, const float* sum,        \

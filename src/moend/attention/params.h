@@ -68,6 +68,12 @@ struct QueryRows {
   const float* sinks = nullptr;  // f32 [group]: a score that takes its share and adds no value (InitState)
 };
 
+// Which pages of 64 tokens each row attends to: those that have a score of at least least[row] for it.
+struct ChosenPages {
+  const float* most = nullptr;   // [pages][rows]: a row's largest score of a page (PageMaxima)
+  const float* least = nullptr;  // [rows] (ChoosePages)
+};
+
 // What the queries of a layer have in common, as QueryRows wants it; `sinks` are of all query heads.
 struct AttentionStyle {
   float scale = 1;  // of the softmax, which queries are multiplied by

@@ -91,6 +91,8 @@ struct Session::Impl {
     return std::span(caches).subspan(static_cast<std::size_t>(layer) * n, n);
   }
   std::vector<Expert> experts(int64_t layer) const;  // one a KV head
+  // Of which KV heads a repetition of n tokens decides what they keep: not of those that keep all or nothing.
+  std::vector<bool> Chooses(int64_t layer, int64_t n) const;
   // What a scratch says that a layer with a state remembers.
   void TakeState(int64_t layer, const LayerScratch& scratch);
   // A layer's caches of the first `n_tokens` tokens of a scratch, as the plan has them.

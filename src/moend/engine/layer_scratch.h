@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "moend/attention/params.h"
@@ -74,6 +75,11 @@ class LayerScratch {
   float* needed(int64_t head);
   const float* needed(int64_t head) const { return const_cast<LayerScratch*>(this)->needed(head); }
 
+  // Heads whose needed() may be left as it is, since nothing will be chosen by it: those whose flag is false;
+  // none of them if there are no flags.
+  void AskFor(std::vector<bool> heads) { asked_ = std::move(heads); }
+  bool asks_for(int64_t head) const { return asked_.empty() || asked_[static_cast<std::size_t>(head)]; }
+
   // f32 [score_tokens] per head: the logarithm of what needed() would be, as it was learned to be. Null when
   // the scorer does not ask for it.
   float* expected(int64_t head);
@@ -119,6 +125,7 @@ class LayerScratch {
   Buffer<float> accumulated_;  // [n_kv_heads][score_tokens]
   Buffer<float> needed_;       // [n_kv_heads][score_tokens]
   Buffer<float> expected_;     // [n_kv_heads][score_tokens]
+  std::vector<bool> asked_;    // [n_kv_heads], or none
   Reference repeated_, own_;
   Buffer<float> reference_weight_;  // [repeated_.most]
   Buffer<float> moment_;            // [n_kv_heads][head_size][head_size]

@@ -17,6 +17,11 @@ constexpr int64_t kItemTokens = 32;
 // About as many tokens ask for a repetition.
 constexpr int64_t kAskTokens = 16;
 
+// A query of a repetition attends to those pages of the context where a token gets more than this part of
+// what it would get if all got the same; at most as much of its attention is lost in all, and hardly ever a
+// tenth of that.
+constexpr float kSeldom = 0.25f;
+
 }  // namespace
 
 PrefillHook::PrefillHook(std::shared_ptr<const Model> model)
@@ -36,6 +41,7 @@ Expected<std::unique_ptr<PrefillHook>> PrefillHook::Create(std::shared_ptr<const
     w.q.resize(static_cast<std::size_t>(rows * hp.head_size));
     w.state.resize(static_cast<std::size_t>(rows * (hp.head_size + 2)));
     w.weight.resize(static_cast<std::size_t>(rows));
+    w.least.resize(static_cast<std::size_t>(rows));
     MOEND_ASSIGN(w.workspace, Buffer<float>::Create(nullptr, WorkspaceFloats(hp.head_size, rows)));
   }
   return hook;
@@ -62,6 +68,8 @@ Expected<void> PrefillHook::BeginRepetition(LayerScratch* context, LayerScratch*
   const int64_t n = shape_.n_kv_heads * context->n_tokens();
   for (Worker& w : workers_) {
     MOEND_ASSIGN(w.squares, Buffer<float>::Create(context->ledger(), n));
+    MOEND_ASSIGN(w.page_maxima,
+                 Buffer<float>::Create(context->ledger(), PageMaximaFloats(group_, context->n_tokens())));
     std::fill_n(w.squares.data(), n, 0.0f);
   }
   std::ranges::copy(context->state(), part->state().begin());
@@ -71,8 +79,12 @@ Expected<void> PrefillHook::BeginRepetition(LayerScratch* context, LayerScratch*
   return {};
 }
 
+int64_t PrefillHook::PageMaximaFloats(int64_t group, int64_t tokens) {
+  return (tokens + kPageTokens - 1) / kPageTokens * kItemTokens * group;
+}
+
 void PrefillHook::DropSums() {
-  for (Worker& w : workers_) w.accumulated = {}, w.squares = {};
+  for (Worker& w : workers_) w.accumulated = {}, w.squares = {}, w.page_maxima = {};
 }
 
 void PrefillHook::EndRepetition() {
@@ -174,7 +186,7 @@ void PrefillHook::Attend(int64_t, const float* q, int64_t n, int thread, int) {
       behind.behind = first + 1;
       simd::AttendStream(past, 0, past.n_pages, true, behind, state, w.workspace.data());
     }
-    if (context_)  // right behind whose tokens the part's are
+    if (context_ && style_.window > 0)  // right behind whose tokens the part's are
       simd::AttendCausal(context_->view(head, context_->n_tokens()), context_->n_tokens() + first, query,
                          state, w.workspace.data());
     const DenseView kv = scratch_->view(head, first + tokens);
@@ -182,7 +194,7 @@ void PrefillHook::Attend(int64_t, const float* q, int64_t n, int thread, int) {
     // What a sliding layer's tokens receive nobody asks: it keeps its window, whatever that is.
     if (style_.window == 0) {
       if (w.accumulated.size() > 0) Accumulate(w, head, first, query, state.max, state.sum);
-      if (context_) AddSquares(w, head, first, query, state.max, state.sum);
+      if (context_) AttendContext(w, head, first, query, state);
     }
     simd::Finish(state, rows, d);
     for (int64_t i = 0; i < tokens; ++i)
@@ -202,14 +214,25 @@ void PrefillHook::Accumulate(Worker& w, int64_t head, int64_t first, const Query
                          w.accumulated.data() + head * scored, w.workspace.data());
 }
 
-void PrefillHook::AddSquares(Worker& w, int64_t head, int64_t part_token, const QueryRows& q,
-                             const float* max, const float* sum) {
+void PrefillHook::AttendContext(Worker& w, int64_t head, int64_t part_token, const QueryRows& q,
+                                SoftmaxState state) {
   const int64_t n = context_->n_tokens();
-  for (int64_t r = 0; r < q.rows; ++r)
+  const DenseView kv = context_->view(head, n);
+  float *most = w.page_maxima.data(), *least = w.least.data(), *workspace = w.workspace.data();
+  simd::PageMaxima(kv, q, most, workspace);
+  const float part = kSeldom / static_cast<float>(n);
+  simd::ChoosePages(most, (n + kPageTokens - 1) / kPageTokens, q.rows, state, part, least);
+  const ChosenPages chosen{most, least};
+  simd::AttendChosen(kv, q, chosen, state, workspace);
+  if (!context_->asks_for(head)) return;
+  for (int64_t r = 0; r < q.rows; ++r) {
     w.weight[static_cast<std::size_t>(r)] =
         weights_[static_cast<std::size_t>(index_ + part_token + r / group_)];
-  simd::ColumnSquaresCausal(context_->view(head, n), n + part_token, 0, n, q, max, sum, w.weight.data(),
-                            w.squares.data() + head * n, w.workspace.data());
+    // As before, but now that the sum is known.
+    least[r] = std::max(least[r], state.max[r] + std::log(state.sum[r] * part));
+  }
+  simd::ColumnSquaresChosen(kv, q, chosen, state.max, state.sum, w.weight.data(), w.squares.data() + head * n,
+                            workspace);
 }
 
 void PrefillHook::Combine(int64_t, float* out, int64_t n, int thread, int n_threads) {

@@ -35,6 +35,8 @@ class PrefillHook : public AttentionHook {
   // Adds the attention that tokens received in the layer's blocks to scratch->accumulated(), and gives the
   // threads' sums back.
   void EndAccumulation();
+  // What a thread takes beside the sums to choose pages of a repeated context of so many tokens.
+  static int64_t PageMaximaFloats(int64_t group, int64_t tokens);
   // Gives back what Begin() or BeginRepetition() took; for a prompt that ended early.
   void DropSums();
 
@@ -53,9 +55,10 @@ class PrefillHook : public AttentionHook {
   struct Worker {
     std::vector<float> q, state;  // [rows][head_size], [rows] x 2
     Buffer<float> workspace;
-    Buffer<float> accumulated;  // [n_kv_heads][score_tokens]; none unless the scorer accumulates
-    Buffer<float> squares;      // [n_kv_heads][context tokens]; none but in a repetition
-    std::vector<float> weight;  // [rows]
+    Buffer<float> accumulated;         // [n_kv_heads][score_tokens]; none unless the scorer accumulates
+    Buffer<float> squares;             // [n_kv_heads][context tokens]; none but in a repetition
+    Buffer<float> page_maxima;         // [pages of the context][rows], likewise
+    std::vector<float> weight, least;  // [rows]
   };
   explicit PrefillHook(std::shared_ptr<const Model> model);
   void Accumulate(Worker& w, int64_t head, int64_t first, const QueryRows& q, const float* max,
@@ -64,8 +67,9 @@ class PrefillHook : public AttentionHook {
   // Queries of the prompt itself as a repetition's, where the scratch wants them.
   void ReferOwn(int64_t layer, const float* q, int64_t n);
 
-  void AddSquares(Worker& w, int64_t head, int64_t part_token, const QueryRows& q, const float* max,
-                  const float* sum);
+  // What rows of a repetition, whose own tokens `state` has, see of the context; and what that says of the
+  // context's tokens.
+  void AttendContext(Worker& w, int64_t head, int64_t part_token, const QueryRows& q, SoftmaxState state);
 
   std::shared_ptr<const Model> model_;
   KvShape shape_;

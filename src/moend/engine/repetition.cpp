@@ -35,15 +35,16 @@ float Median(std::vector<float> x) {
 // v' gram v of each token of kv.
 void ScaleByValues(const DenseView& kv, const float* gram, float scale, float* needed) {
   const int64_t d = kv.head_size;
-  std::vector<float> v(static_cast<std::size_t>(d));
+  std::vector<float> v(static_cast<std::size_t>(d)), product(v.size());
   for (int64_t t = 0; t < kv.n_tokens; ++t) {
     for (int64_t c = 0; c < d; ++c) v[static_cast<std::size_t>(c)] = HalfToFloat(kv.v[t * d + c]);
+    std::ranges::fill(product, 0.0f);
+    // Row by row, so that the compiler makes vectors of it.
+    for (int64_t i = 0; i < d; ++i)
+      for (int64_t j = 0; j < d; ++j)
+        product[static_cast<std::size_t>(j)] += v[static_cast<std::size_t>(i)] * gram[i * d + j];
     float square = 0;
-    for (int64_t i = 0; i < d; ++i) {
-      float dot = 0;
-      for (int64_t j = 0; j < d; ++j) dot += gram[i * d + j] * v[static_cast<std::size_t>(j)];
-      square += dot * v[static_cast<std::size_t>(i)];
-    }
+    for (std::size_t c = 0; c < v.size(); ++c) square += product[c] * v[c];
     needed[t] *= scale * std::max(square, 0.0f);
   }
 }
@@ -80,7 +81,9 @@ int64_t Repetition::MostBytes(const HyperParams& hp, int n_threads, int64_t n) {
   return RoundUp((n + parts * kAsk) * hp.n_embd * kFloat, kCacheLine) +
          LayerScratch::Bytes({hp.n_kv_heads, hp.head_size}, hp.n_heads, std::min(n, kRepeatedTokens) + kAsk,
                              0, ScorerNeeds(), hp.state_floats()) +
-         n_threads * RoundUp(hp.n_kv_heads * n * kFloat, kCacheLine);
+         n_threads *
+             (RoundUp(hp.n_kv_heads * n * kFloat, kCacheLine) +
+              RoundUp(PrefillHook::PageMaximaFloats(hp.n_heads / hp.n_kv_heads, n) * kFloat, kCacheLine));
 }
 
 Expected<Repetition> Repetition::Create(Compute& compute, std::shared_ptr<Ledger> ledger,

@@ -121,6 +121,7 @@ Expected<void> Session::Impl::Read(std::span<const int32_t> tokens, const Progre
   hooks.learned = s.plan.learned.get();
   hooks.begin = [&](int64_t l, std::span<const LayerCache>* past, LayerScratch** out) -> Expected<void> {
     scratch.Clear();
+    if (needs.repetition) scratch.AskFor(s.Chooses(l, n));
     if (s.plan.model.holds_state(l))
       std::copy_n(s.states[static_cast<std::size_t>(l)].data(), std::ssize(scratch.state()),
                   scratch.state().data());
@@ -183,6 +184,15 @@ std::vector<Expert> Session::Impl::experts(int64_t layer) const {
   std::vector<Expert> experts;
   for (int64_t h = 0; h < plan.model.shape.n_kv_heads; ++h) experts.push_back(plan.expert(layer, h));
   return experts;
+}
+
+std::vector<bool> Session::Impl::Chooses(int64_t layer, int64_t n) const {
+  const bool goes_by_it = scorer->of_layer(layer).needs().repetition;
+  std::vector<bool> chooses;
+  for (const Expert& e : experts(layer))
+    chooses.push_back(goes_by_it && KeptTokens(e.keep, plan.guard, n) < n &&
+                      (plan.adaptive_heads || KeptPages(e.keep, plan.guard, n) > 0));
+  return chooses;
 }
 
 void Session::Impl::NoteHeads() {

@@ -180,14 +180,59 @@ void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t
   }
 }
 
-void ColumnSquaresCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
-                         const float* max, const float* sum, const float* weight, float* squares,
-                         float* /*workspace*/) {
+namespace {
+
+bool Chose(const ChosenPages& chosen, int64_t token, int64_t rows, int64_t r) {
+  return !(chosen.most[token / kPageTokens * rows + r] <
+           chosen.least[r]);  // what is no number is not left out
+}
+
+}  // namespace
+
+void PageMaxima(const DenseView& kv, const QueryRows& q, float* most, float* /*workspace*/) {
   const DensePart part{kv};
-  for (int64_t t = begin; t < end; ++t) {
+  std::fill_n(most, (kv.n_tokens + kPageTokens - 1) / kPageTokens * q.rows, -INFINITY);
+  for (int64_t t = 0; t < kv.n_tokens; ++t) {
+    for (int64_t r = 0; r < q.rows; ++r) {
+      const double score = Score(q.q + r * kv.head_size, kv.head_size, t, q.soft_cap,
+                                 [&](int64_t token, int64_t c) { return part.K(token, c); });
+      float& so_far = most[t / kPageTokens * q.rows + r];
+      so_far = std::fmax(so_far, static_cast<float>(score));
+    }
+  }
+}
+
+void ChoosePages(const float* most, int64_t pages, int64_t rows, SoftmaxState state, float share,
+                 float* least) {
+  for (int64_t r = 0; r < rows; ++r) {
+    double max = state.max[r], sum = 0;
+    for (int64_t p = 0; p < pages; ++p) max = std::fmax(max, most[p * rows + r]);
+    if (state.sum[r] > 0) sum = state.sum[r] * std::exp(state.max[r] - max);
+    for (int64_t p = 0; p < pages; ++p) sum += std::exp(most[p * rows + r] - max);
+    least[r] = static_cast<float>(max + std::log(sum * share));
+  }
+}
+
+void AttendChosen(const DenseView& kv, const QueryRows& q, const ChosenPages& chosen, SoftmaxState state,
+                  float* /*workspace*/) {
+  const DensePart part{kv};
+  for (int64_t r = 0; r < q.rows; ++r) {
+    AttendRow(
+        q.q + r * kv.head_size, kv.head_size, q.soft_cap, kv.n_tokens,
+        [&](int64_t t, int64_t c) { return part.K(t, c); },
+        [&](int64_t t, int64_t c) { return part.V(t, c); },
+        [&](int64_t t) { return Chose(chosen, t, q.rows, r); }, state.out + r * kv.head_size, state.max + r,
+        state.sum + r);
+  }
+}
+
+void ColumnSquaresChosen(const DenseView& kv, const QueryRows& q, const ChosenPages& chosen, const float* max,
+                         const float* sum, const float* weight, float* squares, float* /*workspace*/) {
+  const DensePart part{kv};
+  for (int64_t t = 0; t < kv.n_tokens; ++t) {
     double total = 0;
     for (int64_t r = 0; r < q.rows; ++r) {
-      if (!Sees(q, first + r / q.group, t) || sum[r] == 0.0f) continue;
+      if (!Chose(chosen, t, q.rows, r) || sum[r] == 0.0f) continue;
       const double score = Score(q.q + r * kv.head_size, kv.head_size, t, q.soft_cap,
                                  [&](int64_t token, int64_t c) { return part.K(token, c); });
       const double share = std::exp(score - max[r]) / sum[r];

@@ -22,6 +22,15 @@
 // Loops over register arrays must disappear, or the arrays live in memory.
 #define MOEND_UNROLL _Pragma("GCC unroll 16")
 
+// Highway 1.0 checks for AVX512-VNNI before it chooses AVX3_DL, but tells the compiler of AVX-VNNI only; GCC
+// can be told here.
+#undef MOEND_HAVE_VNNI
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3_DL && (HWY_COMPILER_GCC_ACTUAL || defined(__AVX512VNNI__))
+#define MOEND_HAVE_VNNI 1
+#else
+#define MOEND_HAVE_VNNI 0
+#endif
+
 HWY_BEFORE_NAMESPACE();
 namespace moend::simd {
 namespace HWY_NAMESPACE {

@@ -3,12 +3,15 @@
 // cache for kRowsPerBlock rows.
 #include "moend/attention/simd/prefill.h"
 
+#include <cmath>
+
 #include "moend/attention/simd/targets.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "moend/attention/simd/prefill.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.h.
+#include "moend/attention/simd/pairs-inl.h"
 #include "moend/attention/simd/softmax-inl.h"
 #include "moend/attention/simd/tile-inl.h"
 
@@ -159,17 +162,6 @@ void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t
       [&](int64_t t, float x) { sums[t] += x; });
 }
 
-void ColumnSquaresCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
-                         const float* max, const float* sum, const float* weight, float* squares,
-                         float* workspace) {
-  ForColumns(
-      kv, first, begin, end, q, workspace,
-      [&](int64_t r, const float* scores, uint64_t live, float* page) {
-        AddSquares(scores, live, max[r], sum[r], weight[r], page);
-      },
-      [&](int64_t t, float x) { squares[t] += x; });
-}
-
 void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q, const float* max,
                          const float* sum, const float* in, float* out, float* workspace) {
   const int64_t n = kv.head_size;
@@ -192,6 +184,144 @@ void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q,
       ArrangeV(in + r * n, rows, n, tile.v);
       ValueTileRows(Tile(tile, weights), tokens, rows, ones, out + t * n);
     }
+  }
+}
+
+// body(rows, how many) for the rows that chose a page, up to kRowsPerBlock at a time.
+template <class Body>
+HWY_INLINE void ForChosenRows(const ChosenPages& chosen, int64_t page, int64_t rows, const Body& body) {
+  const float* most = chosen.most + page * rows;
+  int64_t of[kRowsPerBlock], n = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    of[n] = r;
+    n += !(most[r] < chosen.least[r]);  // what is no number is not left out
+    if (n < kRowsPerBlock) continue;
+    body(of, n);
+    n = 0;
+  }
+  if (n > 0) body(of, n);
+}
+
+void GatherRows(const float* HWY_RESTRICT from, const int64_t* of, int64_t n, int64_t width,
+                float* HWY_RESTRICT to) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < width; c += kLanes)
+      hn::StoreU(hn::LoadU(DF(), from + of[i] * width + c), DF(), to + i * width + c);
+}
+
+void ScatterRows(const float* HWY_RESTRICT from, const int64_t* of, int64_t n, int64_t width,
+                 float* HWY_RESTRICT to) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < width; c += kLanes)
+      hn::StoreU(hn::LoadU(DF(), from + i * width + c), DF(), to + of[i] * width + c);
+}
+
+#if MOEND_HAVE_PAIRS
+void PageMaxima(const DenseView& kv, const QueryRows& q, float* most, float* workspace) {
+  const int64_t d = kv.head_size, pairs = d / 2;
+  auto* const queries =
+      reinterpret_cast<int32_t*>(workspace);          // i16 [rows][d]: half of the rotated queries' room
+  float* const lengths = workspace + q.rows * pairs;  // [rows], in the other half
+  auto* const keys = reinterpret_cast<int32_t*>(workspace + RotatedFloats(d, q.rows));
+  for (int64_t r = 0; r < q.rows; ++r)
+    lengths[r] = RoundQuery(q.q + r * d, d, reinterpret_cast<int16_t*>(queries + r * pairs));
+  for (int64_t t = 0; t < kv.n_tokens; t += kPageTokens, most += q.rows) {
+    const float length = RoundKeys(kv.k + t * d, HWY_MIN(kv.n_tokens - t, kPageTokens), d, keys);
+    ForRowBlocks<kTileRows>(q.rows, [&](auto n, int64_t r) {
+      float high[kTileRows];
+      for (float& x : high) x = -kInfinity;
+      for (int64_t v = 0; v < kPageTokens; v += kTileVectors * kLanes)
+        MaxPairs<n()>(queries + r * pairs, keys + v, pairs, high);
+      for (int i = 0; i < n(); ++i) {
+        const float x = high[i] * lengths[r + i] * length;
+        most[r + i] = q.soft_cap == 0 ? x : q.soft_cap * std::tanh(x / q.soft_cap);
+      }
+    });
+  }
+}
+#else
+void PageMaxima(const DenseView& kv, const QueryRows& q, float* most, float* workspace) {
+  const Tile tile(workspace, kv.head_size);
+  for (int64_t t = 0; t < kv.n_tokens; t += kPageTokens, most += q.rows) {
+    WidenK(kv.k + t * kv.head_size, kv.head_size, tile.k);
+    for (int64_t r = 0; r < q.rows; r += kRowsPerBlock) {
+      const int64_t rows = HWY_MIN(q.rows - r, kRowsPerBlock);
+      ScoreTileRows(tile, q, r, rows);
+      MaxRows(tile.scores, rows, FirstLive(kv.n_tokens - t), most + r);
+    }
+  }
+}
+#endif
+
+void ChoosePages(const float* most, int64_t pages, int64_t rows, SoftmaxState state, float share,
+                 float* least) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int64_t n = HWY_MIN(rows - r, kLanes);
+    const DF df;
+    HWY_ALIGN float part[kLanes] = {};
+    const auto load = [&](const float* from) {
+      if (n == kLanes) return hn::LoadU(df, from);
+      std::memcpy(part, from, static_cast<size_t>(n) * sizeof(float));
+      return hn::Load(df, part);
+    };
+    const VF before = load(state.max + r), lowest = hn::Set(df, std::numeric_limits<float>::lowest());
+    VF max = hn::Max(before, lowest);
+    for (int64_t p = 0; p < pages; ++p) max = hn::Max(max, load(most + p * rows + r));
+    VF sum = hn::Mul(load(state.sum + r), Exp(hn::Sub(before, max)));
+    for (int64_t p = 0; p < pages; ++p) sum = hn::Add(sum, Exp(hn::Sub(load(most + p * rows + r), max)));
+    HWY_ALIGN float sums[kLanes], bases[kLanes];
+    hn::Store(sum, df, sums);
+    hn::Store(max, df, bases);
+    for (int64_t i = 0; i < n; ++i) least[r + i] = bases[i] + std::log(sums[i] * share);
+  }
+}
+
+void AttendChosen(const DenseView& kv, const QueryRows& q, const ChosenPages& chosen, SoftmaxState state,
+                  float* workspace) {
+  const int64_t d = kv.head_size;
+  const Tile tile(workspace + RotatedFloats(d, q.rows), d);
+  QueryRows some = q;
+  some.q = workspace;  // the rows at hand: first their queries, then their outputs
+  float max[kRowsPerBlock], sum[kRowsPerBlock], factor[kRowsPerBlock], peak[kRowsPerBlock];
+  for (int64_t t = 0; t < kv.n_tokens; t += kPageTokens) {
+    const int64_t tokens = HWY_MIN(kv.n_tokens - t, kPageTokens);
+    bool widened = false;
+    ForChosenRows(chosen, t / kPageTokens, q.rows, [&](const int64_t* of, int64_t n) {
+      if (!widened) WidenK(kv.k + t * d, d, tile.k), WidenV(kv.v + t * d, tokens, d, tile.v);
+      widened = true;
+      GatherRows(q.q, of, n, d, workspace);
+      for (int64_t i = 0; i < n; ++i) max[i] = state.max[of[i]], sum[i] = state.sum[of[i]];
+      ScoreTileRows(tile, some, 0, n);
+      SoftmaxRows(
+          tile.scores, n, [&](int64_t) { return FirstLive(tokens); }, max, sum, PageWeights{factor, peak});
+      GatherRows(state.out, of, n, d, workspace);
+      ValueTileRows(tile, n, tokens, factor, workspace);
+      ScatterRows(workspace, of, n, d, state.out);
+      for (int64_t i = 0; i < n; ++i) state.max[of[i]] = max[i], state.sum[of[i]] = sum[i];
+    });
+  }
+}
+
+void ColumnSquaresChosen(const DenseView& kv, const QueryRows& q, const ChosenPages& chosen, const float* max,
+                         const float* sum, const float* weight, float* squares, float* workspace) {
+  const int64_t d = kv.head_size;
+  const Tile tile(workspace + RotatedFloats(d, q.rows), d);
+  QueryRows some = q;
+  some.q = workspace;
+  for (int64_t t = 0; t < kv.n_tokens; t += kPageTokens) {
+    const int64_t tokens = HWY_MIN(kv.n_tokens - t, kPageTokens);
+    float page[kPageTokens] = {};
+    bool widened = false;
+    ForChosenRows(chosen, t / kPageTokens, q.rows, [&](const int64_t* of, int64_t n) {
+      if (!widened) WidenK(kv.k + t * d, d, tile.k);
+      widened = true;
+      GatherRows(q.q, of, n, d, workspace);
+      ScoreTileRows(tile, some, 0, n);
+      for (int64_t i = 0; i < n; ++i)
+        AddSquares(tile.scores + i * kPageTokens, FirstLive(tokens), max[of[i]], sum[of[i]], weight[of[i]],
+                   page);
+    });
+    for (int64_t i = 0; i < tokens; ++i) squares[t + i] += page[i];
   }
 }
 
@@ -262,8 +392,11 @@ namespace moend::simd {
 
 HWY_EXPORT(AttendCausal);
 HWY_EXPORT(ColumnSumsCausal);
-HWY_EXPORT(ColumnSquaresCausal);
 HWY_EXPORT(ColumnOutputsCausal);
+HWY_EXPORT(PageMaxima);
+HWY_EXPORT(ChoosePages);
+HWY_EXPORT(AttendChosen);
+HWY_EXPORT(ColumnSquaresChosen);
 HWY_EXPORT(AttendStreamTiled);
 HWY_EXPORT(ColumnSumsStreamTiled);
 
@@ -277,15 +410,28 @@ void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t
   HWY_DYNAMIC_DISPATCH(ColumnSumsCausal)(kv, first, begin, end, q, max, sum, sums, workspace);
 }
 
-void ColumnSquaresCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
-                         const float* max, const float* sum, const float* weight, float* squares,
-                         float* workspace) {
-  HWY_DYNAMIC_DISPATCH(ColumnSquaresCausal)(kv, first, begin, end, q, max, sum, weight, squares, workspace);
-}
-
 void ColumnOutputsCausal(const DenseView& kv, int64_t first, const QueryRows& q, const float* max,
                          const float* sum, const float* in, float* out, float* workspace) {
   HWY_DYNAMIC_DISPATCH(ColumnOutputsCausal)(kv, first, q, max, sum, in, out, workspace);
+}
+
+void PageMaxima(const DenseView& kv, const QueryRows& q, float* most, float* workspace) {
+  HWY_DYNAMIC_DISPATCH(PageMaxima)(kv, q, most, workspace);
+}
+
+void ChoosePages(const float* most, int64_t pages, int64_t rows, SoftmaxState state, float share,
+                 float* least) {
+  HWY_DYNAMIC_DISPATCH(ChoosePages)(most, pages, rows, state, share, least);
+}
+
+void AttendChosen(const DenseView& kv, const QueryRows& q, const ChosenPages& chosen, SoftmaxState state,
+                  float* workspace) {
+  HWY_DYNAMIC_DISPATCH(AttendChosen)(kv, q, chosen, state, workspace);
+}
+
+void ColumnSquaresChosen(const DenseView& kv, const QueryRows& q, const ChosenPages& chosen, const float* max,
+                         const float* sum, const float* weight, float* squares, float* workspace) {
+  HWY_DYNAMIC_DISPATCH(ColumnSquaresChosen)(kv, q, chosen, max, sum, weight, squares, workspace);
 }
 
 void AttendStreamTiled(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw,

@@ -197,6 +197,33 @@ HWY_INLINE void SoftmaxRows(float* scores, int64_t rows, const Live& live, float
   });
 }
 
+template <int kRows>
+HWY_INLINE void MaxBlock(const float* HWY_RESTRICT scores, uint64_t live, float* most) {
+  const DF df;
+  const VF dead = hn::Set(df, -kInfinity);
+  VF high[kRows];
+  MOEND_UNROLL for (int r = 0; r < kRows; ++r) {
+    high[r] = dead;
+    MOEND_UNROLL for (int v = 0; v < kPageVectors; ++v) {
+      VF s = hn::LoadU(df, scores + r * kPageTokens + v * kLanes);
+      if (live != kAllLive) s = hn::IfThenElse(LiveLanes(live, v), s, dead);
+      high[r] = hn::Max(high[r], s);
+    }
+  }
+#if HWY_TARGET <= HWY_AVX2 && HWY_ARCH_X86
+  alignas(16) float all[4];
+  _mm_store_ps(all, ReduceRows<kRows>(high, MaxOp));
+  for (int r = 0; r < kRows; ++r) most[r] = all[r];
+#else
+  for (int r = 0; r < kRows; ++r) most[r] = Max(high[r]);
+#endif
+}
+
+// most[rows]: the largest of the 64 scores of each row, live tokens only.
+HWY_INLINE void MaxRows(const float* scores, int64_t rows, uint64_t live, float* most) {
+  ForRowBlocks<4>(rows, [&](auto n, int64_t r) { MaxBlock<n()>(scores + r * kPageTokens, live, most + r); });
+}
+
 // sums[64] += exp(score - max) / sum of one row, live tokens only.
 HWY_INLINE void AddWeights(const float* HWY_RESTRICT scores, uint64_t live, float max, float sum,
                            float* HWY_RESTRICT sums) {
