@@ -1,6 +1,7 @@
 // A short context takes no more compressed than uncompressed, and 5 % on top: tables and room start small.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -45,6 +46,7 @@ std::vector<ShortCase> ShortCases() {
 
 void EvictExcess(LayerCache& cache) {
   Random random(1);
+  ASSERT_TRUE(cache.PackExcess());
   const auto scores = RandomScores(random, cache.view(0).n_pages * kPageTokens);
   ASSERT_TRUE(cache.Evict(0, scores, cache.Excess(0)));
 }
@@ -91,6 +93,39 @@ TEST(ShortContext, TakesNoMoreOnceItIsRead) {
       auto fork = cache.Fork();
       ASSERT_TRUE(fork);
       ASSERT_EQ(fork->bytes(), cache.bytes());
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// What waits for a page that is too dear is evicted as what is in one: nothing stays but what may, and up to
+// 15 tokens that are about to be packed.
+TEST(ShortContext, WhatWaitsForAPageIsEvicted) {
+  for (const ShortCase& c : ShortCases()) {
+    SCOPED_TRACE(Named(c.shape, c.expert, c.guard, c.scores));
+    for (int64_t n = 90; n < 400; n += 11) {
+      auto ledger = std::make_shared<Ledger>();
+      LayerCache cache = MakeCache(ledger, c.shape, c.expert, c.guard, c.scores);
+      Append(cache, n / 3);
+      Append(cache, n - n / 3);
+      auto fork = cache.Fork();
+      ASSERT_TRUE(fork);
+      const std::vector<uint32_t> all = cache.positions(0);
+      EvictExcess(cache);
+      ASSERT_LE(cache.bytes() * 100, FullLayerBytes(c.shape, n) * 105) << n;
+      const int64_t kept = KeptTokens(c.expert.keep, c.guard, n);
+      ASSERT_GE(cache.tokens(0), kept) << n;
+      ASSERT_LT(cache.tokens(0), kept + kPackTokens) << n;
+      ASSERT_LE(cache.bytes(), *LayerBytes(c.shape, c.expert, c.guard, n, c.scores ? 4 : 0)) << n;
+      std::vector<uint32_t> left = cache.positions(0);
+      std::ranges::sort(left);
+      for (int64_t i = 0; i < c.guard.sinks; ++i) ASSERT_EQ(left[static_cast<std::size_t>(i)], i);
+      for (int64_t i = 1; i <= c.guard.window; ++i)
+        ASSERT_EQ(left[left.size() - static_cast<std::size_t>(i)], n - i);
+      ASSERT_EQ(fork->positions(0), all);
+      // It goes on as it should.
+      Append(cache, 40);
+      ASSERT_EQ(cache.tokens(0), std::ssize(left) + 40);
       if (HasFatalFailure()) return;
     }
   }

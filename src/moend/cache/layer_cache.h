@@ -94,6 +94,11 @@ class LayerCache {
   // tokens_seen()) stay. After Evict(Excess()) of every head bytes() is at most LayerBytes(tokens_seen()).
   int64_t Excess(int64_t head) const;
 
+  // To be called before Excess() where an eviction is due: packs the raw tokens that wait for a page
+  // (MostBytes) if there are more of them than may stay, for only what is paged can be evicted. Until the
+  // eviction the cache may be that page larger than MostBytes(). On an error all tokens are still there.
+  Expected<void> PackExcess();
+
   // A second cache with the same content; pages are shared until one side re-packs them (copy on write).
   Expected<LayerCache> Fork() const;
 

@@ -52,9 +52,10 @@ class PageFiller {
 
 }  // namespace
 
-Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int64_t m, int64_t limit) {
+Expected<void> LayerCache::Impl::AppendChunk(const float* k, const float* v, int64_t m, int64_t limit,
+                                             bool at_any_price) {
   // First everything that can fail.
-  const bool packs = n_raw + m == limit && (sliding || MayPack(n_raw + m, tokens_seen + m));
+  const bool packs = n_raw + m == limit && (sliding || at_any_price || MayPack(n_raw + m, tokens_seen + m));
   MOEND_TRY(ReserveRaw(n_raw + m, tokens_seen + m));
   if (!sliding)
     for (CacheHead& head : heads) MOEND_TRY(head.positions.Reserve(ledger, tokens_seen + m));
@@ -142,6 +143,18 @@ Expected<void> LayerCache::Append(const float* k, const float* v, int64_t n) {
       MOEND_TRY(s.AppendChunk(k + done * stride, v + done * stride, m, limit));
       done += m;
     }
+    s.SettleRaw();
+    return {};
+  });
+}
+
+Expected<void> LayerCache::PackExcess() {
+  Impl& s = *impl_;
+  if (s.sliding || s.filling || s.n_raw - s.Guarded() < kPackTokens) return {};
+  const int64_t kept = KeptTokens(s.expert.keep, s.guard, s.tokens_seen);
+  if (s.n_raw <= kept) return {};  // pages hold enough to evict
+  return CatchBadAlloc([&]() -> Expected<void> {
+    while (s.n_raw > s.Guarded()) MOEND_TRY(s.AppendChunk(nullptr, nullptr, 0, s.n_raw, true));
     s.SettleRaw();
     return {};
   });

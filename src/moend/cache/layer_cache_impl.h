@@ -100,8 +100,9 @@ struct LayerCache::Impl {
   void Clear();
 
   // Appends m tokens to the raw ones; if these are then `limit`, packs as many as go into one page, or drops
-  // what is no longer in the window.
-  Expected<void> AppendChunk(const float* k, const float* v, int64_t m, int64_t limit);
+  // what is no longer in the window. `at_any_price`: into a new page, too, that would take too much.
+  Expected<void> AppendChunk(const float* k, const float* v, int64_t m, int64_t limit,
+                             bool at_any_price = false);
 };
 
 }  // namespace moend

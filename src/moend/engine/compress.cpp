@@ -214,6 +214,7 @@ Expected<void> AppendScratch(Compute& compute, std::span<LayerCache> heads, cons
 
 Expected<void> EvictExcess(LayerCache& cache, const Scorer& scorer, int64_t prompt_tokens,
                            const QueryRows& observed, const HeadQueries* queries) {
+  MOEND_TRY(cache.PackExcess());
   const int64_t excess = cache.Excess(0);
   if (excess <= 0) return cache.Evict(0, {}, 0);
   CachedScoreInput in;
