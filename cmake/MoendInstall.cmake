@@ -16,8 +16,19 @@ target_link_libraries(moend_package INTERFACE ${moend_exported})
 set_target_properties(moend_package PROPERTIES EXPORT_NAME moend)
 install(TARGETS moend_package ${moend_exported} EXPORT moend_targets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(EXPORT moend_targets NAMESPACE moend:: FILE moendTargets.cmake DESTINATION ${moend_package})
-install(DIRECTORY src/moend/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/moend
-        FILES_MATCHING PATTERN "*.h" PATTERN "*-inl.h" EXCLUDE PATTERN cli EXCLUDE PATTERN serve EXCLUDE)
+
+# What a user of the library includes, and what those include; all other headers are the rooms' own. The test `install`
+# compiles them, without {fmt} and JSON.
+set(moend_public_headers
+    attention/params base/error base/ledger calibrate/calibrate calibrate/default_text engine/benchmark engine/engine
+    engine/generate engine/sampler engine/session_state eval/distance eval/interval eval/methods eval/metrics
+    eval/perplexity eval/prompt eval/report eval/results eval/run eval/suite model/chat model/grammar model/layer_params
+    model/model model/worker plan/describe plan/expert plan/layout plan/learned_scores plan/plan plan/query_stats
+    solve/solve)
+foreach(header ${moend_public_headers})
+  get_filename_component(room ${header} DIRECTORY)
+  install(FILES src/moend/${header}.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/moend/${room})
+endforeach()
 
 string(FIND "${ggml_DIR}" "${CMAKE_SOURCE_DIR}/.deps/" moend_own_ggml)
 string(FIND "${llama_chat_DIR}" "${CMAKE_SOURCE_DIR}/.deps/" moend_own_jinja)

@@ -1,5 +1,6 @@
-# Warnings and sanitizers that hold for our own code only.
+# Warnings and sanitizers that hold for our own code only, and how it makes errors (base/error.h).
 add_library(moend_flags INTERFACE)
+target_compile_definitions(moend_flags INTERFACE MOEND_OWN_CODE)
 target_compile_options(moend_flags INTERFACE -Wall -Wextra -Wconversion -Wno-sign-conversion -Werror -fno-math-errno)
 if(MOEND_SANITIZE)
   target_compile_options(moend_flags INTERFACE -fsanitize=${MOEND_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)

@@ -1,8 +1,6 @@
 // Errors are values: no function of the library throws across its border, aborts, exits or prints.
 #pragma once
 
-#include <fmt/format.h>
-
 #include <expected>
 #include <string>
 #include <utility>
@@ -33,12 +31,6 @@ struct Error {
 template <class T>
 using Expected = std::expected<T, Error>;
 
-// return Fail(ErrorCode::kBudget, "{} bytes are less than the smallest possible {}", have, need);
-template <class... Args>
-[[nodiscard]] std::unexpected<Error> Fail(ErrorCode code, fmt::format_string<Args...> text, Args&&... args) {
-  return std::unexpected(Error{code, fmt::format(text, std::forward<Args>(args)...)});
-}
-
 // Hands the error of `result` on: `if (!r) return Forward(r);`
 template <class T>
 [[nodiscard]] std::unexpected<Error> Forward(Expected<T>& result) {
@@ -62,3 +54,8 @@ template <class T>
   do {                                                                                          \
     if (auto moend_status = (expression); !moend_status) return ::moend::Forward(moend_status); \
   } while (false)
+
+// Our own code makes its messages with {fmt}, which who uses the library need not know of.
+#ifdef MOEND_OWN_CODE
+#include "moend/base/fail.h"
+#endif

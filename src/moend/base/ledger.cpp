@@ -2,6 +2,14 @@
 
 namespace moend {
 
+std::unexpected<Error> internal::ImpossibleBuffer(int64_t elements) {
+  return Fail(ErrorCode::kOutOfMemory, "an allocation of {} elements is impossible", elements);
+}
+
+std::unexpected<Error> internal::RefusedBuffer(int64_t bytes) {
+  return Fail(ErrorCode::kOutOfMemory, "the system refused {} bytes of memory", bytes);
+}
+
 void Ledger::Add(int64_t bytes) {
   allocations_.fetch_add(1, std::memory_order_relaxed);
   const int64_t now = live_.fetch_add(bytes, std::memory_order_relaxed) + bytes;

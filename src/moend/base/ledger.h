@@ -51,6 +51,14 @@ class Ledger {
   std::atomic<int64_t> live_{0}, peak_{0}, allocations_{0};
 };
 
+namespace internal {
+
+// Why there is no Buffer.
+std::unexpected<Error> ImpossibleBuffer(int64_t elements);
+std::unexpected<Error> RefusedBuffer(int64_t bytes);
+
+}  // namespace internal
+
 // A fixed block of T (trivial types), uninitialized, owned, counted. Move only.
 template <class T>
 class Buffer {
@@ -71,12 +79,12 @@ class Buffer {
     static_assert(std::is_trivially_copyable_v<T>);
     Buffer b;
     if (size < 0 || size > (INT64_MAX / 2) / static_cast<int64_t>(sizeof(T)))
-      return Fail(ErrorCode::kOutOfMemory, "an allocation of {} elements is impossible", size);
+      return internal::ImpossibleBuffer(size);
     if (size == 0) return b;
     const int64_t bytes = size * static_cast<int64_t>(sizeof(T));
     b.ledger_ = ledger ? std::move(ledger) : std::make_shared<Ledger>();
     b.data_ = static_cast<T*>(b.ledger_->Allocate(bytes));
-    if (!b.data_) return Fail(ErrorCode::kOutOfMemory, "the system refused {} bytes of memory", bytes);
+    if (!b.data_) return internal::RefusedBuffer(bytes);
     b.size_ = size;
     return b;
   }
