@@ -13,11 +13,12 @@ setup:
 # Binary: build/moend; the tests are built by `make test`. Kernels for NVIDIA GPUs are compiled in where a compiler for
 # them is found; CUDA=0 leaves them out, CUDA=1 insists.
 # GPU=1 builds ggml's CUDA back end, too (scripts/setup-gpu): layers run on GPUs then.
-build: configure $(if $(filter-out 0,$(GPU)),gpu)
+build: configure
 	@cmake --build $(BUILD) -j $(JOBS) --target moend
 
-configure: setup
-	@[ -e $(BUILD)/build.ninja ] && [ -z "$(CUDA)" ] || \
+# The compiler for GPUs that `gpu` may bring is there before CMake looks for one.
+configure: setup $(if $(filter-out 0,$(GPU)),gpu)
+	@[ -e $(BUILD)/build.ninja ] && [ -z "$(CUDA)$(GPU)" ] || \
 	  cmake --preset $(PRESET) $(if $(CUDA),-DMOEND_CUDA=$(if $(filter 0,$(CUDA)),OFF,ON))
 
 test: configure check-format

@@ -305,6 +305,25 @@ TEST_F(CudaAttention, TokensSeeTheirOwnPast) {
     }
 }
 
+TEST_F(CudaAttention, NewTokensAreStoredAndSeen) {
+  for (const int64_t head : {64, 128, 80}) {
+    for (const int32_t n_new : {1, 2, 17}) {
+      std::vector<PackedContext> contexts;
+      for (const int64_t raw : {17, 18, 33, 160})
+        contexts.emplace_back(head, 4, 2, raw % 3, raw, 0.9, static_cast<uint32_t>(raw));
+      std::vector<HostStream> streams;
+      for (const PackedContext& context : contexts)
+        streams.push_back(MakeStream(context, 4 * n_new, 4, 2.0, static_cast<uint32_t>(streams.size())));
+      LayerOptions options;
+      options.n_new = n_new;
+      Check(streams, head, std::to_string(n_new) + " new tokens", options);
+      CudaLayer layer(streams, head, options);
+      layer.Run();
+      EXPECT_EQ(layer.Copied(), layer.new_k());
+    }
+  }
+}
+
 TEST_F(CudaAttention, SaysWhatIsWrong) {
   EXPECT_EQ(cuda::DescribeKernel(72, 4).error().code, ErrorCode::kInvalidArgument);
   EXPECT_EQ(cuda::DescribeKernel(512, 4).error().code, ErrorCode::kInvalidArgument);

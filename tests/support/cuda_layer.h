@@ -15,6 +15,7 @@
 #include "moend/attention/cuda/attention.h"
 #include "moend/attention/cuda/plan.h"
 #include "moend/attention/params.h"
+#include "moend/base/half.h"
 
 namespace moend::test {
 
@@ -116,13 +117,14 @@ struct LayerOptions {
   int64_t row_offset = 0;   // elements before the first query and output
   float soft_cap = 0;
   std::vector<float> sinks;
+  int32_t n_new = 0;  // the newest raw tokens of each stream, which the kernel gets apart
 };
 
 // Everything uploaded; pages in an order of their own, each with a page of NaN behind it.
 class CudaLayer {
  public:
   CudaLayer(const std::vector<HostStream>& streams, int64_t head_size, const LayerOptions& options = {})
-      : head_size_(head_size), options_(options) {
+      : head_size_(head_size), n_streams_(std::ssize(streams)), options_(options) {
     int64_t pages = 0, bytes = options.pool_offset, raw = 0, rows = 0;
     int32_t most_rows = 1;
     for (const HostStream& s : streams) {
@@ -147,7 +149,8 @@ class CudaLayer {
       s.rows = host.rows;
       s.group = host.group;
       s.own = host.own;
-      if (host.window > 0) s.first_raw = static_cast<int32_t>(host.kv.n_raw + host.behind - host.window);
+      if (host.window > 0)
+        s.first_raw = static_cast<int32_t>(host.kv.n_raw + host.behind - host.window - options.n_new);
       s.head = head;
       head += host.group;
       s.pages = ids_.get() + id_at;
@@ -164,10 +167,13 @@ class CudaLayer {
       id_at += s.n_pages;
       const int64_t k_size = (s.n_raw + 15) / 16 * 16 * head_size, v_size = s.n_raw * head_size;
       s.raw_k = raw_.get() + raw_at;
-      raw_.Write(raw_at, host.kv.raw_k, k_size);
+      std::vector<uint16_t> k(host.kv.raw_k, host.kv.raw_k + k_size),
+          v(host.kv.raw_v, host.kv.raw_v + v_size);
+      TakeNew(s.n_raw, k, v);
+      raw_.Write(raw_at, k.data(), k_size);
       raw_at += k_size;
       s.raw_v = raw_.get() + raw_at;
-      raw_.Write(raw_at, host.kv.raw_v, v_size);
+      raw_.Write(raw_at, v.data(), v_size);
       raw_at += k_size;  // as much again: a multiple of 16 bytes
       if (host.kv.rotation) {
         inverses_.emplace_back(
@@ -184,7 +190,11 @@ class CudaLayer {
     plan_ = DevicePlan(
         cuda::MakeWorkPlan(streams_, head_size, options.blocks ? options.blocks : info.blocks, info.rows)
             .value());
+    for (cuda::Stream& s : streams_) s.n_raw -= options.n_new;  // work was planned for all of them
     device_streams_ = DeviceArray<cuda::Stream>(streams_);
+    new_k_ = DeviceArray<float>(host_k_);
+    new_v_ = DeviceArray<float>(host_v_);
+    copied_ = DeviceArray<float>(std::max<int64_t>(1, new_k_.size()));
     sinks_ = DeviceArray<float>(options.sinks);
   }
 
@@ -196,6 +206,13 @@ class CudaLayer {
     b.out = out_.get();
     b.sinks = options_.sinks.empty() ? nullptr : sinks_.get();
     b.soft_cap = options_.soft_cap;
+    b.grown = b.n_new = options_.n_new;
+    b.new_k = new_k_.get();
+    b.new_v = new_v_.get();
+    b.new_stride = std::ssize(streams_) * head_size_;
+    b.copied = new_k_.get();
+    b.copy = copied_.get();
+    b.n_copied = new_k_.size();
     return b;
   }
 
@@ -210,15 +227,39 @@ class CudaLayer {
   }
 
   bool DoneIsClear() const { return plan_.DoneIsClear(); }
+  // What the kernel copied on the way, and what it was to copy.
+  std::vector<float> Copied() const { return copied_.Read(0, new_k_.size()); }
+  const std::vector<float>& new_k() const { return host_k_; }
 
  private:
-  int64_t head_size_;
+  // The newest tokens as floats; where they were, numbers that are none.
+  void TakeNew(int64_t n_raw, std::vector<uint16_t>& k, std::vector<uint16_t>& v) {
+    const int64_t n = options_.n_new, stream = std::ssize(streams_);
+    if (n == 0) return;
+    const auto stride = static_cast<size_t>(n_streams_ * head_size_);
+    host_k_.resize(static_cast<size_t>(n) * stride);
+    host_v_.resize(host_k_.size());
+    for (int64_t t = 0; t < n; ++t) {
+      const int64_t at = n_raw - n + t;
+      for (int64_t c = 0; c < head_size_; ++c) {
+        const size_t to = static_cast<size_t>(t) * stride + static_cast<size_t>(stream * head_size_ + c);
+        uint16_t& key = k[static_cast<size_t>(at / 16 * 16 * head_size_ + c * 16 + at % 16)];
+        uint16_t& value = v[static_cast<size_t>(at * head_size_ + c)];
+        host_k_[to] = HalfToFloat(key);
+        host_v_[to] = HalfToFloat(value);
+        key = value = 0xFFFF;
+      }
+    }
+  }
+
+  int64_t head_size_, n_streams_;
   LayerOptions options_;
   DeviceArray<uint8_t> pool_;
   DeviceArray<uint32_t> ids_;
   DeviceArray<uint64_t> live_;
   DeviceArray<uint16_t> raw_;
-  DeviceArray<float> q_, out_, sinks_;
+  DeviceArray<float> q_, out_, sinks_, new_k_, new_v_, copied_;
+  std::vector<float> host_k_, host_v_;
   std::vector<DeviceArray<float>> inverses_;
   std::vector<cuda::Stream> streams_;
   DeviceArray<cuda::Stream> device_streams_;

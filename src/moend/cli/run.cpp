@@ -96,6 +96,7 @@ void PrintJson(const RunStats& stats, const std::string& text, const KvStats& kv
   out["kv"] = {{"bytes", kv.bytes},
                {"bytes_full", kv.bytes_full},
                {"peak_bytes", kv.peak_bytes},
+               {"device_bytes", kv.device_bytes},
                {"compression", kv.compression()},
                {"layers", std::move(layers)}};
   out["speed"] = {{"prefill_tps", stats.prefill_tps()}, {"decode_tps", stats.decode_tps()}};

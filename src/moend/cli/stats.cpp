@@ -25,10 +25,12 @@ double RunStats::decode_tps() const {
 
 std::string RunStats::Line(const KvStats& kv) const {
   return fmt::format(
-      "{} prompt tokens, {} generated; K/V {:.2f} MiB of {:.2f} MiB at 16 bit ({:.1f}x), peak {:.2f} MiB; "
+      "{} prompt tokens, {} generated; K/V {:.2f} MiB of {:.2f} MiB at 16 bit ({:.1f}x), peak {:.2f} MiB{}; "
       "prefill {:.1f} tokens/s, decode {:.1f} tokens/s",
       prompt_tokens, generated_tokens, MiB(kv.bytes), MiB(kv.bytes_full), kv.compression(),
-      MiB(kv.peak_bytes), prefill_tps(), decode_tps());
+      MiB(kv.peak_bytes),
+      kv.device_bytes > 0 ? fmt::format(", copies on the device {:.2f} MiB", MiB(kv.device_bytes)) : "",
+      prefill_tps(), decode_tps());
 }
 
 Expected<void> TimedPrefill(Session& session, std::span<const int32_t> tokens, RunStats& stats) {

@@ -41,6 +41,14 @@ ContextMirror::~ContextMirror() {
   Clear();
 }
 
+int64_t ContextMirror::bytes() const {
+  const std::lock_guard lock(registry_->mutex);
+  int64_t bytes = 0;
+  for (const Head& head : heads_)
+    bytes += std::ssize(head.stamps) * head.page_bytes + head.table.bytes + head.raw.bytes;
+  return bytes;
+}
+
 void ContextMirror::Clear() {
   for (Head& head : heads_) {
     for (const uint64_t stamp : head.stamps) pool_->GivePage(stamp);
@@ -237,6 +245,7 @@ Expected<bool> DeviceCaches::SyncPages(Head& head, const LayerCache& cache, cons
                             ? std::clamp<int64_t>(std::ssize(head.stamps) - 1, 0, n)
                             : 0;
   head.pages_version = 0;
+  head.page_bytes = view.layout.bytes;
   const std::vector<uint64_t> old(head.stamps.begin() + first, head.stamps.end());
   head.stamps.resize(static_cast<std::size_t>(first));
   head.ids.resize(static_cast<std::size_t>(first));

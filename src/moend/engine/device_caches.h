@@ -31,6 +31,8 @@ class DeviceCaches;
 class ContextMirror {
  public:
   ~ContextMirror();
+  // Of the device; a page that contexts share counts in each.
+  int64_t bytes() const;
   ContextMirror(const ContextMirror&) = delete;
   ContextMirror& operator=(const ContextMirror&) = delete;
 
@@ -86,8 +88,6 @@ class DeviceCaches {
   float* HostRows(int64_t floats);
 
   cuda::Runtime& runtime() { return pool_->runtime(); }
-  // Of the device, taken for caches.
-  int64_t bytes() const { return pool_->bytes(); }
 
  private:
   using Head = ContextMirror::Head;

@@ -51,6 +51,8 @@ struct KvStats {
   int64_t bytes = 0;       // allocated now, scorer state included
   int64_t bytes_full = 0;  // what the same tokens take at 16 bit, uncompressed
   int64_t peak_bytes = 0;  // most that was allocated at once, the prefill's scratch included
+  int64_t device_bytes =
+      0;  // of a device, which hold copies of these bytes; a shared page counts in each sharer
   std::vector<LayerKvStats> layers;
   double compression() const {
     return bytes > 0 ? static_cast<double>(bytes_full) / static_cast<double>(bytes) : 0;

@@ -78,9 +78,6 @@ class Offload {
   // Memory of the host for the logits of a step of n rows, which the device reaches by itself where possible;
   // valid until the next call. Null: none.
   float* StepLogits(int64_t n);
-  // Whether the device attends in decode steps; and its bytes that hold caches.
-  bool attends() const { return caches_ != nullptr; }
-  int64_t cache_bytes() const { return caches_ ? caches_->bytes() : 0; }
 
  private:
   // Floats of the host, where possible in memory that the device reaches by itself.

@@ -376,6 +376,7 @@ KvStats Session::stats() const {
   const auto n = static_cast<int64_t>(s.tokens.size());
   stats.bytes_full = FullBytes(s.plan.model, n);
   stats.peak_bytes = s.ledger->peak();
+  stats.device_bytes = s.mirror ? s.mirror->bytes() : 0;
   stats.bytes = s.ring.queries.size() ? RoundUp(s.ring.queries.size() * 4, kCacheLine) : 0;
   const int64_t heads = s.plan.model.shape.n_kv_heads;
   for (std::size_t l = 0; l < s.plan.layers.size(); ++l) {
