@@ -150,7 +150,9 @@ std::string Worker::Stop() {
   // Given a moment, a process that is on its way out says why; one that hangs says nothing.
   int status = 0;
   pid_t ended = 0;
-  for (int i = 0; i < 50 && (ended = waitpid(pid_, &status, WNOHANG)) == 0; ++i) usleep(2000);
+  for (unsigned wait = 50, waited = 0; waited < 100'000 && (ended = waitpid(pid_, &status, WNOHANG)) == 0;
+       waited += wait, wait = std::min(2 * wait, 2000u))
+    usleep(wait);
   if (ended == 0) {
     kill(pid_, SIGKILL);
     while (waitpid(pid_, &status, 0) < 0 && errno == EINTR) {

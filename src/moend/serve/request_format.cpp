@@ -115,7 +115,8 @@ Done ReadToolChoice(const char* name, const Reading& to) {
   r.tool_choice = ToolChoice::kRequired;
   if (!named) return {};
   const Json wanted = function->at("name");
-  const auto found = std::ranges::find_if(r.tools, [&](const Json& tool) { return NameOf(tool) == wanted; });
+  const auto found =
+      std::ranges::find_if(r.tools, [&](const Json& tool) { return Json(NameOf(tool)) == wanted; });
   if (found == r.tools.end())
     return Bad(name, fmt::format("tool_choice names {}, which is not among the tools", Dump(wanted)),
                "invalid_value");
