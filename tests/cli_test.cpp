@@ -132,6 +132,7 @@ TEST(Usage, HelpGoesToStdout) {
   const ProcessResult version = Moend({"--version"});
   EXPECT_EQ(version.code, 0);
   EXPECT_TRUE(version.out.starts_with("moend ")) << version.out;
+  EXPECT_NE(version.out.find("CUDA"), std::string::npos) << version.out;
 }
 
 TEST(Run, TextToStdoutFiguresToStderr) {

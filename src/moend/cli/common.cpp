@@ -140,10 +140,11 @@ Expected<std::shared_ptr<Engine>> ModelFlags::Load() const {
   options.n_threads = threads;
   MOEND_ASSIGN(auto engine, Engine::Create(std::move(model), options));
   if (const DeviceWeights* on_device = engine->model().device())
-    Note(fmt::format("{} of {} layers on {} ({}), {} MiB",
+    Note(fmt::format("{} of {} layers on {} ({}), {} MiB{}",
                      engine->model().hparams().n_layers + 1 - on_device->first_layer,
                      engine->model().hparams().n_layers + 1, ggml_backend_dev_name(on_device->device),
-                     ggml_backend_dev_description(on_device->device), MiBText(on_device->bytes)));
+                     ggml_backend_dev_description(on_device->device), MiBText(on_device->bytes),
+                     engine->device_attends() ? "" : "; the CPU attends while text is generated"));
   const MachineLimits limits = ReadMachineLimits();
   const auto machine = static_cast<int>(std::thread::hardware_concurrency());
   if (engine->n_threads() < threads || (threads == 0 && engine->n_threads() < machine))

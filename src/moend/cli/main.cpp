@@ -7,6 +7,7 @@
 #include <exception>
 
 #include "moend/attention/attention.h"
+#include "moend/attention/cuda/attention.h"
 #include "moend/cli/arguments.h"
 #include "moend/cli/commands.h"
 #include "moend/cli/common.h"
@@ -30,13 +31,24 @@ int UsageError(const std::string& message, const CLI::App* command) {
   return kExitUsage;
 }
 
+// With what computes: the CPU's instructions, and the kernels for NVIDIA GPUs.
+std::string Version() {
+  const auto number = [](int version) { return fmt::format("{}.{}", version / 1000, version % 1000 / 10); };
+  std::string kernels = "no CUDA kernels";
+  if (cuda::Compiled()) {
+    const int driver = cuda::DriverVersion();
+    kernels = fmt::format("kernels of CUDA {}, {}", number(cuda::ToolkitVersion()),
+                          driver > 0 ? "a driver for " + number(driver) : "no driver");
+  }
+  return fmt::format("moend {} ({}; {})", MOEND_VERSION, simd::TargetName(), kernels);
+}
+
 int Run(int argc, const char* const* argv) {
   CLI::App app("Runs GGUF models with a K/V cache that is compressed layer by layer.", "moend");
   int exit_code = 0;
   app.formatter(std::make_shared<HelpFormatter>());  // handed on to the subcommands
   app.set_help_flag("-h,--help", "show this");
-  app.set_version_flag("--version", fmt::format("moend {} ({})", MOEND_VERSION, simd::TargetName()),
-                       "show the version");
+  app.set_version_flag("--version", Version, "show the version");
   app.footer(kMainFooter);
   app.require_subcommand(1);
 #define MOEND_ADD_COMMAND(add) add(app, exit_code);

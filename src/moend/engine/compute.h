@@ -102,6 +102,8 @@ class Compute {
   Expected<void> ParallelFor(int64_t n, const std::function<void(int64_t, int)>& fn);
 
   Parallel Threads();
+  // Whether a device attends in decode steps, to the layers that it holds.
+  bool device_attends() const { return offload_ && offload_->attends(); }
 
   // The error of logits of the model that are not finite.
   Expected<void> CheckFinite(std::span<const float> logits) const;

@@ -31,6 +31,9 @@ Expected<std::shared_ptr<Engine>> Engine::Create(std::shared_ptr<const Model> mo
 const Model& Engine::model() const {
   return *impl_->model;
 }
+bool Engine::device_attends() const {
+  return impl_->compute->device_attends();
+}
 int Engine::n_threads() const {
   return impl_->compute->n_threads();
 }

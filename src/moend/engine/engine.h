@@ -68,6 +68,8 @@ class Engine {
   const Model& model() const;
   Fingerprint fingerprint() const;
   int n_threads() const;
+  // Whether the device that has layers attends to them in decode steps; else the CPU does.
+  bool device_attends() const;
 
   // The logits of hidden states as Session::Prefill and Session::DecodeBatch give them, all as one product:
   // hidden f32 [n][n_embd], logits f32 [n][n_vocab]. Far cheaper than row by row, since the output matrix is

@@ -60,6 +60,8 @@ class Offload {
   Expected<void> Fetch(std::span<const float> rows);
   void Changed(std::span<const float> rows);  // by the host, after Fetch()
 
+  // Whether the device attends in decode steps; else the host does.
+  bool attends() const { return caches_ != nullptr; }
   bool holds(int64_t layer) const { return weights_.holds(layer); }
   // Rows that the functions below take at once.
   int64_t most_rows() const { return most_rows_; }

@@ -33,6 +33,17 @@ bool Compiled() {
   return true;
 }
 
+int ToolkitVersion() {
+  return CUDART_VERSION;
+}
+
+int DriverVersion() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) == cudaSuccess) return version;
+  cudaGetLastError();
+  return 0;
+}
+
 bool Available() {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -66,6 +77,14 @@ Expected<void> Attend(const Batch& batch, void* stream) {
 
 bool Compiled() {
   return false;
+}
+
+int ToolkitVersion() {
+  return 0;
+}
+
+int DriverVersion() {
+  return 0;
 }
 
 bool Available() {

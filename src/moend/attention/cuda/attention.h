@@ -20,6 +20,9 @@ namespace moend::cuda {
 // Whether this build has kernels; and whether there is a device that can run them.
 bool Compiled();
 bool Available();
+// Of CUDA, as 13000 for 13.0: what this build was made with, and what the driver here can run; 0: none.
+int ToolkitVersion();
+int DriverVersion();
 
 // What the current device can do with this head size and `rows` query rows a stream: `blocks` and `rows` are
 // what MakeWorkPlan() wants.
