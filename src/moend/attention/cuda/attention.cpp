@@ -1,7 +1,7 @@
 #include "moend/attention/cuda/attention.h"
 
 #ifdef MOEND_HAVE_CUDA
-#include <cuda_runtime_api.h>
+#include "moend/attention/cuda/check.h"
 #endif
 
 namespace moend::cuda {
@@ -18,16 +18,6 @@ Expected<void> CheckShape(int64_t head_size, int64_t rows) {
 }  // namespace
 
 #ifdef MOEND_HAVE_CUDA
-
-namespace {
-
-Expected<void> Check(int error, const char* what) {
-  if (error == cudaSuccess) return {};
-  return Fail(error == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kInternal,
-              "{}: CUDA says '{}'", what, cudaGetErrorString(static_cast<cudaError_t>(error)));
-}
-
-}  // namespace
 
 bool Compiled() {
   return true;

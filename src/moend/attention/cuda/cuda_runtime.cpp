@@ -1,5 +1,5 @@
 #ifdef MOEND_HAVE_CUDA
-#include <cuda_runtime_api.h>
+#include "moend/attention/cuda/check.h"
 #endif
 
 #include "moend/attention/cuda/attention.h"
@@ -10,12 +10,6 @@ namespace moend::cuda {
 #ifdef MOEND_HAVE_CUDA
 
 namespace {
-
-Expected<void> Checked(int error, const char* what) {
-  if (error == cudaSuccess) return {};
-  return Fail(error == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kInternal,
-              "{}: CUDA says '{}'", what, cudaGetErrorString(static_cast<cudaError_t>(error)));
-}
 
 class CudaRuntime : public Runtime {
  public:
@@ -57,17 +51,16 @@ class CudaRuntime : public Runtime {
   }
   Expected<void> Copy(const Piece* pieces, int64_t n) override {
     Use();
-    return n < 1 ? Expected<void>() : Checked(LaunchCopy(pieces, n, stream_), "copying to the GPU");
+    return n < 1 ? Expected<void>() : Check(LaunchCopy(pieces, n, stream_), "copying to the GPU");
   }
   Expected<void> Clear(uint8_t* memory, int64_t bytes) override {
     Use();
-    return Checked(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes), stream_), "clearing memory");
+    return Check(cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes), stream_), "clearing memory");
   }
   Expected<void> Fetch(void* to, const void* from, int64_t bytes) override {
     Use();
-    return Checked(
-        cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost, stream_),
-        "copying from the GPU");
+    return Check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost, stream_),
+                 "copying from the GPU");
   }
   Expected<void> Attend(const Batch& batch) override {
     Use();
@@ -75,15 +68,15 @@ class CudaRuntime : public Runtime {
   }
   Expected<void> Wait(void* event) override {
     Use();
-    return Checked(cudaStreamWaitEvent(stream_, static_cast<cudaEvent_t>(event), 0), "waiting for ggml");
+    return Check(cudaStreamWaitEvent(stream_, static_cast<cudaEvent_t>(event), 0), "waiting for ggml");
   }
   Expected<void> Record(void* event) override {
     Use();
-    return Checked(cudaEventRecord(static_cast<cudaEvent_t>(event), stream_), "noting what is done");
+    return Check(cudaEventRecord(static_cast<cudaEvent_t>(event), stream_), "noting what is done");
   }
   Expected<void> Synchronize() override {
     Use();
-    return Checked(cudaStreamSynchronize(stream_), "attention on the GPU");
+    return Check(cudaStreamSynchronize(stream_), "attention on the GPU");
   }
 
  private:
@@ -98,15 +91,15 @@ class CudaRuntime : public Runtime {
 
 Expected<std::unique_ptr<Runtime>> MakeCudaRuntime(const std::string& pci_bus_id) {
   int device = 0, major = 0;
-  MOEND_TRY(Checked(cudaDeviceGetByPCIBusId(&device, pci_bus_id.c_str()), "looking for the GPU"));
-  MOEND_TRY(Checked(cudaSetDevice(device), "taking the GPU"));
+  MOEND_TRY(Check(cudaDeviceGetByPCIBusId(&device, pci_bus_id.c_str()), "looking for the GPU"));
+  MOEND_TRY(Check(cudaSetDevice(device), "taking the GPU"));
   MOEND_TRY(
-      Checked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking the GPU"));
+      Check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking the GPU"));
   if (major < 8)
     return Fail(ErrorCode::kUnsupported,
                 "the GPU at {} has compute capability {}; the attention kernels want 8.0", pci_bus_id, major);
   cudaStream_t stream = nullptr;
-  MOEND_TRY(Checked(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "starting a queue"));
+  MOEND_TRY(Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "starting a queue"));
   return std::make_unique<CudaRuntime>(device, stream);
 }
 
