@@ -168,7 +168,8 @@ TEST(DeltaNets, AreInspectedAndRun) {
          "--method", "logits", "--scorer", "keydiff", "-o", profile});
   const ProcessResult solved = moend({"solve", profile, "--compression", "2", "-c", "4096", "-o", plan});
   EXPECT_NE(solved.out.find("state"), std::string::npos) << solved.out;
-  const ProcessResult run = moend({"run", "-m", path, "--plan", plan, "-p", "abcdefgh", "-n", "8"});
+  const ProcessResult run =
+      moend({"run", "-m", path, "--plan", plan, "-p", "abcdefgh", "-n", "8", "--ignore-eos"});
   EXPECT_NE(run.err.find("9 prompt tokens, 8 generated"), std::string::npos) << run.err;
 }
 
