@@ -194,6 +194,28 @@ TEST_P(OffloadOf, SoAreLongAnswers) {
   }
 }
 
+// The scorer looks at the newest queries of a prompt, its cache at those of the newest 512 tokens; queries of
+// the blocks before stay on the device.
+TEST_P(OffloadOf, QueriesThatAreLookedAtCome) {
+  Plan plan = FullPlan(here_->fingerprint(), 1024);
+  CompressAlike(plan, {0.3, 2, 8});
+  plan.variant = "2d_uniform";
+  plan.scorer = "snapkv";
+  const std::vector<int32_t> tokens = RandomTokens(768, 11);  // in whole blocks
+  const auto read = [&](const std::shared_ptr<Engine>& engine) {
+    auto session = Session::Create(engine, plan);
+    EXPECT_TRUE(session->Prefill(tokens));
+    EXPECT_TRUE(session->Decode(tokens[0]));
+    return std::vector<std::vector<float>>{{session->logits().begin(), session->logits().end()}};
+  };
+  const auto want = read(here_);
+  for (const Device& device : ListDevices()) {
+    SCOPED_TRACE(device.name);
+    ExpectClose(Compare(want, read(EngineOn(path_, device.name.c_str(), kAll))),
+                device.gpu ? Tolerance{5e-2, 5e-1} : Tolerance{1e-3, 1e-3});
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(, OffloadOf, testing::ValuesIn(OffloadCases()), [](const auto& info) {
   std::string name = info.param.name;
   std::erase(name, '-');

@@ -349,8 +349,9 @@ Expected<void> Offload::Run(int64_t begin, int64_t end, float* hidden, std::span
       own.reset();
     }
     if (l == end) break;
-    if (auto seen = fetcher_ && !steps ? host.SeesOnlyOwn(n) : std::nullopt) {
-      if (pending_) seen->before += pending_->n;
+    const int64_t waiting = pending_ ? pending_->n : 0;  // tokens that the host does not know of yet
+    if (auto seen = fetcher_ && !steps ? host.SeesOnlyOwn(waiting + n) : std::nullopt) {
+      seen->before += waiting;
       own = own_.Prepare(h_.layers[static_cast<std::size_t>(l)], *seen, n);
       if (own) {
         // Beside what follows, which only reads. What was fetched before is there then, too.

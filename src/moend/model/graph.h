@@ -44,11 +44,11 @@ class AttentionHook {
   virtual void Attend(int64_t layer, const float* q, int64_t n, int thread, int n_threads) = 0;
   virtual void Combine(int64_t layer, float* out, int64_t n, int thread, int n_threads) = 0;
   // Whether a layer's queries see nothing but the tokens that were given to Store since the layer's first
-  // block, as is the case where a prompt is read: `before` of them before the block of n that comes, `most`
+  // block, as is the case where a prompt is read: `before` of them before the n that come next, `most`
   // in all. A device can then attend by itself: it calls Store and neither Attend nor Combine.
   struct OwnTokens {
     int64_t before = 0, most = 0;
-    bool queries = true;  // Store looks at the block's q
+    bool queries = true;  // Store looks at q of some of the n
   };
   virtual std::optional<OwnTokens> SeesOnlyOwn(int64_t n) const {
     static_cast<void>(n);

@@ -126,6 +126,19 @@ struct DensePart {
   double V(int64_t t, int64_t c) const { return HalfToDouble(kv.v[t * kv.head_size + c]); }
 };
 
+// Row r sees token t where visible(r, t).
+template <class Visible>
+void AttendDense(const DenseView& kv, const QueryRows& q, SoftmaxState state, const Visible& visible) {
+  const DensePart part{kv};
+  for (int64_t r = 0; r < q.rows; ++r) {
+    AttendRow(
+        q.q + r * kv.head_size, kv.head_size, q.soft_cap, kv.n_tokens,
+        [&](int64_t t, int64_t c) { return part.K(t, c); },
+        [&](int64_t t, int64_t c) { return part.V(t, c); }, [&](int64_t t) { return visible(r, t); },
+        state.out + r * kv.head_size, state.max + r, state.sum + r);
+  }
+}
+
 }  // namespace
 
 void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bool raw, const QueryRows& q,
@@ -154,15 +167,7 @@ void AttendStream(const StreamView& kv, int64_t page_begin, int64_t page_end, bo
 
 void AttendCausal(const DenseView& kv, int64_t first, const QueryRows& q, SoftmaxState state,
                   float* /*workspace*/) {
-  const DensePart part{kv};
-  for (int64_t r = 0; r < q.rows; ++r) {
-    AttendRow(
-        q.q + r * kv.head_size, kv.head_size, q.soft_cap, kv.n_tokens,
-        [&](int64_t t, int64_t c) { return part.K(t, c); },
-        [&](int64_t t, int64_t c) { return part.V(t, c); },
-        [&](int64_t t) { return Sees(q, first + r / q.group, t); }, state.out + r * kv.head_size,
-        state.max + r, state.sum + r);
-  }
+  AttendDense(kv, q, state, [&](int64_t r, int64_t t) { return Sees(q, first + r / q.group, t); });
 }
 
 void ColumnSumsCausal(const DenseView& kv, int64_t first, int64_t begin, int64_t end, const QueryRows& q,
@@ -215,15 +220,7 @@ void ChoosePages(const float* most, int64_t pages, int64_t rows, SoftmaxState st
 
 void AttendChosen(const DenseView& kv, const QueryRows& q, const ChosenPages& chosen, SoftmaxState state,
                   float* /*workspace*/) {
-  const DensePart part{kv};
-  for (int64_t r = 0; r < q.rows; ++r) {
-    AttendRow(
-        q.q + r * kv.head_size, kv.head_size, q.soft_cap, kv.n_tokens,
-        [&](int64_t t, int64_t c) { return part.K(t, c); },
-        [&](int64_t t, int64_t c) { return part.V(t, c); },
-        [&](int64_t t) { return Chose(chosen, t, q.rows, r); }, state.out + r * kv.head_size, state.max + r,
-        state.sum + r);
-  }
+  AttendDense(kv, q, state, [&](int64_t r, int64_t t) { return Chose(chosen, t, q.rows, r); });
 }
 
 void ColumnSquaresChosen(const DenseView& kv, const QueryRows& q, const ChosenPages& chosen, const float* max,
